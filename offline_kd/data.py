@@ -1,0 +1,385 @@
+"""Image tars: write them, read them, prove a copy of them. Decoding only; augmentation is `views.py`.
+
+One input format: WebDataset tars (`.tar` or `.tar.gz`) with members `KEY.(png|jpg|webp)` and `KEY.cls`.
+A tar is read whole: the bytes whose sha256 is checked are the bytes that are decoded.
+"""
+
+import hashlib
+import io
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import torch
+import webdataset
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from webdataset import tariterators
+
+from offline_kd.errors import DataError
+from offline_kd.manifest import Dataset, Split, Tar, fingerprint, locate
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+KEY_PATTERN = re.compile(r"[0-9A-Za-z_\-]+(/[0-9A-Za-z_\-]+)*")
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    label: int
+    encoded: bytes
+    extension: str
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """One decoded image tar. Row i of every field is the i-th sample of the tar."""
+
+    name: str
+    sha256: str
+    keys: list[str]
+    key_hash: NDArray[np.uint64]  # [n]
+    image_crc: NDArray[np.uint32]  # [n] crc32c of the encoded image
+    labels: NDArray[np.int32]  # [n]
+    images: Tensor  # [n, 3, H, W] uint8
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def hash_key(key: str) -> int:
+    """The 64-bit name of a sample in stores: blake2b of its key. Never 2**64 - 1, which marks an empty row."""
+    value = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return min(value, 2**64 - 2)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_tar(path: Path, *, expected: Tar | None = None) -> tuple[list[Sample], str]:
+    """Read all samples of a tar, in order, with the file's sha256.
+
+    Raises DataError when the file is damaged or truncated, when a key is used twice, is not legal or lacks its image
+    or its label, and when sha256 or count are not the `expected` ones.
+    """
+    content = path.read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    if expected is not None and expected.sha256 not in (None, sha256):
+        problem = _why_unreadable(content)
+        raise DataError(
+            f"{path}: sha256 is {sha256}, the manifest says {expected.sha256}{problem and f'; {problem}'}. "
+            "The file was changed or damaged: fetch or pack it again, or correct the manifest."
+        )
+    samples: list[Sample] = []
+    seen: dict[str, int] = {}
+    try:
+        for member in _members(content):
+            sample = _parse_sample(path, member)
+            if sample.key in seen:
+                raise DataError(
+                    f"{path}: key '{sample.key}' is used twice, by samples {seen[sample.key]} and {len(samples)}. "
+                    "Keys must be unique: pack the dataset again."
+                )
+            seen[sample.key] = len(samples)
+            samples.append(sample)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path}: damaged or truncated after {len(samples)} samples "
+            f"({len(content):,} bytes; {error}). Fetch or pack the file again."
+        ) from error
+    except ValueError as error:  # webdataset: a member name that comes twice inside one sample
+        raise DataError(f"{path}: after {len(samples)} samples: {error.args[0]}. Pack the dataset again.") from error
+    if expected is not None and expected.count != len(samples):
+        raise DataError(
+            f"{path}: holds {len(samples)} samples, the manifest says {expected.count}. "
+            "The file may be cut: fetch or pack it again, or correct the manifest."
+        )
+    return samples, sha256
+
+
+def _members(content: bytes) -> Iterator[dict[str, object]]:
+    files = tariterators.tar_file_iterator(io.BytesIO(content), skip_meta=None)
+    return tariterators.group_by_keys({**file, "__url__": ""} for file in files)  # type: ignore[no-any-return]
+
+
+def _why_unreadable(content: bytes) -> str:
+    try:
+        for _ in _members(content):
+            pass
+    except Exception as error:
+        return f"reading it fails with: {error.args[0] if error.args else error}"
+    return ""
+
+
+def _parse_sample(path: Path, member: dict[str, object]) -> Sample:
+    key = str(member["__key__"])
+    fields = {name: value for name, value in member.items() if not name.startswith("__")}
+    images = [name for name in fields if name in IMAGE_EXTENSIONS]
+    where = f"{path}: sample '{key}'"
+    if not KEY_PATTERN.fullmatch(key):
+        raise DataError(f"{where}: keys may hold letters, digits, '_', '-' and '/' only. Pack the dataset again.")
+    if len(images) != 1 or "cls" not in fields:
+        raise DataError(
+            f"{where}: expected one image ({', '.join(IMAGE_EXTENSIONS)}) and one .cls, found "
+            f"{', '.join('.' + name for name in fields)}. A key ends at the first dot of the file name; "
+            "both members of a sample must stand together."
+        )
+    encoded, text = fields[images[0]], fields["cls"]
+    assert isinstance(encoded, bytes)
+    assert isinstance(text, bytes)
+    if not text.strip().isdigit():
+        raise DataError(f"{where}: the label is {text[:40]!r}, not a class index. Pack the dataset again.")
+    return Sample(key, int(text), encoded, images[0])
+
+
+def decode_image(encoded: bytes) -> NDArray[np.uint8]:
+    """`[H, W, 3]` RGB pixels of an encoded image; raises OSError or ValueError when it cannot be decoded."""
+    with Image.open(io.BytesIO(encoded)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def load_block(path: Path, tar: Tar, num_classes: int) -> ImageBlock:
+    """Read, check and decode one tar. All its images must have one size."""
+    samples, sha256 = read_tar(path, expected=tar)
+    pixels = []
+    for sample in samples:
+        where = f"{path}: sample '{sample.key}'"
+        if sample.label >= num_classes:
+            raise DataError(
+                f"{where}: label {sample.label}, but the dataset has {num_classes} classes (0..{num_classes - 1}). "
+                "Correct `classes` in the manifest, or pack the dataset again."
+            )
+        try:
+            pixels.append(decode_image(sample.encoded))
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
+            raise DataError(f"{where}: the image cannot be decoded ({error}). Repair or remove it.") from error
+        if pixels[-1].shape != pixels[0].shape:
+            raise DataError(
+                f"{where}: the image is {_size(pixels[-1])}, the first of the tar is {_size(pixels[0])}. "
+                "Images of one dataset must have one size: resize them before packing."
+            )
+    return ImageBlock(
+        name=path.name,
+        sha256=sha256,
+        keys=[sample.key for sample in samples],
+        key_hash=np.array([hash_key(sample.key) for sample in samples], dtype=np.uint64),
+        image_crc=np.array([google_crc32c.value(sample.encoded) for sample in samples], dtype=np.uint32),
+        labels=np.array([sample.label for sample in samples], dtype=np.int32),
+        images=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+    )
+
+
+def _size(pixels: NDArray[np.uint8]) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"
+
+
+class BlockLoader:
+    """Blocks of one dataset split by number; decoded blocks are kept while they fit `keep_bytes`.
+
+    A kept block saves reading, checking and decoding its tar again in every later epoch.
+    """
+
+    def __init__(self, dataset: Dataset, split: Split, roots: Sequence[Path], keep_bytes: int = 2**30) -> None:
+        self.dataset, self.split, self.keep_bytes = dataset, split, keep_bytes
+        self.paths = [locate(f"{dataset.folder}/{tar.file}", roots) for tar in split.tars]
+        self.kept: dict[int, ImageBlock] = {}
+        self.kept_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> ImageBlock:
+        if number in self.kept:
+            return self.kept[number]
+        block = load_block(self.paths[number], self.split.tars[number], len(self.dataset.classes))
+        if self.kept_bytes + block.images.nbytes <= self.keep_bytes:
+            self.kept[number] = block
+            self.kept_bytes += block.images.nbytes
+        return block
+
+    def __iter__(self) -> Iterator[ImageBlock]:
+        return (self[number] for number in range(len(self)))
+
+
+def dataset_fingerprint(dataset: Dataset, split: Split) -> str:
+    """sha256 over what defines a split: class names in order, and count and sha256 of every tar in order."""
+    return fingerprint([dataset.classes, [[tar.count, tar.sha256] for tar in split.tars]])
+
+
+# ---- proving a copy ------------------------------------------------------------------------------------------------
+
+
+def check_dataset(
+    dataset: Dataset, roots: Sequence[Path], progress: Callable[[Iterable[Tar]], Iterable[Tar]]
+) -> dict[str, int]:
+    """Prove a local copy: sha256, count, keys, labels and decodability of every tar. Returns samples per split.
+
+    Raises DataError naming the first difference: file, sample and both values.
+    """
+    counts: dict[str, int] = {}
+    first_use: dict[str, str] = {}
+    for split_name, split in dataset.splits.items():
+        per_class = np.zeros(len(dataset.classes), dtype=np.int64)
+        for tar in progress(split.tars):
+            path = locate(f"{dataset.folder}/{tar.file}", roots)
+            samples, _ = read_tar(path, expected=tar)
+            for sample in samples:
+                where = f"{path}: sample '{sample.key}'"
+                if sample.label >= len(dataset.classes):
+                    raise DataError(
+                        f"{where}: label {sample.label}, the manifest names {len(dataset.classes)} classes. "
+                        "Correct `classes` in the manifest, or pack the dataset again."
+                    )
+                use = f"{split_name}/{sample.key}"
+                if use in first_use:
+                    raise DataError(
+                        f"{where}: its key was used before, in {first_use[use]}. Keys of a split must be unique: "
+                        "pack the dataset again."
+                    )
+                first_use[use] = tar.file
+                try:
+                    decode_image(sample.encoded)
+                except (OSError, ValueError, SyntaxError) as error:
+                    raise DataError(f"{where}: cannot be decoded ({error}). Repair or remove it.") from error
+                per_class[sample.label] += 1
+        for index in np.flatnonzero(per_class == 0):
+            raise DataError(
+                f"split '{split_name}': no sample of class {index} ('{dataset.classes[index]}') in "
+                f"{split.count} samples. Correct `classes` in the manifest, or pack the dataset again."
+            )
+        counts[split_name] = int(per_class.sum())
+    return counts
+
+
+# ---- packing -------------------------------------------------------------------------------------------------------
+
+
+def encode_png(pixels: NDArray[np.uint8]) -> bytes:
+    """PNG bytes of `[H, W]` or `[H, W, 3]` pixels, stored without compression.
+
+    Compressed PNG bytes differ between zlib builds; stored ones do not, so packing gives the same sha256 anywhere.
+    """
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def pack(samples: Iterable[Sample], folder: Path, prefix: str, samples_per_tar: int) -> list[Tar]:
+    """Write samples to `folder/PREFIX-NNNNNN.tar`, each under a temporary name that is renamed when complete.
+
+    The bytes depend on the samples alone. Raises DataError for an illegal key or one that was used before.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tars: list[Tar] = []
+    seen: set[str] = set()
+    chunk: list[Sample] = []
+
+    def flush() -> None:
+        path = folder / f"{prefix}-{len(tars):06d}.tar"
+        partial = path.with_name(path.name + ".partial")
+        with partial.open("wb") as file:
+            with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+                for sample in chunk:
+                    label = str(sample.label).encode()
+                    writer.write({"__key__": sample.key, sample.extension: sample.encoded, "cls": label})
+            file.flush()
+            os.fsync(file.fileno())
+        sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
+        os.replace(partial, path)
+        tars.append(Tar(file=path.name, count=len(chunk), sha256=sha256))
+        chunk.clear()
+
+    for sample in samples:
+        if not KEY_PATTERN.fullmatch(sample.key):
+            raise DataError(f"key '{sample.key}': letters, digits, '_', '-' and '/' only. Rename the file.")
+        if sample.key in seen:
+            raise DataError(f"key '{sample.key}' comes twice. Rename one of the two files.")
+        seen.add(sample.key)
+        chunk.append(sample)
+        if len(chunk) == samples_per_tar:
+            flush()
+    if chunk:
+        flush()
+    if not tars:
+        raise DataError(f"{folder}: nothing to pack: no samples were found.")
+    return tars
+
+
+def digits_samples() -> dict[str, list[Sample]]:
+    """The 1,797 handwritten digits of scikit-learn, 8x8 pixels; every fifth image is the test split."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    splits: dict[str, list[Sample]] = {"train": [], "test": []}
+    for index, (pixels, label) in enumerate(zip(bunch.images, bunch.target, strict=True)):
+        grey = np.round(pixels * (255 / 16)).astype(np.uint8)
+        sample = Sample(f"{index:04d}", int(label), encode_png(grey), "png")
+        splits["test" if index % 5 == 4 else "train"].append(sample)
+    return splits
+
+
+def cifar_samples(name: str, folder: Path) -> tuple[dict[str, Iterator[Sample]], list[str]]:
+    """CIFAR-10 or CIFAR-100 from a user's own official copy, read (and md5-checked) by torchvision, in official order.
+
+    `folder` is the one that holds `cifar-10-batches-py` or `cifar-100-python`.
+    """
+    from torchvision import datasets
+
+    source = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        parts = {split: source(str(folder), train=split == "train") for split in ("train", "test")}
+    except RuntimeError as error:
+        raise DataError(
+            f"{folder / source.base_folder}: the official files of {name} are missing or damaged ({error}). "
+            f"Unpack the archive {source.filename} there."
+        ) from error
+
+    def samples(split: str) -> Iterator[Sample]:
+        part = parts[split]
+        for index, (pixels, label) in enumerate(zip(part.data, part.targets, strict=True)):
+            yield Sample(f"{index:06d}", int(label), encode_png(pixels), "png")
+
+    return {split: samples(split) for split in parts}, list(parts["train"].classes)
+
+
+def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
+    """`folder/CLASS/**/IMAGE`: classes are the sorted sub-folders; PNG, JPEG and WebP files are taken byte for byte.
+
+    The key is the path below `folder` without its extension, other characters than letters, digits, '_', '-', '/'
+    becoming '_'; where two paths would share a key, the later one gets a hash of its path appended.
+    """
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Give one with a sub-folder of images for every class.")
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"{folder}: {len(classes)} class folders, at least 2 are needed (FOLDER/CLASS/IMAGE).")
+
+    def samples() -> Iterator[Sample]:
+        seen: set[str] = set()
+        for label, name in enumerate(classes):
+            for path in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
+                relative = path.relative_to(folder).with_suffix("").as_posix()
+                key = re.sub(r"[^0-9A-Za-z_\-/]", "_", relative)
+                if key in seen:
+                    key += "_" + hashlib.sha256(path.name.encode()).hexdigest()[:8]
+                seen.add(key)
+                extension = path.suffix.lower().lstrip(".")
+                if extension not in IMAGE_EXTENSIONS:
+                    raise DataError(
+                        f"{path}: not a {', '.join(IMAGE_EXTENSIONS)} file. Convert it, or move it elsewhere."
+                    )
+                encoded = path.read_bytes()
+                try:
+                    decode_image(encoded)
+                except (OSError, ValueError, SyntaxError) as error:
+                    raise DataError(f"{path}: cannot be decoded ({error}). Repair or remove it.") from error
+                yield Sample(key, label, encoded, extension)
+
+    return samples(), classes

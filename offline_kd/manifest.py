@@ -1,0 +1,193 @@
+"""`data_manifest.yaml`: the datasets and teachers that recipes may name, and what proves a local copy of them.
+
+A file is named relative to a data root. The roots are, in this order: those given explicitly (`--data-root`, or
+`data.root` of a recipe), the folders of the environment variable `OFFLINE_KD_DATA` (separated as in PATH), `./data`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from offline_kd.errors import DataError, ModelError, RecipeError, did_you_mean
+
+MANIFEST_NAME = "data_manifest.yaml"
+M = TypeVar("M", bound=BaseModel)
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Strict(BaseModel):
+    """A description that refuses unknown fields and does not change after it was read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Tar(Strict):
+    """One image tar. `sha256` may be missing where only the owner of a copy can know it (official CIFAR-100)."""
+
+    file: str
+    count: int = Field(gt=0)
+    sha256: Sha256 | None = None
+
+
+class Split(Strict):
+    tars: list[Tar] = Field(min_length=1)
+
+    @property
+    def count(self) -> int:
+        return sum(tar.count for tar in self.tars)
+
+
+class Dataset(Strict):
+    """Images in WebDataset tars: members `KEY.(png|jpg|webp)` and `KEY.cls`, the class index in ASCII."""
+
+    folder: str
+    classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
+    splits: dict[str, Split]
+    source: str = ""
+    licence: str = ""
+
+
+class Normalisation(Strict):
+    """What a network expects of `[3, H, W]` pixels in 0..1: `(pixels - mean) / std` per channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Weights(Strict):
+    file: str
+    sha256: Sha256
+
+
+class ExpectedAccuracy(Strict):
+    """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
+
+    dataset: str
+    split: str
+    top1: float = Field(ge=0, le=100)
+    tolerance: float = Field(gt=0, description="percentage points")
+
+
+class Teacher(Strict):
+    model: str
+    model_args: dict[str, int | float | str | bool] = {}
+    weights: Weights
+    normalisation: Normalisation
+    expected: ExpectedAccuracy | None = None
+    source: str = ""
+    licence: str = ""
+
+
+class Manifest(Strict):
+    manifest_version: int = Field(1, ge=1, le=1)
+    datasets: dict[str, Dataset] = {}
+    teachers: dict[str, Teacher] = {}
+
+    def dataset(self, name: str) -> Dataset:
+        if name not in self.datasets:
+            raise RecipeError(f"no dataset '{name}' in the manifest.{did_you_mean(name, self.datasets)}")
+        return self.datasets[name]
+
+    def split(self, dataset: str, split: str) -> Split:
+        splits = self.dataset(dataset).splits
+        if split not in splits:
+            raise RecipeError(f"dataset '{dataset}' has no split '{split}'.{did_you_mean(split, splits)}")
+        return splits[split]
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; raises RecipeError naming the field that is wrong."""
+    if not path.is_file():
+        raise RecipeError(
+            f"{path}: no such manifest. Run in the folder that holds {MANIFEST_NAME}, or pass --manifest FILE."
+        )
+    return parse(Manifest, read_yaml(path), where=str(path))
+
+
+def read_yaml(path: Path) -> object:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
+
+
+def parse(model: type[M], content: object, *, where: str) -> M:
+    """Validate `content` as `model`; the error names the field, the value and, for a typo, the nearest right name."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first_problem(model, error)}") from error
+
+
+def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
+    problem = error.errors()[0]
+    location = problem["loc"]
+    field = ".".join(str(part) for part in location) or "the file"
+    if problem["type"] == "extra_forbidden":
+        name = str(location[-1])
+        return f"unknown field '{field}'.{did_you_mean(name, _field_names(model.model_json_schema()) - {name})}"
+    if problem["type"] == "union_tag_invalid":
+        tag, expected = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        return f"'{field}': unknown name '{tag}'.{did_you_mean(tag, expected)}"
+    more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+    shown = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    return f"'{field}': {problem['msg']}{shown}{more}"
+
+
+def _field_names(schema: object) -> set[str]:
+    """Every field name anywhere in a JSON schema."""
+    if isinstance(schema, list):
+        return {name for item in schema for name in _field_names(item)}
+    if not isinstance(schema, dict):
+        return set()
+    properties = schema.get("properties", {})
+    own = set(properties) if isinstance(properties, dict) else set()
+    return own | {name for value in schema.values() for name in _field_names(value)}
+
+
+def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:
+    """Folders in which the manifest's files are looked for, most specific first."""
+    from_environment = [part for part in os.environ.get("OFFLINE_KD_DATA", "").split(os.pathsep) if part]
+    return [Path(root) for root in (*explicit, *from_environment, "data")]
+
+
+def locate(file: str, roots: Sequence[Path]) -> Path:
+    """The first existing `root / file`; raises DataError listing where it was looked for."""
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise DataError(f"{file}: a manifest names files inside the data root, never absolute or through '..'")
+    for root in roots:
+        if (root / file).is_file():
+            return root / file
+    raise DataError(
+        f"{file}: not found in {', '.join(str(root) for root in roots)}. "
+        "Set OFFLINE_KD_DATA or pass --data-root, or make it with `offline-kd data pack`."
+    )
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def locate_weights(weights: Weights, roots: Sequence[Path]) -> Path:
+    """Path of a weights file whose sha256 was just found to be the manifest's."""
+    path = locate(weights.file, roots)
+    found = file_sha256(path)
+    if found != weights.sha256:
+        raise ModelError(
+            f"{path}: sha256 is {found}, the manifest says {weights.sha256}. "
+            "These are other weights, or a damaged copy: fetch the file again, or correct the manifest."
+        )
+    return path
+
+
+def fingerprint(content: object) -> str:
+    """sha256 of the canonical JSON of `content`."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
