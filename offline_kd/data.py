@@ -24,6 +24,7 @@ from torch import Tensor
 from webdataset import tariterators
 
 from offline_kd.errors import DataError
+from offline_kd.files import flush_to_disk
 from offline_kd.manifest import Dataset, Split, Tar, fingerprint, locate
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -106,7 +107,7 @@ def read_tar(path: Path, *, expected: Tar | None = None) -> tuple[list[Sample], 
 
 def _members(content: bytes) -> Iterator[dict[str, object]]:
     files = tariterators.tar_file_iterator(io.BytesIO(content), skip_meta=None)
-    return tariterators.group_by_keys({**file, "__url__": ""} for file in files)  # type: ignore[no-any-return]
+    return tariterators.group_by_keys({**file, "__url__": ""} for file in files)
 
 
 def _why_unreadable(content: bytes) -> str:
@@ -289,9 +290,8 @@ def pack(samples: Iterable[Sample], folder: Path, prefix: str, samples_per_tar: 
                 for sample in chunk:
                     label = str(sample.label).encode()
                     writer.write({"__key__": sample.key, sample.extension: sample.encoded, "cls": label})
-            file.flush()
-            os.fsync(file.fileno())
         sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
+        flush_to_disk(partial)
         os.replace(partial, path)
         tars.append(Tar(file=path.name, count=len(chunk), sha256=sha256))
         chunk.clear()

@@ -5,6 +5,7 @@
     ├── DataError             tars, images or labels that are not what was promised
     ├── ModelError            an unknown network, or weights that do not fit it
     ├── TeacherError          the teacher failed its gate, or said something unusable
+    ├── TrainingError         a run that diverged, or a run directory of another run
     └── StoreError            a teacher store that cannot be used
         ├── StoreIncomplete   blocks or files are missing
         ├── StoreMismatch     it belongs to other data, another teacher or another recipe
@@ -35,6 +36,10 @@ class ModelError(OfflineKDError):
 
 
 class TeacherError(OfflineKDError):
+    pass
+
+
+class TrainingError(OfflineKDError):
     pass
 
 

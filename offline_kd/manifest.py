@@ -42,6 +42,13 @@ class Split(Strict):
     def count(self) -> int:
         return sum(tar.count for tar in self.tars)
 
+    def only(self, numbers: Sequence[int] | None) -> "Split":
+        """The split of the tars with these numbers; all of them for None."""
+        for number in numbers or ():
+            if not 0 <= number < len(self.tars):
+                raise RecipeError(f"data.tars: there is no tar {number}, the split has {len(self.tars)} (0..).")
+        return self if numbers is None else Split(tars=[self.tars[number] for number in numbers])
+
 
 class Dataset(Strict):
     """Images in WebDataset tars: members `KEY.(png|jpg|webp)` and `KEY.cls`, the class index in ASCII."""

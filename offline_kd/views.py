@@ -20,12 +20,17 @@ from offline_kd.errors import RecipeError
 from offline_kd.manifest import Strict
 
 U64 = NDArray[np.uint64]
+Fill = Literal["zeros", "reflect"]  # what lies outside the image: black, or its mirror image
 
 
 class NoAugmentation(Strict):
     """The image as it is; one view."""
 
     kind: Literal["none"] = "none"
+
+    @property
+    def fill(self) -> Fill:
+        return "zeros"  # never seen: the box is the image
 
     @property
     def num_distinct(self) -> int:
@@ -45,7 +50,7 @@ class PadCropFlip(Strict):
 
     kind: Literal["pad_crop_flip"]
     padding: int = Field(4, ge=0, le=64)
-    fill: Literal["zeros", "reflect"] = "zeros"
+    fill: Fill = "zeros"
     flip: bool = True
     count: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
     seed: int = Field(0, ge=0)
@@ -66,7 +71,8 @@ class PadCropFlip(Strict):
         return self.count
 
 
-Views = Annotated[NoAugmentation | PadCropFlip, Field(discriminator="kind")]
+AnyViews = NoAugmentation | PadCropFlip
+Views = Annotated[AnyViews, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def counter_hash(*counters: int | U64) -> U64:
 
 def counter_uniform(*counters: int | U64) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), a pure function of the counters."""
-    return (counter_hash(*counters) >> np.uint64(11)) * 2.0**-53
+    return (counter_hash(*counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def keyed_permutation(num: int, *counters: int | U64) -> NDArray[np.int64]:
@@ -107,7 +113,7 @@ def keyed_permutation(num: int, *counters: int | U64) -> NDArray[np.int64]:
     return np.argsort(counter_hash(rows, np.arange(num, dtype=np.uint64)[None]), axis=1, kind="stable")
 
 
-def draw(views: NoAugmentation | PadCropFlip, key_hash: U64, height: int, width: int) -> ViewParameters:
+def draw(views: AnyViews, key_hash: U64, height: int, width: int) -> ViewParameters:
     """Parameters of all views of the samples `key_hash` `[n]` whose images are `height` x `width`.
 
     View v of a sample is the v-th element of that sample's own permutation of the distinct views: no view comes
@@ -131,9 +137,7 @@ def draw(views: NoAugmentation | PadCropFlip, key_hash: U64, height: int, width:
 
 def view_groups(num_views: int, views_per_group: int) -> list[range]:
     """The views 0..num_views-1 in the groups that are stored, committed and read together."""
-    return [
-        range(start, min(start + views_per_group, num_views)) for start in range(0, num_views, views_per_group)
-    ]
+    return [range(start, min(start + views_per_group, num_views)) for start in range(0, num_views, views_per_group)]
 
 
 def view_of_epoch(seed: int, key_hash: U64, epoch: int, groups: list[range]) -> tuple[int, NDArray[np.int64]]:
@@ -154,7 +158,7 @@ def view_of_epoch(seed: int, key_hash: U64, epoch: int, groups: list[range]) -> 
 # ---- rendering -----------------------------------------------------------------------------------------------------
 
 
-def render(images: Tensor, box: Tensor, flip: Tensor, fill: Literal["zeros", "reflect"]) -> Tensor:
+def render(images: Tensor, box: Tensor, flip: Tensor, fill: Fill) -> Tensor:
     """Cut one view out of every image, on the images' device; exact, since no resampling takes place.
 
     Args:
@@ -181,7 +185,7 @@ def render(images: Tensor, box: Tensor, flip: Tensor, fill: Literal["zeros", "re
     return pixels.view(len(images), 3, height, width)
 
 
-def _into_image(index: Tensor, size: int, fill: str) -> tuple[Tensor, Tensor]:
+def _into_image(index: Tensor, size: int, fill: Fill) -> tuple[Tensor, Tensor]:
     """Legal indices, and where the given ones were legal already."""
     inside = (index >= 0) & (index < size)
     if fill == "reflect":

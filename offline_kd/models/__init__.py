@@ -1,9 +1,9 @@
 """Networks by name, and weights for them.
 
-    cifar:NAME              the benchmark networks for 32x32 images, written here (`CIFAR` lists them)
-    torchvision:NAME        torchvision.models
-    timm:NAME               timm (install `offline-kd[timm]`)
-    package.module:NAME     your own: a callable that takes num_classes and returns a torch.nn.Module
+cifar:NAME              the benchmark networks for 32x32 images, written here (`CIFAR` lists them)
+torchvision:NAME        torchvision.models
+timm:NAME               timm (install `offline-kd[timm]`)
+package.module:NAME     your own: a callable that takes num_classes and returns a torch.nn.Module
 """
 
 import importlib
@@ -88,7 +88,7 @@ def _import(module: str, function: str) -> Callable[..., object]:
         raise ModelError(f"'{module}:{function}' cannot be imported: {error}") from error
     if not callable(found):
         raise ModelError(f"'{module}:{function}' is not callable.")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def parameter_count(model: nn.Module) -> int:

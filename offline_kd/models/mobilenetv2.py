@@ -9,7 +9,14 @@ import math
 from torch import Tensor, nn
 
 # expansion (None: the network's), channels at width 1, blocks, stride of the first
-STAGES = [(1, 16, 1, 1), (None, 24, 2, 1), (None, 32, 3, 2), (None, 64, 4, 2), (None, 96, 3, 1), (None, 160, 3, 2)]
+STAGES = [
+    (1, 16, 1, 1),
+    (None, 24, 2, 1),
+    (None, 32, 3, 2),
+    (None, 64, 4, 2),
+    (None, 96, 3, 1),
+    (None, 160, 3, 2),
+]
 STAGES += [(None, 320, 1, 1)]
 
 
@@ -55,9 +62,7 @@ class MobileNetV2(nn.Module):
             for index in range(num_blocks):
                 out_channels = int(full_width * width)
                 blocks.append(
-                    InvertedResidual(
-                        channels, out_channels, stride if index == 0 else 1, stage_expansion or expansion
-                    )
+                    InvertedResidual(channels, out_channels, stride if index == 0 else 1, stage_expansion or expansion)
                 )
                 channels = out_channels
             stages.append(nn.Sequential(*blocks))

@@ -1,0 +1,56 @@
+"""How good a classifier is on a dataset split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offline_kd.data import BlockLoader
+from offline_kd.errors import TeacherError
+from offline_kd.progress import progress
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    samples: int
+    top1: float  # percent
+    nll: float  # nats per sample
+    ece: float  # expected calibration error over 15 bins of confidence, Guo et al. 2017, arXiv:1706.04599
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[Tensor], Tensor], loader: BlockLoader, batch_size: int, device: torch.device, title: str
+) -> Evaluation:
+    """Run `predict` (`[B, 3, H, W]` uint8 -> `[B, C]` logits) over every image of a split, un-augmented.
+
+    Raises TeacherError when there is not one logit for every class of the dataset.
+    """
+    logits, labels = [], []
+    with progress(title, loader.split.count, "images") as meter:
+        for block in loader:
+            labels.append(torch.from_numpy(block.labels).long())
+            for start in range(0, len(block), batch_size):
+                images = block.images[start : start + batch_size]
+                logits.append(predict(images.to(device)).float().cpu())
+                meter.advance(len(images))
+                if logits[0].shape[1] != len(loader.dataset.classes):
+                    raise TeacherError(
+                        f"{title}: the network gives {logits[0].shape[1]} logits, the dataset has "
+                        f"{len(loader.dataset.classes)} classes."
+                    )
+    z, y = torch.cat(logits), torch.cat(labels)
+    confidence, predicted = z.softmax(dim=1).max(dim=1)
+    correct = (predicted == y).double()
+    bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence.double())
+    return Evaluation(
+        samples=len(y),
+        top1=100 * correct.mean().item(),
+        nll=F.cross_entropy(z, y).item(),
+        ece=gaps.abs().sum().item() / len(y),
+    )

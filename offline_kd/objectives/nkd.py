@@ -1,0 +1,32 @@
+"""Normalised knowledge distillation (NKD): Yang et al., ICCV 2023, arXiv:2303.13005."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma: float, temperature: float) -> Tensor:
+    """Soft cross-entropy on the label, and on the other classes renormalised among themselves.
+
+        - mean p_y log q_y  -  gamma T**2 mean sum over i != y of  p'_i log q'_i
+
+    p and q are the un-tempered softmax, p' and q' the softmax over the C - 1 other classes at T. To be added to the
+    ordinary cross-entropy. A cross-entropy itself: it does not reach 0.
+
+    Args:
+        student_logits: `[B, C]`, float32 or float64.
+        teacher_logits: `[B, C]`, constant.
+        labels: `[B]` int64.
+
+    Returns:
+        The loss in nats, a scalar.
+    """
+    batch, classes = student_logits.shape
+    label = labels[:, None]
+    log_q_label = F.log_softmax(student_logits, dim=1).gather(1, label)
+    p_label = F.softmax(teacher_logits, dim=1).gather(1, label)
+    is_other = torch.ones_like(student_logits, dtype=torch.bool).scatter_(1, label, False)
+    z_s = student_logits[is_other].view(batch, classes - 1) / temperature
+    z_t = teacher_logits[is_other].view(batch, classes - 1) / temperature
+    others = (F.softmax(z_t, dim=1) * F.log_softmax(z_s, dim=1)).sum(dim=1)
+    return -(p_label * log_q_label).mean() - gamma * temperature**2 * others.mean()

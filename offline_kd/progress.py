@@ -1,0 +1,66 @@
+"""Progress of long work: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+PLAIN_SECONDS = 10.0
+
+console = Console(stderr=True)
+
+
+class Meter:
+    """Counts work that is done; shows it while `progress` is open."""
+
+    def __init__(self, title: str, total: int, unit: str, bar: Progress | None) -> None:
+        self.title, self.total, self.unit, self.bar = title, total, unit, bar
+        self.done, self.started, self.reported = 0, time.monotonic(), time.monotonic()
+        self.task = bar.add_task(title, total=total, rate="") if bar else None
+
+    def advance(self, amount: int = 1) -> None:
+        self.done += amount
+        now = time.monotonic()
+        rate = self.done / max(now - self.started, 1e-9)
+        if self.bar is not None and self.task is not None:
+            self.bar.update(self.task, advance=amount, rate=f"{rate:,.0f} {self.unit}/s")
+        elif now - self.reported >= PLAIN_SECONDS:
+            self.reported = now
+            left = (self.total - self.done) / rate
+            say(f"{self.title}: {self.done:,} of {self.total:,}, {rate:,.0f} {self.unit}/s, {left:,.0f} s left")
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
+    """Show how `total` units of work advance: `with progress(...) as meter: meter.advance(n)`."""
+    if not sys.stderr.isatty():
+        yield Meter(title, total, unit, None)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        yield Meter(title, total, unit, bar)
+
+
+def say(message: str) -> None:
+    """One line about what is going on, on standard error."""
+    console.print(message, highlight=False, soft_wrap=True, markup=False)
+
+
+def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A result, on standard output."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 140
+    Console(width=width).print(table)

@@ -1,0 +1,250 @@
+"""Recipes: one YAML file per experiment, read into the frozen description below.
+
+`extends: other.yaml` starts from another recipe (relative to the file); mappings are merged, everything else replaced.
+`--set path.to.field=value` overrides any field last.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field
+
+from offline_kd.errors import RecipeError, did_you_mean
+from offline_kd.manifest import ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
+from offline_kd.objectives.dtkd import Sharpness
+from offline_kd.store.codec import Codec, Float16
+from offline_kd.views import NoAugmentation, Views
+
+Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Data(Strict):
+    dataset: str = Field(description="name in the manifest")
+    train: str = "train"
+    evaluation: str = "test"
+    tars: list[int] | None = Field(None, min_length=1, description="numbers of the training tars to use; all if absent")
+    labelled_fraction: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the training samples whose label the student may see, chosen by key",
+    )
+    normalisation: Normalisation = Field(description="of the student, and of a teacher that has none of its own")
+    root: str | None = Field(None, description="folder of the data, before OFFLINE_KD_DATA")
+    keep_bytes: int = Field(2**30, ge=0, description="decoded images kept in memory between epochs")
+    workers: int = Field(0, ge=0, description="processes that read and decode tars")
+
+
+class SGD(Strict):
+    name: Literal["sgd"]
+    lr: Positive
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+    weight_decay: float = Field(5e-4, ge=0)
+
+
+class AdamW(Strict):
+    name: Literal["adamw"]
+    lr: Positive
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class Step(Strict):
+    """Multiply the rate by `gamma` after each milestone (epochs that are over)."""
+
+    name: Literal["step"]
+    milestones: list[int]
+    gamma: Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
+Positive = 0.1
+    warmup_epochs: float = Field(0, ge=0)
+
+
+class Cosine(Strict):
+    """From the full rate to `final_fraction` of it along half a cosine."""
+
+    name: Literal["cosine"]
+    final_fraction: float = Field(0, ge=0, le=1)
+    warmup_epochs: float = Field(0, ge=0)
+
+
+class Training(Strict):
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(64, ge=2)
+    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
+    schedule: Annotated[Step | Cosine, Field(discriminator="name")]
+    label_smoothing: float = Field(0, ge=0, lt=1)
+    amp: bool = Field(False, description="bfloat16 autocast of the student; helps on GPUs with tensor cores")
+    pool_blocks: int = Field(16, ge=1, description="tars whose rows are shuffled together")
+
+
+class WeightedTerm(Strict):
+    weight: float = Field(1.0, ge=0)
+    warmup_epochs: int = Field(0, ge=0, description="weight grows as epoch / warmup_epochs, epochs counted from 1")
+
+
+class CE(WeightedTerm):
+    term: Literal["ce"]
+
+
+class KD(WeightedTerm):
+    term: Literal["kd"]
+    temperature: Positive
+
+
+class TTM(WeightedTerm):
+    term: Literal["ttm"]
+    gamma: Positive
+
+
+class WTTM(WeightedTerm):
+    term: Literal["wttm"]
+    gamma: Positive
+
+
+class DTKD(WeightedTerm):
+    term: Literal["dtkd"]
+    temperature: Positive
+    sharpness: Sharpness = "max"
+    detach_temperatures: bool = False
+
+
+class DKD(WeightedTerm):
+    term: Literal["dkd"]
+    alpha: float = Field(ge=0)
+    beta: float = Field(ge=0)
+    temperature: Positive
+
+
+class DIST(WeightedTerm):
+    term: Literal["dist"]
+    beta: float = Field(ge=0)
+    gamma: float = Field(ge=0)
+    temperature: Positive
+
+
+class NKD(WeightedTerm):
+    term: Literal["nkd"]
+    gamma: float = Field(ge=0)
+    temperature: Positive
+
+
+Term = Annotated[CE | KD | TTM | WTTM | DTKD | DKD | DIST | NKD, Field(discriminator="term")]
+AnyTerm = CE | KD | TTM | WTTM | DTKD | DKD | DIST | NKD
+Objective = Annotated[list[Term], Field(min_length=1)]
+
+
+class TeacherNetwork(Strict):
+    """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
+
+    model: str | None = None
+    model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
+    weights: str | None = Field(None, description="manifest name, path, or torchvision weights name")
+    normalisation: Normalisation | None = None
+    expected: ExpectedAccuracy | None = None
+    training: Training | None = Field(None, description="how `run` and `train --teacher` make the weights")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    licence: str = ""
+
+
+class Capture(Strict):
+    """How stage 1 stores the teacher's targets."""
+
+    codec: Codec = Float16(name="f16")
+    views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
+    batch_size: int = Field(256, ge=1)
+    fidelity_rows: int = Field(1000, ge=1, description="rows on which the teacher is run again to finish the store")
+
+
+class StudentNetwork(Strict):
+    model: str
+    model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
+
+
+class Recipe(Strict):
+    name: Name
+    data: Data
+    teacher: TeacherNetwork
+    views: Views = NoAugmentation()
+    capture: Capture = Capture()
+    student: StudentNetwork
+    training: Training
+    objectives: dict[Name, Objective] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
+
+    def objective(self, name: str | None) -> tuple[str, list[AnyTerm]]:
+        """The objective of that name, or the only one."""
+        if name is None and len(self.objectives) == 1:
+            name = next(iter(self.objectives))
+        if name is None:
+            raise RecipeError(
+                f"recipe '{self.name}' has several objectives: pick one with --objective: {', '.join(self.objectives)}"
+            )
+        if name not in self.objectives:
+            raise RecipeError(f"recipe '{self.name}' has no objective '{name}'.{did_you_mean(name, self.objectives)}")
+        return name, self.objectives[name]
+
+
+def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
+    return any(not isinstance(term, CE) for term in terms)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError."""
+    content = _read(path, ())
+    for override in overrides:
+        _override(content, override)
+    return parse(Recipe, content, where=str(path))
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe{f' (extended by {seen[-1]})' if seen else ''}.")
+    if path.resolve() in seen:
+        raise RecipeError(f"{path}: extends itself, through {' -> '.join(str(step) for step in seen)}.")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _merge(merged[name], value) if both else value
+    return merged
+
+
+def _override(content: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set {override}: write path.to.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not readable as YAML") from error
+    *parents, last = path.split(".")
+    node: Any = content
+    for parent in parents:
+        node = node[int(parent)] if isinstance(node, list) and parent.isdigit() else node.setdefault(parent, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"--set {override}: '{parent}' has no fields, it is {node!r}")
+    if isinstance(node, list):
+        if not last.isdigit() or int(last) >= len(node):
+            raise RecipeError(f"--set {override}: '{last}' is no position in a list of {len(node)}")
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML, which `load_recipe` reads back."""
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    return yaml.safe_dump(content, sort_keys=False, width=110, allow_unicode=True)

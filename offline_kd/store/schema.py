@@ -1,0 +1,264 @@
+"""READ FIRST. What a teacher store looks like on disk.
+
+    NAME/
+      store.json                    identity, written first, never changed (`StoreIdentity`)
+      targets.zarr/                 zarr v3 arrays with core codecs only (`array_specs`)
+      ledger/BLOCK-FROM-TO.json     one per committed block and view group, written last, exclusively (`LedgerEntry`)
+      manifest.json                 by `finish`: every ledger entry, store digest, measured fidelity (`StoreManifest`)
+      README.md                     the card people read
+
+Rows: block b is the b-th image tar of the dataset, sample j of it is row b * rows_per_block + j. A chunk holds one
+block and one view group, so every commit writes whole objects and every read takes whole objects.
+
+zarr reports a missing object as fill values, without an error. Only the ledger says what exists; fill values, which no
+legal value equals, are the second line of defence.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from pydantic import Field
+from zarr.abc.store import Store as ZarrStore
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+from offline_kd.errors import RecipeError
+from offline_kd.manifest import Normalisation, Sha256, Strict, Tar, fingerprint
+from offline_kd.store.codec import AnyCodec, Codec, codec_arrays
+from offline_kd.views import AnyViews, Views, view_groups
+
+SCHEMA_VERSION = 1
+PROBES_PER_GROUP = 4
+NO_KEY = 2**64 - 1
+MIN_OBJECT_BYTES = 256 * 1024  # below this a request costs more than its bytes
+
+
+class DatasetIdentity(Strict):
+    name: str
+    split: str
+    fingerprint: Sha256
+    classes: list[str]
+    height: int
+    width: int
+    tars: list[Tar]
+    licence: str
+
+
+class TeacherIdentity(Strict):
+    name: str
+    model: str
+    model_args: dict[str, int | float | str | bool]
+    weights_sha256: Sha256
+    normalisation: Normalisation
+    dtype: str
+    evaluated_on: str
+    measured_top1: float = Field(description="percent, by the gate, before anything was written")
+    licence: str
+
+
+class StoreIdentity(Strict):
+    """`store.json`: what everything in the store is about. The same command must produce the same identity."""
+
+    schema_version: int
+    name: str
+    dataset: DatasetIdentity
+    teacher: TeacherIdentity
+    views: Views
+    codec: Codec
+    rows_per_block: int
+    views_per_group: int
+    versions: dict[str, str] = Field(description="of the software that created the store; not part of its digest")
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.dataset.classes)
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.dataset.tars)
+
+    @property
+    def groups(self) -> list[range]:
+        return view_groups(self.views.num_views, self.views_per_group)
+
+
+class StoredObject(Strict):
+    """One file below `targets.zarr/`."""
+
+    bytes: int
+    sha256: Sha256
+
+
+class LedgerEntry(Strict):
+    """The proof that one block exists for one group of views."""
+
+    block: int
+    first_view: int
+    end_view: int
+    rows: int
+    tar: str
+    tar_sha256: Sha256
+    objects: dict[str, StoredObject]
+
+    @property
+    def file_name(self) -> str:
+        return ledger_name(self.block, range(self.first_view, self.end_view))
+
+
+class Fidelity(Strict):
+    """The teacher, run again on rows read back from disk, against what the store says of them."""
+
+    rows: int = Field(description="sampled rows; all figures are of them")
+    teacher_top1: float = Field(description="percent of rows, augmented as stored, whose arg-max is the label")
+    mean_top1_probability: float
+    top1_agreement: float = Field(description="share of rows whose arg-max survived the codec")
+    mean_error: float = Field(description="mean absolute error of a logit")
+    max_error: float
+    max_error_allowed: float
+    kl: dict[str, float] = Field(description="mean KL(teacher || store) in nats, by temperature")
+    total_variation: dict[str, float]
+
+
+class StoreManifest(Strict):
+    """`manifest.json`: its existence means that the store is complete and was checked."""
+
+    schema_version: int
+    digest: Sha256
+    fidelity: Fidelity
+    total_bytes: int
+    entries: list[LedgerEntry]
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One zarr array. `per_group`: it has a view axis, so each commit writes one object of it, else one per block."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    fill: float
+    per_group: bool
+    description: str
+
+    def object_key(self, block: int, group: int) -> str:
+        """Path below `targets.zarr/` of the object that holds a block (of a view group)."""
+        grid = (block, group) if self.per_group else (block,)
+        return "/".join([self.name, "c", *map(str, grid), *["0"] * (len(self.shape) - len(grid))])
+
+    def region(self, block: int, group: int) -> tuple[slice, ...]:
+        """The array's elements that this object holds."""
+        grid = (block, group) if self.per_group else (block,)
+        sizes = self.chunks[: len(grid)]
+        return tuple(slice(index * size, (index + 1) * size) for index, size in zip(grid, sizes, strict=True))
+
+
+def ledger_name(block: int, views: range) -> str:
+    return f"{block:06d}-{views.start:05d}-{views.stop:05d}.json"
+
+
+def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
+    """Every array of a store. The view axis is as long as there are different views, so that none is ever resized."""
+    rows, per_group = identity.rows_per_block, identity.views_per_group
+    blocks, num_groups = identity.num_blocks, -(-identity.views.num_distinct // per_group)
+    num_rows, num_views = blocks * rows, num_groups * per_group
+    height, width = identity.dataset.height, identity.dataset.width
+
+    def per_row(name: str, dtype: str, fill: float, description: str) -> ArraySpec:
+        return ArraySpec(name, dtype, (num_rows,), (rows,), ("row",), fill, False, description)
+
+    def per_view(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
+        shape, chunks = (num_rows, num_views, *sizes), (rows, per_group, *sizes)
+        return ArraySpec(name, dtype, shape, chunks, ("row", "view", *names), fill, True, description)
+
+    def per_probe(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
+        shape, chunks = (blocks, num_groups, PROBES_PER_GROUP, *sizes), (1, 1, PROBES_PER_GROUP, *sizes)
+        return ArraySpec(name, dtype, shape, chunks, ("block", "group", "probe", *names), fill, True, description)
+
+    specs = [
+        per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
+        per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)"),
+        per_row("label", "<i4", -1, "class index"),
+        per_view("view/box", "<i2", -(2**15), "top, left, height, width in source pixels", ("box", 4)),
+        per_view("view/flip", "|u1", 255, "1: mirrored left-right after cropping"),
+        per_probe("probe/row", "<i4", -1, "row within the block"),
+        per_probe("probe/view", "<i4", -1, "view within the group"),
+        per_probe(
+            "probe/pixels",
+            "|u1",
+            0,
+            "what the teacher saw",
+            ("channel", 3),
+            ("height", height),
+            ("width", width),
+        ),
+    ]
+    for name, array in codec_arrays(identity.codec).items():
+        inner = [("class", identity.num_classes)] if array.has_classes else []
+        specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
+    return specs
+
+
+def create_array(store: ZarrStore, spec: ArraySpec) -> "zarr.Array[Any]":
+    """Create one array; the same call serves the store on disk and the reader's decoding in memory."""
+    itemsize = np.dtype(spec.dtype).itemsize
+    packer: Any = (
+        ZstdCodec(level=1)
+        if itemsize == 1
+        else BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize)
+    )
+    return zarr.create_array(
+        store,
+        name=spec.name,
+        shape=spec.shape,
+        chunks=spec.chunks,
+        dtype=spec.dtype,
+        fill_value=np.dtype(spec.dtype).type(spec.fill),
+        compressors=[packer, Crc32cCodec()],
+        filters=None,
+        dimension_names=spec.dimensions,
+        attributes={"description": spec.description},
+        config={"write_empty_chunks": True},
+        zarr_format=3,
+    )
+
+
+def plan_views_per_group(
+    views: AnyViews, codec: AnyCodec, *, rows_per_block: int, num_classes: int, requested: int | None
+) -> int:
+    """How many views are stored and read together: as requested, else the fewest that make a worthwhile object.
+
+    Always a divisor of the number of views, so that no group is ever half full and views can be added later without
+    touching what is there.
+    """
+    num_views = views.num_views
+    if requested is not None:
+        if num_views % requested:
+            divisors = [size for size in range(1, num_views + 1) if num_views % size == 0]
+            raise RecipeError(
+                f"capture.views_per_group is {requested}, which does not divide the {num_views} views. "
+                f"Use one of {divisors}."
+            )
+        return requested
+    bytes_per_row = sum(
+        np.dtype(array.dtype).itemsize * (num_classes if array.has_classes else 1)
+        for array in codec_arrays(codec).values()
+    )
+    for size in range(1, num_views + 1):
+        if num_views % size == 0 and size * rows_per_block * bytes_per_row >= MIN_OBJECT_BYTES:
+            return size
+    return num_views
+
+
+def identity_digest(identity: StoreIdentity) -> str:
+    return fingerprint(identity.model_dump(mode="json", exclude={"versions"}))
+
+
+def store_digest(identity: StoreIdentity, entries: list[LedgerEntry]) -> str:
+    """sha256 over identity and ledger: content, not dates, machines or software versions."""
+    ordered = sorted(entries, key=lambda entry: entry.file_name)
+    return fingerprint([identity_digest(identity), [entry.model_dump(mode="json") for entry in ordered]])

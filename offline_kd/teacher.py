@@ -1,0 +1,94 @@
+"""The frozen network that stage 1 asks: found, checked, gated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from offline_kd.data import BlockLoader
+from offline_kd.errors import RecipeError, TeacherError
+from offline_kd.evaluate import evaluate
+from offline_kd.manifest import ExpectedAccuracy, Manifest, Normalisation
+from offline_kd.models import build, find_weights, load_weights, normalise
+from offline_kd.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Teacher:
+    name: str
+    model: str
+    model_args: dict[str, int | float | str | bool]
+    weights_sha256: str
+    normalisation: Normalisation
+    dtype: str
+    expected: ExpectedAccuracy | None
+    licence: str
+    network: nn.Module
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images."""
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
+            logits = self.network(normalise(images, self.normalisation))
+        return logits.float()
+
+
+def load_teacher(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], num_classes: int, device: torch.device
+) -> Teacher:
+    """The teacher of a recipe, in evaluation mode; what the recipe leaves open comes from the manifest.
+
+    Raises ModelError when weights are not those of the manifest or do not fit, TeacherError when the network's outputs
+    are not one per class.
+    """
+    wanted = recipe.teacher
+    if wanted.weights is None:
+        raise RecipeError(
+            f"recipe '{recipe.name}': teacher.weights is missing. Name a teacher of the manifest or a "
+            "file, or train one: `offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
+        )
+    known = manifest.teachers.get(wanted.weights)
+    model = wanted.model or (known.model if known else None)
+    if model is None:
+        raise RecipeError(
+            f"recipe '{recipe.name}': teacher.model is missing, and weights '{wanted.weights}' "
+            "are not in the manifest, which could tell it."
+        )
+    args = wanted.model_args or (known.model_args if known else {})
+    path, sha256 = find_weights(wanted.weights, manifest, roots)
+    network = build(model, num_classes, args)
+    load_weights(network, path)
+    network.requires_grad_(False).eval().to(device)
+    return Teacher(
+        name=wanted.weights if known else path.stem,
+        model=model,
+        model_args=args,
+        weights_sha256=sha256,
+        normalisation=wanted.normalisation or (known.normalisation if known else recipe.data.normalisation),
+        dtype=wanted.dtype,
+        expected=wanted.expected or (known.expected if known else None),
+        licence=wanted.licence or (known.licence if known else ""),
+        network=network,
+    )
+
+
+def gate(
+    teacher: Teacher, recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torch.device
+) -> tuple[str, float]:
+    """Measure the teacher before it is believed: `DATASET/SPLIT` and top-1 in percent.
+
+    Raises TeacherError when it is further from the expected accuracy than the tolerance.
+    """
+    expected = teacher.expected
+    dataset, split = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
+    loader = BlockLoader(manifest.dataset(dataset), manifest.split(dataset, split), roots, keep_bytes=0)
+    measured = evaluate(teacher.logits, loader, recipe.capture.batch_size, device, title="teacher gate").top1
+    if expected and abs(measured - expected.top1) > expected.tolerance:
+        raise TeacherError(
+            f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured:.2f} %, expected "
+            f"{expected.top1:.2f} +- {expected.tolerance:g}. Check weights, normalisation and class order; "
+            "nothing was written."
+        )
+    return f"{dataset}/{split}", measured
