@@ -84,7 +84,7 @@ def cache_teacher(
                     continue
                 of_group = slice(views.start, views.stop)
                 chosen = ViewParameters(parameters.box[:, of_group], parameters.flip[:, of_group])
-                arrays = _ask_teacher(teacher, recipe, identity, images, chosen, number, group, device)
+                arrays = ask_teacher(teacher, recipe, identity, images, chosen, number, group, device)
                 entries[number, group] = commit(
                     path, identity, number, group, arrays, tar=images.name, tar_sha256=images.sha256
                 )
@@ -101,7 +101,7 @@ def _identify(
     path: Path,
     device: torch.device,
 ) -> StoreIdentity:
-    """Everything the store will be about. The teacher passes its gate here, unless a store begun with it says it did."""
+    """Everything the store will be about. The teacher passes its gate here, unless the store says it did."""
     first = loader[0]
     rows_per_block = max(tar.count for tar in loader.split.tars)
     existing = read_identity(path) if (path / "store.json").is_file() else None
@@ -140,7 +140,6 @@ def _identify(
         rows_per_block=rows_per_block,
         views_per_group=plan_views_per_group(
             recipe.views,
-            recipe.capture.codec,
             rows_per_block=rows_per_block,
             num_classes=len(loader.dataset.classes),
             requested=recipe.capture.views_per_group,
@@ -159,7 +158,7 @@ def _blocks(loader: BlockLoader, numbers: list[int], workers: int) -> Iterator[t
     yield from zip(numbers, ahead, strict=True)
 
 
-def _ask_teacher(
+def ask_teacher(
     teacher: Teacher,
     recipe: Recipe,
     identity: StoreIdentity,
@@ -223,9 +222,11 @@ def _keys_of_committed_blocks(
 ) -> dict[int, int]:
     """Block by key hash, of what earlier runs committed."""
     store = Store(path, identity, list(entries.values()), None)
-    blocks = dict(entries)
+    group_of_block = dict(entries.keys())
     return {
-        int(key): block for block, group in blocks.items() for key in store.read(block, group, ["key_hash"])["key_hash"]
+        key: block
+        for block, group in group_of_block.items()
+        for key in store.read(block, group, ["key_hash"])["key_hash"].tolist()
     }
 
 

@@ -58,8 +58,7 @@ class Step(Strict):
 
     name: Literal["step"]
     milestones: list[int]
-    gamma: Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
-Positive = 0.1
+    gamma: Positive = 0.1
     warmup_epochs: float = Field(0, ge=0)
 
 

@@ -1,0 +1,265 @@
+"""`offline-kd bench`: what a step costs with and without a teacher, and what training from a store changes.
+
+Parts are timed in turn, round after round, so that a slow moment of the machine hits all of them; ratios are taken
+within a round and their median is reported.
+"""
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offline_kd.cache import ask_teacher, cache_teacher
+from offline_kd.data import BlockLoader, Sample, pack, read_tar
+from offline_kd.distill import TeacherLogits, make_stream, new_student, train_step, training_images
+from offline_kd.errors import RecipeError
+from offline_kd.manifest import Dataset, Manifest, Split, locate
+from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.progress import progress
+from offline_kd.recipe import CE, AnyTerm, Recipe, needs_teacher
+from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, decode
+from offline_kd.store.reader import Store, open_store
+from offline_kd.store.writer import commit, create_or_resume
+from offline_kd.stream import Batch, Stream
+from offline_kd.teacher import Teacher, load_teacher
+from offline_kd.terms import term_weight
+from offline_kd.views import PadCropFlip, ViewParameters, draw
+
+BENCH_VIEWS = 4
+DRIFT_CODECS: dict[str, AnyCodec] = {"f32": Float32(), "f16": Float16(name="f16"), "int8": Int(name="int")}
+
+
+def bench(
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Path],
+    device: torch.device,
+    *,
+    objective: str | None,
+    rounds: int,
+    steps: int,
+) -> dict[str, Any]:
+    """Seconds per batch of every part, with quartiles over rounds, and the ratios that matter.
+
+    Works on the first `steps` batches of the dataset with up to BENCH_VIEWS views, in a temporary folder. Decoded
+    images are kept in memory, as in training after the first epoch; stage 1 includes decoding.
+    """
+    if objective is None:
+        objective = next((name for name, terms in recipe.objectives.items() if needs_teacher(terms)), None)
+    _, terms = recipe.objective(objective)
+    if not needs_teacher(terms):
+        raise RecipeError(f"objective '{objective}' has no teacher to compare with: pick another with --objective.")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe, manifest = _small(recipe, manifest, roots, folder, steps)
+        roots = [folder, *roots]
+        loader = training_images(recipe, manifest, roots)
+        teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
+        cache_teacher(recipe, manifest, roots, folder / "store", device)
+        store = open_store(folder / "store")
+        codec = store.identity.codec
+
+        from_store = make_stream(recipe, loader, store, 0, device)
+        plain = make_stream(recipe, loader, None, 0, device)
+        batch_size = recipe.training.batch_size
+        images = [batch.images for batch in plain.epoch(0)]
+
+        def ask_bare() -> None:
+            for part in images:
+                teacher.logits(part)
+
+        def load_only() -> None:
+            for _ in from_store.epoch(0):
+                pass
+
+        parts: dict[str, tuple[Callable[[], None], int]] = {
+            "ce step": (_training(recipe, loader, plain, [CE(term="ce")], None, device), 1),
+            "store step": (
+                _training(recipe, loader, from_store, terms, lambda batch: decode(codec, batch.targets), device),
+                1,
+            ),
+            "online step": (
+                _training(recipe, loader, plain, terms, lambda batch: teacher.logits(batch.images), device),
+                1,
+            ),
+            "loader alone": (load_only, 1),
+            "bare teacher": (ask_bare, 1),
+            "stage 1": (_stage_1(recipe, store, loader, teacher, folder, device), store.identity.groups[0].stop),
+        }
+        seconds: dict[str, list[float]] = {part: [] for part in parts}
+        with progress("bench", rounds + 1, "rounds") as meter:
+            for round_number in range(rounds + 1):
+                for part, (work, batches) in parts.items():
+                    started = time.perf_counter()
+                    work()
+                    if device.type == "cuda":
+                        torch.cuda.synchronize()
+                    if round_number:  # the first round warms up
+                        seconds[part].append((time.perf_counter() - started) / (len(images) * batches))
+                meter.advance()
+    ratios = {
+        "store step / ce step": ("store step", "ce step"),
+        "online step / store step": ("online step", "store step"),
+        "stage 1 / bare teacher": ("stage 1", "bare teacher"),
+        "loader alone / ce step": ("loader alone", "ce step"),
+    }
+    quartiles = {part: statistics.quantiles(times, n=4) for part, times in seconds.items()}
+    return {
+        "recipe": recipe.name,
+        "objective": objective,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "batch_size": batch_size,
+        "rounds": rounds,
+        "seconds": {
+            part: {"median": middle, "low": low, "high": high} for part, (low, middle, high) in quartiles.items()
+        },
+        "ratios": {
+            name: statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+            for name, (above, below) in ratios.items()
+        },
+    }
+
+
+def _small(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], folder: Path, steps: int
+) -> tuple[Recipe, Manifest]:
+    """The recipe on its first `steps` batches and at most BENCH_VIEWS views; the teacher's gate is left out."""
+    dataset = manifest.dataset(recipe.data.dataset)
+    split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
+    wanted = steps * recipe.training.batch_size
+    samples: list[Sample] = []
+    for tar in split.tars:
+        samples += read_tar(locate(f"{dataset.folder}/{tar.file}", roots))[0][: wanted - len(samples)]
+    small = Dataset(
+        folder="bench",
+        classes=dataset.classes,
+        splits={"all": Split(tars=pack(samples, folder / "bench", "all", wanted))},
+    )
+    views = recipe.views
+    if isinstance(views, PadCropFlip):
+        views = views.model_copy(update={"count": min(BENCH_VIEWS, views.num_views)})
+    ungated = {name: teacher.model_copy(update={"expected": None}) for name, teacher in manifest.teachers.items()}
+    changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "workers": 0}
+    return (
+        recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update=changes),
+                "views": views,
+                "capture": recipe.capture.model_copy(update={"views_per_group": None}),
+                "teacher": recipe.teacher.model_copy(update={"expected": None}),
+            }
+        ),
+        manifest.model_copy(update={"datasets": {"bench": small}, "teachers": ungated}),
+    )
+
+
+def _training(
+    recipe: Recipe,
+    loader: BlockLoader,
+    stream: Stream,
+    terms: Sequence[AnyTerm],
+    teacher_logits: TeacherLogits | None,
+    device: torch.device,
+) -> Callable[[], None]:
+    """One epoch of the training loop's own steps, reading included."""
+    network = new_student(recipe, loader, 0, device).train()
+    optimizer = make_optimizer(recipe.training, network)
+    set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
+    weights = [term.weight for term in terms]
+
+    def work() -> None:
+        for batch in stream.epoch(0):
+            teacher = teacher_logits(batch) if teacher_logits else None
+            train_step(network, optimizer, batch, teacher, terms, weights, recipe.training, recipe.data.normalisation)
+
+    return work
+
+
+def _stage_1(
+    recipe: Recipe, store: Store, loader: BlockLoader, teacher: Teacher, folder: Path, device: torch.device
+) -> Callable[[], None]:
+    """Read, decode, ask and commit one block and view group, as `cache_teacher` does."""
+    identity = store.identity
+    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0)
+
+    def work() -> None:
+        path = folder / "stage-1"
+        create_or_resume(path, identity)
+        block = undecoded[0]
+        parameters = draw(recipe.views, block.key_hash, identity.dataset.height, identity.dataset.width)
+        end = identity.groups[0].stop
+        chosen = ViewParameters(parameters.box[:, :end], parameters.flip[:, :end])
+        arrays = ask_teacher(teacher, recipe, identity, block, chosen, 0, 0, device)
+        commit(path, identity, 0, 0, arrays, tar=block.name, tar_sha256=block.sha256)
+        shutil.rmtree(path)
+
+    return work
+
+
+# ---- drift ---------------------------------------------------------------------------------------------------------
+
+
+def measure_drift(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], steps: int, device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Train `steps` steps with the live teacher and from a store of each codec, everything else equal.
+
+    Returns, by objective and codec, |offline - online| / |online| over all parameters of the student.
+    """
+    objectives = {name: terms for name, terms in recipe.objectives.items() if needs_teacher(terms)}
+    loader = training_images(recipe, manifest, roots)
+    teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
+    live = {
+        name: _train(recipe, loader, None, terms, lambda batch: teacher.logits(batch.images), steps, device)
+        for name, terms in objectives.items()
+    }
+    drifts: dict[str, dict[str, float]] = {name: {} for name in objectives}
+    for codec_name, codec in DRIFT_CODECS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            capture = recipe.capture.model_copy(update={"codec": codec})
+            cache_teacher(
+                recipe.model_copy(update={"capture": capture}), manifest, roots, Path(folder) / "store", device
+            )
+            store = open_store(Path(folder) / "store")
+            for name, terms in objectives.items():
+                logits = _decoder(codec)
+                offline = _train(recipe, loader, store, terms, logits, steps, device)
+                drifts[name][codec_name] = ((offline - live[name]).norm() / live[name].norm()).item()
+    return drifts
+
+
+def _decoder(codec: AnyCodec) -> TeacherLogits:
+    return lambda batch: decode(codec, batch.targets)
+
+
+def _train(
+    recipe: Recipe,
+    loader: BlockLoader,
+    store: Store | None,
+    terms: Sequence[AnyTerm],
+    teacher_logits: Callable[[Batch], torch.Tensor],
+    steps: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """All parameters of a student after `steps` steps of the recipe, as one vector in float64."""
+    seed = recipe.seeds[0]
+    network = new_student(recipe, loader, seed, device).train()
+    optimizer = make_optimizer(recipe.training, network)
+    stream = make_stream(recipe, loader, store, seed, device)
+    for step in range(steps):
+        epoch, in_epoch = divmod(step, stream.steps_per_epoch)
+        if in_epoch == 0:
+            batches = stream.epoch(epoch)
+        set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_epoch))
+        batch = next(batches)
+        weights = [term_weight(term, epoch) for term in terms]
+        train_step(
+            network, optimizer, batch, teacher_logits(batch), terms, weights, recipe.training, recipe.data.normalisation
+        )
+    return torch.cat([parameter.detach().double().flatten() for parameter in network.parameters()])

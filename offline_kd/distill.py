@@ -1,0 +1,422 @@
+"""STAGE 2, whole: batches with stored targets -> student. One loop for distillation, live teachers and plain training.
+
+All it knows of stage 1 is the store. A live teacher (`--online`) takes the store's place in the same loop, with the
+same views in the same order, and exists to measure that the two agree.
+"""
+
+import hashlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from offline_kd.data import BlockLoader
+from offline_kd.errors import RecipeError, StoreMismatch, TrainingError
+from offline_kd.evaluate import evaluate
+from offline_kd.files import flush_to_disk, write_atomically
+from offline_kd.manifest import Manifest, Normalisation, file_sha256, fingerprint
+from offline_kd.models import build, normalise, parameter_count
+from offline_kd.objectives import dtkd_fallbacks
+from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.progress import progress, say
+from offline_kd.recipe import CE, DTKD, AnyTerm, Recipe, Training, dump_recipe, needs_teacher
+from offline_kd.store.codec import decode
+from offline_kd.store.reader import Store, open_store
+from offline_kd.store.schema import plan_views_per_group
+from offline_kd.stream import Batch, Stream
+from offline_kd.teacher import load_teacher
+from offline_kd.terms import term_value, term_weight
+from offline_kd.views import view_groups
+
+TeacherLogits = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Result:
+    """`result.json`: what a finished run achieved."""
+
+    recipe: str
+    objective: str
+    targets: str  # "store", "online" or "none"
+    seed: int
+    top1: float  # percent, after the last epoch
+    best_top1: float
+    nll: float
+    ece: float
+    epochs: int
+    steps: int
+    parameters: int
+    seconds_per_epoch: float  # training alone, median over epochs
+    seconds_per_step: float
+    images_per_second: float
+    dtkd_fallbacks: int  # samples for which DTKD's temperatures were undefined
+    store_digest: str
+    student_sha256: str
+
+
+def distill(
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    *,
+    objective: str | None = None,
+    seed: int | None = None,
+    store_path: Path | None = None,
+    online: bool = False,
+) -> Result:
+    """Train the student of a recipe into the run directory `out`, from a store or with the live teacher.
+
+    Raises StoreMismatch when the store was not made for this recipe's data, views and teacher.
+    """
+    name, terms = recipe.objective(objective)
+    seed = recipe.seeds[0] if seed is None else seed
+    loader = training_images(recipe, manifest, roots)
+    store = open_store(store_path) if store_path else None
+    if needs_teacher(terms) and store is None and not online:
+        raise RecipeError(f"objective '{name}' needs a teacher: give --store, or --online for the live teacher.")
+    if store is not None:
+        check_store(store, recipe, manifest, loader)
+    stream = make_stream(
+        recipe, loader, None if online else store, seed, device, groups=store.identity.groups if store else None
+    )
+    teacher_logits: TeacherLogits | None = None
+    if needs_teacher(terms):
+        if online:
+            teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
+            teacher_logits = lambda batch: teacher.logits(batch.images)  # noqa: E731
+        elif store is not None:
+            codec = store.identity.codec
+            teacher_logits = lambda batch: decode(codec, batch.targets)  # noqa: E731
+    return fit(
+        recipe=recipe,
+        network=new_student(recipe, loader, seed, device),
+        training=recipe.training,
+        terms=terms,
+        stream=stream,
+        evaluation=evaluation_images(recipe, manifest, roots),
+        teacher_logits=teacher_logits,
+        out=out,
+        device=device,
+        seed=seed,
+        objective=name,
+        targets="none" if teacher_logits is None else "online" if online else "store",
+        store_digest=store.digest if store else "",
+    )
+
+
+def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out: Path, device: torch.device) -> Result:
+    """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights."""
+    if recipe.teacher.model is None or recipe.teacher.training is None:
+        raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
+    loader = training_images(recipe, manifest, roots)
+    torch.manual_seed(recipe.seeds[0])
+    network = build(recipe.teacher.model, len(loader.dataset.classes), recipe.teacher.model_args).to(device)
+    plain = recipe.model_copy(
+        update={
+            "training": recipe.teacher.training,
+            "data": recipe.data.model_copy(
+                update={
+                    "labelled_fraction": 1.0,
+                    "normalisation": recipe.teacher.normalisation or recipe.data.normalisation,
+                }
+            ),
+        }
+    )
+    return fit(
+        recipe=plain,
+        network=network,
+        training=recipe.teacher.training,
+        terms=[CE(term="ce")],
+        stream=make_stream(plain, loader, None, recipe.seeds[0], device),
+        evaluation=evaluation_images(recipe, manifest, roots),
+        teacher_logits=None,
+        out=out,
+        device=device,
+        seed=recipe.seeds[0],
+        objective="teacher",
+        targets="none",
+        store_digest="",
+    )
+
+
+def new_student(recipe: Recipe, loader: BlockLoader, seed: int, device: torch.device) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(recipe.student.model, len(loader.dataset.classes), recipe.student.model_args).to(device)
+
+
+def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
+    dataset = manifest.dataset(recipe.data.dataset)
+    split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
+    return BlockLoader(dataset, split, roots, keep_bytes=recipe.data.keep_bytes)
+
+
+def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
+    split = manifest.split(recipe.data.dataset, recipe.data.evaluation)
+    return BlockLoader(manifest.dataset(recipe.data.dataset), split, roots, keep_bytes=recipe.data.keep_bytes)
+
+
+def make_stream(
+    recipe: Recipe,
+    loader: BlockLoader,
+    store: Store | None,
+    seed: int,
+    device: torch.device,
+    groups: list[range] | None = None,
+) -> Stream:
+    """The batches of a run. Without a store, views are grouped as stage 1 would group them, so that a run with the live
+    teacher sees the same views in the same order."""
+    if groups is None:
+        per_group = plan_views_per_group(
+            recipe.views,
+            rows_per_block=max(tar.count for tar in loader.split.tars),
+            num_classes=len(loader.dataset.classes),
+            requested=recipe.capture.views_per_group,
+        )
+        groups = view_groups(recipe.views.num_views, per_group)
+    return Stream(
+        loader,
+        recipe.views,
+        groups,
+        store,
+        seed=seed,
+        batch_size=recipe.training.batch_size,
+        pool_blocks=recipe.training.pool_blocks,
+        labelled_fraction=recipe.data.labelled_fraction,
+        workers=recipe.data.workers,
+        device=device,
+    )
+
+
+def check_store(store: Store, recipe: Recipe, manifest: Manifest, loader: BlockLoader) -> None:
+    """Make sure that a store was made for what the recipe describes; raises StoreMismatch with both values.
+
+    The tars may be other ones (a part of the dataset, or packed anew): the join checks every sample by key and bytes.
+    """
+    identity = store.identity
+    classes, known = identity.dataset.classes, loader.dataset.classes
+    if len(classes) != len(known):
+        raise StoreMismatch(
+            f"{store.path}: has targets for {len(classes)} classes, dataset '{recipe.data.dataset}' has {len(known)}. "
+            "Use the dataset the store was made from, or capture it again."
+        )
+    if classes != known:
+        index = next(index for index, pair in enumerate(zip(classes, known, strict=True)) if pair[0] != pair[1])
+        raise StoreMismatch(
+            f"{store.path}: class {index} is '{classes[index]}', in dataset '{recipe.data.dataset}' it is "
+            f"'{known[index]}'. The class order differs: correct the manifest, or capture it again."
+        )
+    if identity.views != recipe.views:
+        raise StoreMismatch(
+            f"{store.path}: holds the views {identity.views.model_dump(mode='json')}, the recipe says "
+            f"{recipe.views.model_dump(mode='json')}. Correct the recipe's views, or capture another store."
+        )
+    weights = recipe.teacher.weights
+    if weights is not None:
+        known_weights = manifest.teachers.get(weights)
+        sha256 = known_weights.weights.sha256 if known_weights else ""
+        if not sha256 and Path(weights).is_file():
+            sha256 = file_sha256(Path(weights))
+        if sha256 not in ("", identity.teacher.weights_sha256):
+            raise StoreMismatch(
+                f"{store.path}: was made by teacher '{identity.teacher.name}' with weights "
+                f"{identity.teacher.weights_sha256}, the recipe's teacher '{weights}' has {sha256}. "
+                "Correct teacher.weights, or capture this teacher's store."
+            )
+
+
+# ---- the loop ------------------------------------------------------------------------------------------------------
+
+
+def fit(
+    *,
+    recipe: Recipe,
+    network: nn.Module,
+    training: Training,
+    terms: list[AnyTerm],
+    stream: Stream,
+    evaluation: BlockLoader,
+    teacher_logits: TeacherLogits | None,
+    out: Path,
+    device: torch.device,
+    seed: int,
+    objective: str,
+    targets: str,
+    store_digest: str,
+) -> Result:
+    """Train `network`, evaluating after every epoch; the same call goes on after the last epoch that was saved.
+
+    Raises TrainingError when the loss is no longer a number, or when `out` holds another run.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    description = dump_recipe(recipe)
+    identity = fingerprint([recipe.model_dump(mode="json"), objective, seed, targets, store_digest])
+    title = f"{objective}, seed {seed}"
+    optimizer = make_optimizer(training, network)
+    first_epoch, history = _resume(out, identity, network, optimizer, device)
+    if first_epoch == training.epochs and (out / "result.json").is_file():
+        say(f"{out}: finished already, nothing to do")
+        return Result(**json.loads((out / "result.json").read_text()))
+    write_atomically(out / "recipe.yaml", description)
+
+    @torch.inference_mode()
+    def predict(images: Tensor) -> Tensor:
+        network.eval()
+        return network(normalise(images, recipe.data.normalisation))
+
+    with progress(title, (training.epochs - first_epoch) * stream.steps_per_epoch, "steps") as meter:
+        for epoch in range(first_epoch, training.epochs):
+            network.train()
+            weights = [term_weight(term, epoch) for term in terms]
+            sums = torch.zeros(len(terms), device=device)
+            fallbacks = torch.zeros((), dtype=torch.int64, device=device)
+            images_seen, started = 0, time.perf_counter()
+            for step, batch in enumerate(stream.epoch(epoch)):
+                set_learning_rate(optimizer, learning_rate(training, epoch + step / stream.steps_per_epoch))
+                teacher = teacher_logits(batch) if teacher_logits else None
+                student, values = train_step(
+                    network, optimizer, batch, teacher, terms, weights, training, recipe.data.normalisation
+                )
+                sums += values
+                if teacher is not None and any(isinstance(term, DTKD) for term in terms):
+                    fallbacks += dtkd_fallbacks(student, teacher)
+                images_seen += len(batch.labels)
+                meter.advance()
+            means = (sums / stream.steps_per_epoch).tolist()  # waits for the device, so that the time is the epoch's
+            seconds = time.perf_counter() - started
+            losses = {f"loss_{term.term}": mean for term, mean in zip(terms, means, strict=True)}
+            for name, mean in losses.items():
+                if mean != mean or abs(mean) == float("inf"):
+                    raise TrainingError(
+                        f"{out}: {name} is {mean} in epoch {epoch + 1}: training diverged. The last good epoch "
+                        "is in last.ckpt. Use a smaller training.optimizer.lr and another --out folder."
+                    )
+            measured = evaluate(predict, evaluation, 256, device, title="evaluation")
+            history.append(
+                {
+                    "epoch": epoch + 1,
+                    **losses,
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "top1": measured.top1,
+                    "nll": measured.nll,
+                    "ece": measured.ece,
+                    "seconds": seconds,
+                    "images": images_seen,
+                    "dtkd_fallbacks": int(fallbacks),
+                }
+            )
+            _save(out, identity, network, optimizer, epoch + 1, history)
+    return _finish(out, recipe, network, history, stream.steps_per_epoch, seed, objective, targets, store_digest)
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    teacher: Tensor | None,
+    terms: Sequence[AnyTerm],
+    weights: Sequence[float],
+    training: Training,
+    normalisation: Normalisation,
+) -> tuple[Tensor, Tensor]:
+    """One update of the student; returns its logits `[B, C]` and the bare value of every term `[terms]`, detached."""
+    with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=training.amp):
+        student = network(normalise(batch.images, normalisation))
+    student = student.float()
+    values = torch.stack([term_value(term, student, teacher, batch.labels, training.label_smoothing) for term in terms])
+    optimizer.zero_grad(set_to_none=True)
+    (values * torch.tensor(weights, device=values.device)).sum().backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return student.detach(), values.detach()
+
+
+def _save(
+    out: Path,
+    identity: str,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    epochs_done: int,
+    history: list[dict[str, Any]],
+) -> None:
+    """Everything that the rest of the run depends on. Order and views need nothing: they are functions of the epoch."""
+    partial = out / "last.ckpt.partial"
+    torch.save(
+        {
+            "identity": identity,
+            "epochs_done": epochs_done,
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": torch.get_rng_state(),  # for networks with dropout
+            "history": json.dumps(history),
+        },
+        partial,
+    )
+    flush_to_disk(partial)
+    partial.replace(out / "last.ckpt")
+    write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
+def _resume(
+    out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+) -> tuple[int, list[dict[str, Any]]]:
+    file = out / "last.ckpt"
+    if not file.is_file():
+        return 0, []
+    saved = torch.load(file, map_location=device, weights_only=True)
+    if saved["identity"] != identity:
+        raise TrainingError(
+            f"{out}: holds a run of another recipe, objective, seed or store (see its recipe.yaml). "
+            "Give another --out folder, or delete this one."
+        )
+    network.load_state_dict(saved["network"])
+    optimizer.load_state_dict(saved["optimizer"])
+    torch.set_rng_state(saved["rng"].cpu())
+    history: list[dict[str, Any]] = json.loads(saved["history"])
+    say(f"{out}: resuming after epoch {saved['epochs_done']}")
+    return int(saved["epochs_done"]), history
+
+
+def _finish(
+    out: Path,
+    recipe: Recipe,
+    network: nn.Module,
+    history: list[dict[str, Any]],
+    steps_per_epoch: int,
+    seed: int,
+    objective: str,
+    targets: str,
+    store_digest: str,
+) -> Result:
+    weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+    content = safetensors.torch.save(weights)
+    write_atomically(out / "student.safetensors", content)
+    seconds = statistics.median(line["seconds"] for line in history)
+    result = Result(
+        recipe=recipe.name,
+        objective=objective,
+        targets=targets,
+        seed=seed,
+        top1=history[-1]["top1"],
+        best_top1=max(line["top1"] for line in history),
+        nll=history[-1]["nll"],
+        ece=history[-1]["ece"],
+        epochs=len(history),
+        steps=len(history) * steps_per_epoch,
+        parameters=parameter_count(network),
+        seconds_per_epoch=seconds,
+        seconds_per_step=seconds / steps_per_epoch,
+        images_per_second=history[-1]["images"] / seconds,
+        dtkd_fallbacks=sum(line["dtkd_fallbacks"] for line in history),
+        store_digest=store_digest,
+        student_sha256=hashlib.sha256(content).hexdigest(),
+    )
+    write_atomically(out / "result.json", json.dumps(asdict(result), indent=2) + "\n")
+    return result
