@@ -216,8 +216,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for name, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
-        merged[name] = _merge(merged[name], value) if both else value
+        old = merged.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            # Another kind of schedule, optimizer, codec or view starts afresh: the old one's fields are not its own.
+            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
+            merged[name] = value if other_kind else _merge(old, value)
+        else:
+            merged[name] = value
     return merged
 
 

@@ -29,7 +29,7 @@ NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 VGG8 = [[64], [128], [256], [512], [512]]
 VGG13 = [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]]
 
-CIFAR: dict[str, Callable[[int], nn.Module]] = {
+CIFAR: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(CifarResNet, depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(CifarResNet, depth, WIDE) for depth in (8, 32)},
     **{f"resnet{depth}_a": partial(CifarResNet, depth, NARROW, shortcut="pad") for depth in (20, 32, 44, 56, 110)},
@@ -44,34 +44,41 @@ CIFAR: dict[str, Callable[[int], nn.Module]] = {
 
 
 def build(name: str, num_classes: int, args: Mapping[str, Any] | None = None) -> nn.Module:
-    """A freshly initialised network with `num_classes` outputs; raises ModelError for a name nobody knows."""
-    source, _, model = name.partition(":")
-    try:
-        if source == "cifar":
-            if model not in CIFAR:
-                raise ModelError(f"no network 'cifar:{model}'.{did_you_mean(model, CIFAR)}")
-            return CIFAR[model](num_classes, **(args or {}))
-        if source == "torchvision":
-            from torchvision import models
+    """A freshly initialised network with `num_classes` outputs; raises ModelError for a name nobody knows.
 
-            if model not in models.list_models():
-                raise ModelError(f"torchvision has no '{model}'.{did_you_mean(model, models.list_models())}")
-            return _as_module(models.get_model(model, weights=None, num_classes=num_classes, **(args or {})), name)
-        if source == "timm":
-            return _as_module(_timm().create_model(model, num_classes=num_classes, **(args or {})), name)
-        if model:
-            return _as_module(_import(source, model)(num_classes=num_classes, **(args or {})), name)
+    Weights are laid out channels-last, as `normalise` lays out images: twice as fast for ResNets on a CPU.
+    """
+    try:
+        model = _constructor(name)(num_classes=num_classes, **(args or {}))
     except TypeError as error:
         raise ModelError(f"'{name}' cannot be built with {dict(args or {})}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"'{name}' returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model.to(memory_format=torch.channels_last)
+
+
+def _constructor(name: str) -> Callable[..., object]:
+    source, _, model = name.partition(":")
+    if source == "cifar":
+        if model not in CIFAR:
+            raise ModelError(f"no network 'cifar:{model}'.{did_you_mean(model, CIFAR)}")
+        return CIFAR[model]
+    if source == "torchvision":
+        from torchvision import models
+
+        if model not in models.list_models():
+            raise ModelError(f"torchvision has no '{model}'.{did_you_mean(model, models.list_models())}")
+        return partial(models.get_model, model, weights=None)
+    if source == "timm":
+        timm = _timm()
+        if not timm.is_model(model):
+            raise ModelError(f"timm has no '{model}'.{did_you_mean(model, timm.list_models())}")
+        return partial(timm.create_model, model)
+    if model:
+        return _import(source, model)
     raise ModelError(
         f"'{name}' is no network name. Write cifar:NAME, torchvision:NAME, timm:NAME or package.module:function."
     )
-
-
-def _as_module(model: object, name: str) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"'{name}' returned a {type(model).__name__}, not a torch.nn.Module.")
-    return model
 
 
 def _timm() -> Any:
@@ -101,7 +108,7 @@ def normalise(images: Tensor, normalisation: Normalisation) -> Tensor:
         torch.tensor(values, device=images.device).view(1, 3, 1, 1)
         for values in (normalisation.mean, normalisation.std)
     )
-    return (images.float() / 255 - mean) / std
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

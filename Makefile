@@ -1,0 +1,32 @@
+# Everything happens in .venv, made here from pyproject.toml; Python 3.11 or newer is all that is needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test test-slow check clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --editable '.[dev]'
+	touch .venv/installed
+
+demo: setup
+	$(BIN)/offline-kd run pipelines/digits.yaml --out runs/digits
+
+test: setup check
+	$(BIN)/python -m pytest -m 'not slow'
+
+# Needs the real images and teachers: OFFLINE_KD_DATA=FOLDER make test-slow
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs data build *.egg-info
