@@ -13,12 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from offline_kd.cache import ask_teacher, cache_teacher
 from offline_kd.data import BlockLoader, Sample, pack, read_tar
-from offline_kd.distill import TeacherLogits, make_stream, new_student, train_step, training_images
+from offline_kd.distill import (
+    TeacherLogits,
+    evaluation_images,
+    make_stream,
+    new_student,
+    train_step,
+    training_images,
+)
 from offline_kd.errors import RecipeError
+from offline_kd.evaluate import evaluate
 from offline_kd.manifest import Dataset, Manifest, Split, locate
+from offline_kd.models import normalise
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.progress import progress
 from offline_kd.recipe import CE, AnyTerm, Recipe, needs_teacher
@@ -207,30 +217,47 @@ def _stage_1(
 
 def measure_drift(
     recipe: Recipe, manifest: Manifest, roots: Sequence[Path], steps: int, device: torch.device
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, dict[str, float]]]:
     """Train `steps` steps with the live teacher and from a store of each codec, everything else equal.
 
-    Returns, by objective and codec, |offline - online| / |online| over all parameters of the student.
+    Returns, by objective and codec, `distance`, |offline - online| / |online| over all parameters of the student, and
+    `top1` in percent. The entry `online` is the live run itself; `other order` is the yardstick: a live run from the
+    same initial weights with the samples in another order.
     """
     objectives = {name: terms for name, terms in recipe.objectives.items() if needs_teacher(terms)}
-    loader = training_images(recipe, manifest, roots)
+    loader, evaluation = training_images(recipe, manifest, roots), evaluation_images(recipe, manifest, roots)
     teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
-    live = {
-        name: _train(recipe, loader, None, terms, lambda batch: teacher.logits(batch.images), steps, device)
-        for name, terms in objectives.items()
-    }
-    drifts: dict[str, dict[str, float]] = {name: {} for name in objectives}
+
+    def from_teacher(batch: Batch) -> Tensor:
+        return teacher.logits(batch.images)
+
+    def train(terms: Sequence[AnyTerm], store: Store | None, logits: TeacherLogits, order: int = 0) -> nn.Module:
+        network = new_student(recipe, loader, recipe.seeds[0], device)
+        stream = make_stream(recipe, loader, store, recipe.seeds[0] + order, device)
+        _train(recipe, network, stream, terms, logits, steps)
+        return network
+
+    def measure(network: nn.Module, live: nn.Module) -> dict[str, float]:
+        def predict(images: Tensor) -> Tensor:
+            return network(normalise(images, recipe.data.normalisation))
+
+        network.eval()
+        here, there = (torch.cat([p.detach().double().flatten() for p in one.parameters()]) for one in (network, live))
+        top1 = evaluate(predict, evaluation, 256, device, title="evaluation").top1
+        return {"distance": ((here - there).norm() / there.norm()).item(), "top1": top1}
+
+    live = {name: train(terms, None, from_teacher) for name, terms in objectives.items()}
+    drifts = {name: {"online": measure(live[name], live[name])} for name in objectives}
     for codec_name, codec in DRIFT_CODECS.items():
         with tempfile.TemporaryDirectory() as folder:
             capture = recipe.capture.model_copy(update={"codec": codec})
-            cache_teacher(
-                recipe.model_copy(update={"capture": capture}), manifest, roots, Path(folder) / "store", device
-            )
-            store = open_store(Path(folder) / "store")
+            path = Path(folder) / "store"
+            cache_teacher(recipe.model_copy(update={"capture": capture}), manifest, roots, path, device)
+            store = open_store(path)
             for name, terms in objectives.items():
-                logits = _decoder(codec)
-                offline = _train(recipe, loader, store, terms, logits, steps, device)
-                drifts[name][codec_name] = ((offline - live[name]).norm() / live[name].norm()).item()
+                drifts[name][codec_name] = measure(train(terms, store, _decoder(codec)), live[name])
+    for name, terms in objectives.items():
+        drifts[name]["other order"] = measure(train(terms, None, from_teacher, order=1), live[name])
     return drifts
 
 
@@ -240,18 +267,15 @@ def _decoder(codec: AnyCodec) -> TeacherLogits:
 
 def _train(
     recipe: Recipe,
-    loader: BlockLoader,
-    store: Store | None,
+    network: nn.Module,
+    stream: Stream,
     terms: Sequence[AnyTerm],
-    teacher_logits: Callable[[Batch], torch.Tensor],
+    teacher_logits: TeacherLogits,
     steps: int,
-    device: torch.device,
-) -> torch.Tensor:
-    """All parameters of a student after `steps` steps of the recipe, as one vector in float64."""
-    seed = recipe.seeds[0]
-    network = new_student(recipe, loader, seed, device).train()
+) -> None:
+    """Exactly `steps` steps of the recipe, without evaluation."""
     optimizer = make_optimizer(recipe.training, network)
-    stream = make_stream(recipe, loader, store, seed, device)
+    network.train()
     for step in range(steps):
         epoch, in_epoch = divmod(step, stream.steps_per_epoch)
         if in_epoch == 0:
@@ -262,4 +286,3 @@ def _train(
         train_step(
             network, optimizer, batch, teacher_logits(batch), terms, weights, recipe.training, recipe.data.normalisation
         )
-    return torch.cat([parameter.detach().double().flatten() for parameter in network.parameters()])

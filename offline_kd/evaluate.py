@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offline_kd.data import BlockLoader
-from offline_kd.errors import TeacherError
+from offline_kd.errors import ModelError
 from offline_kd.progress import progress
 
 ECE_BINS = 15
@@ -28,7 +28,7 @@ def evaluate(
 ) -> Evaluation:
     """Run `predict` (`[B, 3, H, W]` uint8 -> `[B, C]` logits) over every image of a split, un-augmented.
 
-    Raises TeacherError when there is not one logit for every class of the dataset.
+    Raises ModelError when there is not one finite logit for every class of the dataset.
     """
     logits, labels = [], []
     with progress(title, loader.split.count, "images") as meter:
@@ -39,11 +39,14 @@ def evaluate(
                 logits.append(predict(images.to(device)).float().cpu())
                 meter.advance(len(images))
                 if logits[0].shape[1] != len(loader.dataset.classes):
-                    raise TeacherError(
+                    raise ModelError(
                         f"{title}: the network gives {logits[0].shape[1]} logits, the dataset has "
                         f"{len(loader.dataset.classes)} classes."
                     )
     z, y = torch.cat(logits), torch.cat(labels)
+    if not z.isfinite().all():
+        row, column = (~z.isfinite()).nonzero()[0].tolist()
+        raise ModelError(f"{title}: logit {column} of image {row} is {z[row, column].item()}. Check the weights.")
     confidence, predicted = z.softmax(dim=1).max(dim=1)
     correct = (predicted == y).double()
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)

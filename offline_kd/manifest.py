@@ -133,7 +133,8 @@ def parse(model: type[M], content: object, *, where: str) -> M:
 
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
-    problem = error.errors()[0]
+    # A misspelt field leads to a missing one: name the misspelling first.
+    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = problem["loc"]
     field = ".".join(str(part) for part in location) or "the file"
     if problem["type"] == "extra_forbidden":

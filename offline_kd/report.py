@@ -117,8 +117,8 @@ figure {{ margin: 1.5rem 0; }} img {{ max-width: 100%; }} figcaption {{ color: #
 <h1>{html.escape(title)}</h1>
 {remarks}
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-<p>top-1: after the last epoch, mean ± standard deviation over seeds. best: the best epoch on the evaluation split, which
-favours noisy curves. s / epoch: training alone.</p>
+<p>top-1: after the last epoch, mean ± standard deviation over seeds. best: the best epoch on the evaluation
+split, which favours noisy curves. s / epoch: training alone.</p>
 {pictures}
 </body></html>
 """

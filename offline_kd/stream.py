@@ -89,10 +89,11 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
     store_rows = _find_rows(store, block)
     store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
     found: Arrays = {}
+    slabs = []
     for number in np.unique(store_blocks):
         arrays = store.read(int(number), group, names)
         here = np.flatnonzero(store_blocks == number)
-        _check_probes(store, block, int(number), arrays, here, offsets[here])
+        slabs.append((int(number), arrays, here))
         for name in names:
             if name.startswith("probe/"):
                 continue
@@ -102,6 +103,8 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
                 found[name] = np.empty((len(block), *values.shape[1:]), dtype=values.dtype)
             found[name][here] = values
     _check_samples(store, block, found)
+    for number, arrays, here in slabs:
+        _check_probes(store, block, number, arrays, here, offsets[here])
     targets = {
         name.removeprefix("logits/"): torch.from_numpy(array)
         for name, array in found.items()

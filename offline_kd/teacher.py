@@ -27,7 +27,7 @@ class Teacher:
     licence: str
     network: nn.Module
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode: DTKD keeps what it needs of these logits for its backward pass
     def logits(self, images: Tensor) -> Tensor:
         """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
@@ -62,7 +62,7 @@ def load_teacher(
     load_weights(network, path)
     network.requires_grad_(False).eval().to(device)
     return Teacher(
-        name=wanted.weights if known else path.stem,
+        name=wanted.weights if known else model,
         model=model,
         model_args=args,
         weights_sha256=sha256,

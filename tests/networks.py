@@ -1,0 +1,44 @@
+"""Small networks that test recipes name as `networks:NAME`."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Small(nn.Module):
+    """Two convolutions, enough for digits."""
+
+    def __init__(self, num_classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(2 * width),
+            nn.ReLU(),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(2 * width * 16, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+def small(num_classes: int, width: int = 8) -> nn.Module:
+    return Small(num_classes, width)
+
+
+class NaNOnSomeViews(Small):
+    """Says NaN where the left column is bright, which only shifted digits are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x[:, 0, :, 0].amax(dim=1) > 0.5
+        return torch.where(bright[:, None], torch.nan, super().forward(x))
+
+
+def nan_on_some_views(num_classes: int) -> nn.Module:
+    return NaNOnSomeViews(num_classes)
+
+
+def no_module(num_classes: int) -> int:
+    return num_classes

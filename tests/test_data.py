@@ -1,0 +1,257 @@
+"""Tars: packed to the same bytes, read only when whole, and bad ones named to the sample."""
+
+import gzip
+import io
+import pickle
+import re
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import invoke, refused
+from PIL import Image
+
+from offline_kd.data import (
+    BlockLoader,
+    Sample,
+    check_dataset,
+    cifar_samples,
+    decode_image,
+    digits_samples,
+    encode_png,
+    imagefolder_samples,
+    load_block,
+    pack,
+    read_tar,
+)
+from offline_kd.errors import DataError
+from offline_kd.manifest import Dataset, Split, Tar
+
+
+def pixels(seed: int, size: int = 8) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+def samples(count: int = 6) -> list[Sample]:
+    return [Sample(f"{index:04d}", index % 3, encode_png(pixels(index)), "png") for index in range(count)]
+
+
+def raw_tar(path, members: list[tuple[str, bytes]]):
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def members_of(count: int) -> list[tuple[str, bytes]]:
+    return [
+        member
+        for sample in samples(count)
+        for member in ((f"{sample.key}.cls", b"0"), (f"{sample.key}.png", sample.encoded))
+    ]
+
+
+def test_packing_twice_gives_the_same_bytes_and_what_was_packed(tmp_path):
+    first = pack(samples(), tmp_path / "a", "train", 4)
+    second = pack(samples(), tmp_path / "b", "train", 4)
+    assert first == second
+    assert [tar.count for tar in first] == [4, 2]
+    assert not list(tmp_path.rglob("*.partial"))
+    read = [sample for tar in first for sample in read_tar(tmp_path / "a" / tar.file, expected=tar)[0]]
+    assert read == samples()
+    block = load_block(tmp_path / "a" / first[0].file, first[0], 3)
+    for index in range(4):
+        assert np.array_equal(block.images[index].permute(1, 2, 0).numpy(), pixels(index))
+
+
+def test_the_manifest_names_the_digits_that_packing_makes(manifest, data_root, roots):
+    counts = check_dataset(manifest.dataset("digits"), roots, lambda tars: tars)
+    assert counts == {"train": 1438, "test": 359}
+    train = {sample.key for sample in digits_samples()["train"]}
+    assert train.isdisjoint(sample.key for sample in digits_samples()["test"])
+
+
+def test_digits_keep_their_pixels(data_root, manifest, roots):
+    from sklearn.datasets import load_digits
+
+    block = BlockLoader(manifest.dataset("digits"), manifest.split("digits", "test"), roots)[0]
+    originals = load_digits().images[4::5]
+    assert np.array_equal(np.round(block.images[:, 0].numpy() / 255 * 16), originals)
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_png_webp_and_jpeg_are_read_from_plain_and_gzipped_tars(tmp_path, extension, compressed):
+    buffer = io.BytesIO()
+    options = {"lossless": True} if extension == "webp" else {}
+    Image.fromarray(pixels(1)).save(buffer, format="JPEG" if extension == "jpg" else extension, **options)
+    path = raw_tar(tmp_path / "t.tar", [("a/b-1.cls", b" 2\n"), (f"a/b-1.{extension}", buffer.getvalue())])
+    if compressed:
+        (tmp_path / "t.tar.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path = tmp_path / "t.tar.gz"
+    block = load_block(path, Tar(file=path.name, count=1), 3)
+    assert block.keys == ["a/b-1"]
+    assert block.labels.tolist() == [2]
+    if extension != "jpg":
+        assert np.array_equal(block.images[0].permute(1, 2, 0).numpy(), pixels(1))
+
+
+def test_grey_images_become_three_equal_channels():
+    grey = pixels(0)[:, :, 0]
+    assert np.array_equal(decode_image(encode_png(grey)), np.repeat(grey[:, :, None], 3, axis=2))
+
+
+def check_refused(path, pattern, *, count=6, classes=3):
+    with pytest.raises(DataError, match=pattern):
+        load_block(path, Tar(file=path.name, count=count), classes)
+
+
+def test_a_tar_cut_anywhere_is_refused(tmp_path):
+    whole = raw_tar(tmp_path / "whole.tar", members_of(6)).read_bytes()
+    whole = whole.rstrip(b"\0")  # the padding of a tar holds nothing that could be lost
+    packed = gzip.compress(whole)
+    for name, content in (("t.tar", whole), ("t.tar.gz", packed)):
+        for share in (0.0, 0.1, 0.5, 0.9):
+            (tmp_path / name).write_bytes(content[: int(len(content) * share)])
+            check_refused(tmp_path / name, r"damaged or truncated|samples, the manifest says 6|expected one image")
+    at_a_member = raw_tar(tmp_path / "member.tar", members_of(4))
+    check_refused(at_a_member, "holds 4 samples, the manifest says 6")
+
+
+def test_a_changed_tar_is_named_with_both_hashes(tmp_path):
+    tar = pack(samples(), tmp_path, "train", 6)[0]
+    content = bytearray((tmp_path / tar.file).read_bytes())
+    content[700] ^= 1
+    (tmp_path / tar.file).write_bytes(content)
+    with pytest.raises(DataError, match=rf"sha256 is [0-9a-f]{{64}}, the manifest says {tar.sha256}"):
+        load_block(tmp_path / tar.file, tar, 3)
+
+
+@pytest.mark.parametrize(
+    ("members", "pattern"),
+    [
+        (members_of(3) + members_of(1), "key '0000' is used twice, by samples 0 and 3"),
+        (members_of(1) + members_of(1), "duplicate file name"),
+        ([("img.5.png", b"x"), ("img.5.cls", b"0")], "A key ends at the first dot"),
+        ([("a b.png", b"x"), ("a b.cls", b"0")], "keys may hold letters"),
+        ([("a.png", encode_png(pixels(0)))], "found .png"),
+        ([("a.cls", b"0")], "found .cls"),
+        ([("a.png", encode_png(pixels(0))), ("a.cls", b"cat")], "the label is b'cat'"),
+        ([("a.png", encode_png(pixels(0))), ("a.cls", b"3")], r"label 3, but the dataset has 3 classes"),
+        ([("a.png", encode_png(pixels(0))[:60]), ("a.cls", b"0")], "sample 'a': the image cannot be decoded"),
+        ([("a.png", b"no image"), ("a.cls", b"0")], "sample 'a': the image cannot be decoded"),
+        (
+            [("a.cls", b"0"), ("a.png", encode_png(pixels(0))), ("b.cls", b"0"), ("b.png", encode_png(pixels(0, 9)))],
+            "sample 'b': the image is 9x9, the first of the tar is 8x8",
+        ),
+    ],
+)
+def test_bad_samples_are_named(tmp_path, members, pattern):
+    count = len({name for name, _ in members if name.endswith("cls")}) or 1
+    path = raw_tar(tmp_path / "t.tar", members)
+    check_refused(path, pattern, count=count)
+
+
+def test_checking_a_dataset_names_the_first_difference(tmp_path):
+    tars = pack(samples(), tmp_path / "set", "train", 3)
+    dataset = Dataset(folder="set", classes=["a", "b", "c"], splits={"train": Split(tars=tars)})
+    assert check_dataset(dataset, [tmp_path], lambda tars: tars) == {"train": 6}
+    with pytest.raises(DataError, match=r"no sample of class 3 \('d'\)"):
+        check_dataset(dataset.model_copy(update={"classes": ["a", "b", "c", "d"]}), [tmp_path], lambda tars: tars)
+    with pytest.raises(DataError, match="label 2, the manifest names 2 classes"):
+        check_dataset(dataset.model_copy(update={"classes": ["a", "b"]}), [tmp_path], lambda tars: tars)
+    twice = Dataset(folder="set", classes=["a", "b", "c"], splits={"train": Split(tars=[tars[0], tars[0]])})
+    with pytest.raises(DataError, match=r"its key was used before, in train-000000\.tar"):
+        check_dataset(twice, [tmp_path], lambda tars: tars)
+    (tmp_path / "set" / tars[1].file).unlink()
+    with pytest.raises(DataError, match=r"train-000001.tar: not found in"):
+        check_dataset(dataset, [tmp_path], lambda tars: tars)
+
+
+def test_packing_refuses_bad_keys_and_nothing(tmp_path):
+    with pytest.raises(DataError, match="comes twice"):
+        pack([samples()[0], samples()[0]], tmp_path, "t", 10)
+    with pytest.raises(DataError, match=re.escape("key 'a.b'")):
+        pack([Sample("a.b", 0, b"", "png")], tmp_path, "t", 10)
+    with pytest.raises(DataError, match="nothing to pack"):
+        pack([], tmp_path, "t", 10)
+
+
+def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
+    for name in ("cat/a.png", "cat/a.jpg", "dog/deep er/b!.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(len(name))).save(tmp_path / name)
+    found, classes = imagefolder_samples(tmp_path)
+    listed = list(found)
+    assert classes == ["cat", "dog"]
+    assert [sample.label for sample in listed] == [0, 0, 1]
+    assert listed[0].key == "cat/a"
+    assert re.fullmatch(r"cat/a_[0-9a-f]{8}", listed[1].key)
+    assert listed[2].key == "dog/deep_er/b_"
+    assert listed[2].encoded == (tmp_path / "dog/deep er/b!.png").read_bytes()
+    (tmp_path / "cat" / "notes.txt").write_text("hello")
+    with pytest.raises(DataError, match=r"notes.txt: not a png, jpg"):
+        list(imagefolder_samples(tmp_path)[0])
+
+
+def test_official_cifar_archives_are_packed_in_official_order(tmp_path, monkeypatch):
+    """A small archive in CIFAR-100's own layout, with its own md5s in place of the published ones."""
+    import hashlib
+
+    from torchvision import datasets
+
+    folder = tmp_path / datasets.CIFAR100.base_folder
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    content = {name: rng.integers(0, 256, (count, 3072), dtype=np.uint8) for name, count in (("train", 7), ("test", 3))}
+    md5 = {}
+    for name, rows in content.items():
+        raw = pickle.dumps({"data": rows, "fine_labels": [index % 3 for index in range(len(rows))]})
+        (folder / name).write_bytes(raw)
+        md5[name] = hashlib.md5(raw).hexdigest()
+    raw = pickle.dumps({"fine_label_names": ["apple", "baby", "bear"]})
+    (folder / "meta").write_bytes(raw)
+    monkeypatch.setattr(datasets.CIFAR100, "train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(datasets.CIFAR100, "test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(
+        datasets.CIFAR100,
+        "meta",
+        {"filename": "meta", "key": "fine_label_names", "md5": hashlib.md5(raw).hexdigest()},
+    )
+    splits, classes = cifar_samples("cifar100", tmp_path)
+    assert classes == ["apple", "baby", "bear"]
+    train = list(splits["train"])
+    assert [sample.key for sample in train[:2]] == ["000000", "000001"]
+    decoded = torch.from_numpy(np.stack([decode_image(sample.encoded) for sample in train])).permute(0, 3, 1, 2)
+    assert np.array_equal(decoded.numpy().reshape(7, -1), content["train"])
+    (folder / "train").write_bytes(b"damaged")
+    with pytest.raises(DataError, match="missing or damaged"):
+        cifar_samples("cifar100", tmp_path)
+
+
+def test_the_command_line_packs_lists_and_checks(tmp_path, manifest):
+    result = invoke("data", "pack", "digits", "--out", tmp_path / "digits")
+    assert result.exit_code == 0
+    entry = yaml.safe_load(result.stdout)["datasets"]["digits"]
+    assert Dataset.model_validate(entry).splits == manifest.dataset("digits").splits
+    options = ("--manifest", "data_manifest.yaml", "--data-root", tmp_path)
+    assert (
+        "digits: train 1,438 samples, test 359 samples, all good" in invoke("data", "check", "digits", *options).output
+    )
+    assert "cifar10_resnet56" in invoke("data", "list", *options).output
+    assert "Did you mean 'digits'?" in refused("data", "check", "digts", *options)
+    assert "give --source" in refused("data", "pack", "cifar100")
+    first = tmp_path / "digits" / "train-000001.tar"
+    first.write_bytes(first.read_bytes()[:-2000])
+    assert "train-000001.tar: sha256 is" in refused("data", "check", "digits", *options)
+
+
+def test_every_real_dataset_is_the_one_the_manifest_names(real_data):
+    for name in ("imagenet_sample", "cifar10"):
+        result = invoke("data", "check", name, "--data-root", real_data)
+        assert result.exit_code == 0, result.output
+        assert "all good" in result.output

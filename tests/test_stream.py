@@ -1,0 +1,250 @@
+"""The right label for the pixels: what stage 2 pairs is what the teacher was shown, whatever happened in between."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CPU
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offline_kd.cache import cache_teacher
+from offline_kd.data import BlockLoader, ImageBlock, Sample, encode_png, pack, read_tar
+from offline_kd.distill import make_stream, training_images
+from offline_kd.errors import StoreMismatch
+from offline_kd.manifest import Dataset, Split, Tar
+from offline_kd.store.codec import decode
+from offline_kd.store.reader import open_store
+from offline_kd.stream import Stream
+from offline_kd.teacher import Teacher, load_teacher
+from offline_kd.views import PadCropFlip, view_groups, view_of_epoch
+
+NUM_SAMPLES, NUM_VIEWS = 1438, 9
+
+
+def all_batches(stream, epochs):
+    return [batch for epoch in epochs for batch in stream.epoch(epoch)]
+
+
+def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teacher(
+    recipe, manifest, roots, tmp_path, monkeypatch
+):
+    """Every one of the 12,942 rows, spied on at the teacher's input and compared to the bit."""
+    seen: list[torch.Tensor] = []
+    asked = Teacher.logits
+
+    def spy(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        seen.append(images.clone())
+        return asked(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", spy)
+    cache_teacher(recipe, manifest, roots, tmp_path / "store", CPU)
+    monkeypatch.undo()
+    store = open_store(tmp_path / "store")
+    loader = training_images(recipe, manifest, roots)
+    first = 359  # the gate's images came before
+    pixels = torch.cat(seen)[first : first + NUM_SAMPLES * NUM_VIEWS]
+
+    # Stage 1 asks block by block, group by group, sample by sample, view by view.
+    shown: dict[tuple[int, int], torch.Tensor] = {}
+    at = 0
+    for block in loader:
+        for group in store.identity.groups:
+            for key in block.key_hash.tolist():
+                for view in group:
+                    shown[key, view] = pixels[at]
+                    at += 1
+    assert at == len(pixels)
+
+    teacher = load_teacher(recipe, manifest, roots, 10, CPU)
+    stream = make_stream(recipe, loader, store, 5, CPU, groups=store.identity.groups)
+    used = set()
+    for epoch in range(NUM_VIEWS):
+        for batch in stream.epoch(epoch):
+            group, position = view_of_epoch(5, batch.key_hash, epoch, store.identity.groups)
+            logits = decode(store.identity.codec, batch.targets)
+            torch.testing.assert_close(logits, teacher.logits(batch.images), rtol=1e-5, atol=1e-4)
+            for row, key in enumerate(batch.key_hash.tolist()):
+                view = store.identity.groups[group].start + int(position[row])
+                assert torch.equal(batch.images[row], shown[key, view])
+                used.add((key, view))
+    assert len(used) == NUM_SAMPLES * NUM_VIEWS
+
+
+def test_a_run_without_the_store_has_the_same_views_in_the_same_order(recipe, manifest, roots, store_path):
+    store = open_store(store_path)
+    loader = training_images(recipe, manifest, roots)
+    with_store = make_stream(recipe, loader, store, 3, CPU, groups=store.identity.groups)
+    without = make_stream(recipe, loader, None, 3, CPU)
+    for epoch in (0, 4, 11):
+        for one, other in zip(with_store.epoch(epoch), without.epoch(epoch), strict=True):
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.labels, other.labels)
+            assert np.array_equal(one.key_hash, other.key_hash)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_the_number_of_workers(recipe, manifest, roots, store_path, workers):
+    store = open_store(store_path)
+    loader = training_images(recipe, manifest, roots)
+    alone = make_stream(recipe, loader, store, 1, CPU, groups=store.identity.groups)
+    helped_recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
+    helped = make_stream(helped_recipe, loader, store, 1, CPU, groups=store.identity.groups)
+    for one, other in zip(all_batches(alone, (0, 1)), all_batches(helped, (0, 1)), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert all(torch.equal(one.targets[name], other.targets[name]) for name in one.targets)
+
+
+class MadeUp:
+    """A loader of made-up blocks of the given sizes."""
+
+    def __init__(self, sizes: list[int]) -> None:
+        self.split = Split(tars=[Tar(file=str(index), count=size) for index, size in enumerate(sizes)])
+        self.starts = np.cumsum([0, *sizes])
+
+    def __len__(self) -> int:
+        return len(self.split.tars)
+
+    def __getitem__(self, number: int) -> ImageBlock:
+        ids = np.arange(self.starts[number], self.starts[number + 1], dtype=np.uint64)
+        return ImageBlock(
+            name=str(number),
+            sha256="",
+            keys=[str(key) for key in ids],
+            key_hash=ids,
+            image_crc=ids.astype(np.uint32),
+            labels=ids.astype(np.int32),
+            images=torch.zeros(len(ids), 3, 4, 4, dtype=torch.uint8),
+        )
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=7),
+    st.integers(2, 30),
+    st.integers(1, 4),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
+def test_every_epoch_has_every_sample_once_in_full_batches(sizes, batch_size, pool_blocks, epoch, seed):
+    views = PadCropFlip(kind="pad_crop_flip", padding=1)
+    stream = Stream(
+        MadeUp(sizes),
+        views,
+        view_groups(views.num_views, 6),
+        None,
+        seed=seed,
+        batch_size=batch_size,
+        pool_blocks=pool_blocks,
+        device=CPU,
+    )
+    batches = list(stream.epoch(epoch))
+    ids = np.concatenate([batch.key_hash for batch in batches])
+    assert sorted(ids.tolist()) == list(range(sum(sizes)))
+    assert len(batches) == stream.steps_per_epoch
+    lengths = [len(batch.labels) for batch in batches]
+    assert all(length == batch_size for length in lengths[:-1])
+    assert lengths[-1] <= batch_size + 1
+    assert lengths[-1] > 1 or sum(sizes) == 1
+    again = np.concatenate([batch.key_hash for batch in stream.epoch(epoch)])
+    assert np.array_equal(again, ids)
+
+
+def test_order_changes_with_epoch_and_seed(recipe, manifest, roots):
+    loader = training_images(recipe, manifest, roots)
+    orders = {
+        tuple(np.concatenate([batch.key_hash for batch in make_stream(recipe, loader, None, seed, CPU).epoch(epoch)]))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_hidden_labels_are_the_same_samples_in_every_epoch_and_for_every_seed(recipe, manifest, roots):
+    few = recipe.model_copy(update={"data": recipe.data.model_copy(update={"labelled_fraction": 0.1})})
+    loader = training_images(few, manifest, roots)
+    shown = []
+    for seed, epoch in ((0, 0), (0, 3), (1, 0)):
+        batches = list(make_stream(few, loader, None, seed, CPU).epoch(epoch))
+        labels, keys = torch.cat([batch.labels for batch in batches]), np.concatenate([b.key_hash for b in batches])
+        shown.append({int(key) for key in keys[(labels >= 0).numpy()]})
+    assert shown[0] == shown[1] == shown[2]
+    assert 110 < len(shown[0]) < 180
+
+
+# ---- other forms of the dataset --------------------------------------------------------------------------------------
+
+
+def digits(data_root: Path) -> list[Sample]:
+    files = sorted((data_root / "digits").glob("train-*.tar"))
+    return [sample for file in files for sample in read_tar(file)[0]]
+
+
+def loader_of(folder: Path, parts: list[list[Sample]]) -> BlockLoader:
+    tars = [pack(part, folder / "set", f"part{index}", 10_000)[0] for index, part in enumerate(parts)]
+    dataset = Dataset(folder="set", classes=[str(digit) for digit in range(10)], splits={"train": Split(tars=tars)})
+    return BlockLoader(dataset, dataset.splits["train"], [folder])
+
+
+def rows_by_key(recipe, loader, store, epoch=2):
+    rows = {}
+    for batch in make_stream(recipe, loader, store, 0, CPU, groups=store.identity.groups).epoch(epoch):
+        logits = decode(store.identity.codec, batch.targets)
+        for row, key in enumerate(batch.key_hash.tolist()):
+            rows[key] = (batch.images[row], int(batch.labels[row]), logits[row])
+    return rows
+
+
+def test_a_resharded_reordered_part_of_the_dataset_gets_the_right_rows(
+    recipe, manifest, roots, data_root, store_path, tmp_path
+):
+    store = open_store(store_path)
+    expected = rows_by_key(recipe, training_images(recipe, manifest, roots), store)
+    samples = digits(data_root)[::-1][:1100]
+    loader = loader_of(tmp_path, [samples[:300], samples[300:310], samples[310:]])
+    found = rows_by_key(recipe, loader, store)
+    assert len(found) == 1100
+    for key, (image, label, logits) in found.items():
+        assert torch.equal(image, expected[key][0])
+        assert label == expected[key][1]
+        assert torch.equal(logits, expected[key][2])
+
+
+def first_epoch(recipe, loader, store_path):
+    store = open_store(store_path)
+    list(make_stream(recipe, loader, store, 0, CPU, groups=store.identity.groups).epoch(0))
+
+
+def test_another_dataset_with_the_same_keys_is_refused(recipe, data_root, store_path, tmp_path):
+    others = [
+        Sample(sample.key, sample.label, encode_png(np.full((8, 8), index % 256, dtype=np.uint8)), "png")
+        for index, sample in enumerate(digits(data_root))
+    ]
+    with pytest.raises(StoreMismatch, match=r"the image of sample '0000' \(and 1437 more\) has crc32c"):
+        first_epoch(recipe, loader_of(tmp_path, [others]), store_path)
+
+
+def test_one_changed_image_is_named(recipe, data_root, store_path, tmp_path):
+    samples = digits(data_root)
+    darker = encode_png(np.zeros((8, 8), dtype=np.uint8))
+    samples[77] = Sample(samples[77].key, samples[77].label, darker, "png")
+    with pytest.raises(StoreMismatch, match=rf"the image of sample '{samples[77].key}' \(and 0 more\)"):
+        first_epoch(recipe, loader_of(tmp_path, [samples]), store_path)
+
+
+def test_one_changed_label_is_named(recipe, data_root, store_path, tmp_path):
+    samples = digits(data_root)
+    one = samples[99]
+    samples[99] = Sample(one.key, (one.label + 1) % 10, one.encoded, "png")
+    message = rf"sample '{one.key}' \(and 0 more\) has label {(one.label + 1) % 10}, in the store .* it has {one.label}"
+    with pytest.raises(StoreMismatch, match=message):
+        first_epoch(recipe, loader_of(tmp_path, [samples]), store_path)
+
+
+def test_a_sample_that_the_teacher_never_saw_is_named(recipe, data_root, store_path, tmp_path):
+    samples = digits(data_root)[:50]
+    samples[3] = Sample("new-image", 0, samples[3].encoded, "png")
+    with pytest.raises(StoreMismatch, match=re.escape("sample 'new-image' (and 0 more) is not in the store")):
+        first_epoch(recipe, loader_of(tmp_path, [samples]), store_path)
