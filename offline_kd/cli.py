@@ -17,7 +17,7 @@ from offline_kd.bench import bench, measure_drift
 from offline_kd.cache import cache_teacher
 from offline_kd.distill import Result, distill, train_teacher
 from offline_kd.errors import OfflineKDError, RecipeError
-from offline_kd.manifest import MANIFEST_NAME, Manifest, Tar, data_roots, load_manifest
+from offline_kd.manifest import MANIFEST_NAME, Manifest, Tar, data_roots, load_manifest, locate_weights
 from offline_kd.progress import progress, say, show_table
 from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.report import COLUMNS, read_runs, summarise, table_rows, write_report
@@ -306,6 +306,7 @@ def list_command(manifest_path: Path, data_root: tuple[Path, ...]) -> None:
     for name, teacher in manifest.teachers.items():
         expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
         rows.append([name, "teacher", f"{teacher.model}{expected}", is_here([teacher.weights.file])])
+    rows += [[name, "file", weights.file, is_here([weights.file])] for name, weights in manifest.files.items()]
     show_table(str(manifest_path), ["name", "kind", "what", "here"], rows)
 
 
@@ -313,12 +314,16 @@ def list_command(manifest_path: Path, data_root: tuple[Path, ...]) -> None:
 @click.argument("name")
 @common_options
 def check_command(name: str, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
-    """Prove a local copy of dataset NAME: sha256, count, keys, labels, every image decodable.
+    """Prove a local copy of NAME. A dataset: sha256, count, keys, labels, every image decodable. Weights: sha256.
 
     \b
     offline-kd data check digits
     """
-    dataset, roots = load_manifest(manifest_path).dataset(name), data_roots(data_root)
+    manifest, roots = load_manifest(manifest_path), data_roots(data_root)
+    if weights := manifest.weights(name):
+        click.echo(f"{name}: {locate_weights(weights, roots)} has the sha256 of the manifest")
+        return
+    dataset = manifest.dataset(name)
     total = sum(len(split.tars) for split in dataset.splits.values())
     with progress(f"checking {name}", total, "tars") as meter:
 

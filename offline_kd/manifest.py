@@ -95,6 +95,11 @@ class Manifest(Strict):
     manifest_version: int = Field(1, ge=1, le=1)
     datasets: dict[str, Dataset] = {}
     teachers: dict[str, Teacher] = {}
+    files: dict[str, Weights] = Field({}, description="other weights that a team shares")
+
+    def weights(self, name: str) -> Weights | None:
+        """The weights file of that name, a teacher's or another."""
+        return self.teachers[name].weights if name in self.teachers else self.files.get(name)
 
     def dataset(self, name: str) -> Dataset:
         if name not in self.datasets:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import safetensors.torch
 import torch
-from conftest import CPU, make_recipe
+from conftest import CPU, invoke, make_recipe
 from torch import nn
 
 from offline_kd.data import BlockLoader
@@ -171,6 +171,17 @@ def test_evaluation_measures_accuracy_and_calibration(manifest, roots):
     assert measured.ece == pytest.approx(abs(confidence - 323 / 359), abs=1e-5)
     with pytest.raises(ModelError, match="gives 7 logits, the dataset has 10 classes"):
         evaluate(lambda images: torch.zeros(len(images), 7), loader, 100, CPU, "test")
+
+
+def test_real_weights_of_other_libraries_and_half_precision_load(manifest, real_data):
+    for name in ("imagenet_efficientnet_lite0", "imagenet_efficientnet_lite2"):
+        path, sha256 = find_weights(name, manifest, [real_data])
+        assert sha256 == manifest.teachers[name].weights.sha256
+        model = build(manifest.teachers[name].model, 1000)
+        load_weights(model, path)
+        assert model.eval()(torch.zeros(1, 3, 64, 64)).isfinite().all()
+    result = invoke("data", "check", "cifar100_linear_head_on_lite0_128px", "--data-root", real_data)
+    assert "has the sha256 of the manifest" in result.stdout
 
 
 @pytest.mark.parametrize(("name", "expected"), [("cifar10_resnet20", 91.73), ("cifar10_resnet56", 93.39)])

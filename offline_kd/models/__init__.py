@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_kd.errors import ModelError, did_you_mean
-from offline_kd.manifest import Manifest, Normalisation, Weights, file_sha256, locate_weights
+from offline_kd.manifest import Manifest, Normalisation, file_sha256, locate_weights
 from offline_kd.models.cifar_resnet import CifarResNet, CifarResNet50
 from offline_kd.models.cifar_vgg import CifarVGG
 from offline_kd.models.mobilenetv2 import MobileNetV2
@@ -166,8 +166,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
 
 def find_weights(weights: str, manifest: Manifest, roots: Sequence[Path]) -> tuple[Path, str]:
     """Path and sha256 of weights named by a recipe: a manifest name, a path, or a torchvision weights name."""
-    if weights in manifest.teachers:
-        entry: Weights = manifest.teachers[weights].weights
+    if entry := manifest.weights(weights):
         return locate_weights(entry, roots), entry.sha256
     if Path(weights).is_file():
         return Path(weights), file_sha256(Path(weights))
@@ -176,7 +175,7 @@ def find_weights(weights: str, manifest: Manifest, roots: Sequence[Path]) -> tup
         return path, file_sha256(path)
     raise ModelError(
         f"weights '{weights}': no teacher of the manifest, no file, no torchvision weights name such as "
-        f"ResNet50_Weights.IMAGENET1K_V2.{did_you_mean(weights, manifest.teachers)}"
+        f"ResNet50_Weights.IMAGENET1K_V2.{did_you_mean(weights, [*manifest.teachers, *manifest.files])}"
     )
 
 
