@@ -34,11 +34,13 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = shortcut
+        self.relu = nn.ReLU()  # the last activation, a module so that a tap can read the map before it
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        activated: Tensor = self.relu(out + (x if self.downsample is None else self.downsample(x)))
+        return activated
 
 
 class CifarResNet(nn.Module):
@@ -99,11 +101,13 @@ class Bottleneck(nn.Module):
             if stride != 1 or in_channels != out_channels
             else nn.Sequential()
         )
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
         out = F.relu(self.bn2(self.conv2(out)))
-        return F.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        activated: Tensor = self.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+        return activated
 
 
 class CifarResNet50(nn.Module):

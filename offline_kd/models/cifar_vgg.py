@@ -24,6 +24,7 @@ class CifarVGG(nn.Module):
         in_channels = 3
         for index, block in enumerate(widths):
             self.add_module(f"block{index}", _block(in_channels, block))
+            self.add_module(f"relu{index}", nn.ReLU())
             in_channels = block[-1]
         self.classifier = nn.Linear(in_channels, num_classes)
         for module in self.modules():
@@ -38,7 +39,7 @@ class CifarVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for index in range(5):
-            x = F.relu(self.get_submodule(f"block{index}")(x))
+            x = self.get_submodule(f"relu{index}")(self.get_submodule(f"block{index}")(x))
             if index < 3:
                 x = F.max_pool2d(x, 2)
         logits: Tensor = self.classifier(torch.mean(x, dim=(2, 3)))

@@ -115,12 +115,13 @@ class ShuffleNetV2(nn.Module):
             in_channels = channels
         self.conv2 = nn.Conv2d(in_channels, 1024, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(1024)
+        self.relu = nn.ReLU()  # a module, so that the last feature map can be tapped by name
         self.linear = nn.Linear(1024, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
         for name in ("layer1", "layer2", "layer3"):
             x = self.get_submodule(name)(x)
-        x = F.relu(self.bn2(self.conv2(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
         logits: Tensor = self.linear(x.mean(dim=(2, 3)))
         return logits
