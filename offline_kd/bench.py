@@ -18,10 +18,14 @@ from torch import Tensor, nn
 from offline_kd.cache import ask_teacher, cache_teacher
 from offline_kd.data import BlockLoader, Sample, pack, read_tar
 from offline_kd.distill import (
-    TeacherLogits,
+    AskTeacher,
+    Student,
+    Targets,
     evaluation_images,
+    live_targets,
     make_stream,
     new_student,
+    stored_targets,
     train_step,
     training_images,
 )
@@ -31,13 +35,14 @@ from offline_kd.manifest import Dataset, Manifest, Split, locate
 from offline_kd.models import normalise
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.progress import progress
-from offline_kd.recipe import CE, AnyTerm, Recipe, needs_teacher
-from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, decode
+from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
+from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
 from offline_kd.store.reader import Store, open_store
+from offline_kd.store.schema import StoreIdentity
 from offline_kd.store.writer import commit, create_or_resume
-from offline_kd.stream import Batch, Stream
+from offline_kd.stream import Batch, Stream, tables_on
 from offline_kd.teacher import Teacher, load_teacher
-from offline_kd.terms import term_weight
+from offline_kd.terms import kd_layer_value, term_weight
 from offline_kd.views import PadCropFlip, ViewParameters, draw
 
 BENCH_VIEWS = 4
@@ -72,9 +77,10 @@ def bench(
         teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
         cache_teacher(recipe, manifest, roots, folder / "store", device)
         store = open_store(folder / "store")
-        codec = store.identity.codec
+        views = store.identity.groups[0].stop
 
-        from_store = make_stream(recipe, loader, store, 0, device)
+        wanted = sorted({term.decisions for term in kd_layer_terms(terms)})
+        from_store = make_stream(recipe, loader, store, 0, device, decisions=wanted)
         plain = make_stream(recipe, loader, None, 0, device)
         batch_size = recipe.training.batch_size
         images = [batch.images for batch in plain.epoch(0)]
@@ -90,17 +96,23 @@ def bench(
         parts: dict[str, tuple[Callable[[], None], int]] = {
             "ce step": (_training(recipe, loader, plain, [CE(term="ce")], None, device), 1),
             "store step": (
-                _training(recipe, loader, from_store, terms, lambda batch: decode(codec, batch.targets), device),
+                _training(recipe, loader, from_store, terms, stored_targets(store, terms, device), device),
                 1,
             ),
             "online step": (
-                _training(recipe, loader, plain, terms, lambda batch: teacher.logits(batch.images), device),
+                _training(recipe, loader, plain, terms, live_targets(teacher, recipe, terms, store, device), device),
                 1,
             ),
             "loader alone": (load_only, 1),
             "bare teacher": (ask_bare, 1),
-            "stage 1": (_stage_1(recipe, store, loader, teacher, folder, device), store.identity.groups[0].stop),
+            "stage 1": (_stage_1(recipe, store.identity, store, loader, teacher, folder, device), views),
         }
+        if store.identity.decisions:
+            logits_only = store.identity.model_copy(update={"decisions": {}})
+            work = _stage_1(recipe, logits_only, store, loader, teacher, folder, device)
+            parts["stage 1, logits only"] = (work, views)
+        if kd_layer_terms(terms):
+            parts["decision losses alone"] = (_losses_alone(recipe, loader, from_store, store, terms, device), 1)
         seconds: dict[str, list[float]] = {part: [] for part in parts}
         with progress("bench", rounds + 1, "rounds") as meter:
             for round_number in range(rounds + 1):
@@ -117,7 +129,10 @@ def bench(
         "online step / store step": ("online step", "store step"),
         "stage 1 / bare teacher": ("stage 1", "bare teacher"),
         "loader alone / ce step": ("loader alone", "ce step"),
+        "stage 1 / stage 1, logits only": ("stage 1", "stage 1, logits only"),
+        "decision losses alone / store step": ("decision losses alone", "store step"),
     }
+    ratios = {name: pair for name, pair in ratios.items() if set(pair) <= set(parts)}
     quartiles = {part: statistics.quantiles(times, n=4) for part, times in seconds.items()}
     return {
         "recipe": recipe.name,
@@ -174,28 +189,35 @@ def _training(
     loader: BlockLoader,
     stream: Stream,
     terms: Sequence[AnyTerm],
-    teacher_logits: TeacherLogits | None,
+    ask: AskTeacher | None,
     device: torch.device,
 ) -> Callable[[], None]:
     """One epoch of the training loop's own steps, reading included."""
-    network = new_student(recipe, loader, 0, device).train()
-    optimizer = make_optimizer(recipe.training, network)
+    student = new_student(recipe, loader, 0, device, terms)
+    student.network.train()
+    optimizer = make_optimizer(recipe.training, student.network)
     set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
     weights = [term.weight for term in terms]
 
     def work() -> None:
         for batch in stream.epoch(0):
-            teacher = teacher_logits(batch) if teacher_logits else None
-            train_step(network, optimizer, batch, teacher, terms, weights, recipe.training, recipe.data.normalisation)
+            targets = ask(batch) if ask else Targets()
+            train_step(student, optimizer, batch, targets, terms, weights, recipe.training, recipe.data.normalisation)
 
     return work
 
 
 def _stage_1(
-    recipe: Recipe, store: Store, loader: BlockLoader, teacher: Teacher, folder: Path, device: torch.device
+    recipe: Recipe,
+    identity: StoreIdentity,
+    store: Store,
+    loader: BlockLoader,
+    teacher: Teacher,
+    folder: Path,
+    device: torch.device,
 ) -> Callable[[], None]:
-    """Read, decode, ask and commit one block and view group, as `cache_teacher` does."""
-    identity = store.identity
+    """Read, decode, ask and commit one block and view group, as `cache_teacher` does for this identity."""
+    tables = {name: tables_on(store, name, device) for name in identity.decisions}
     undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0)
 
     def work() -> None:
@@ -205,11 +227,42 @@ def _stage_1(
         parameters = draw(recipe.views, block.key_hash, identity.dataset.height, identity.dataset.width)
         end = identity.groups[0].stop
         chosen = ViewParameters(parameters.box[:, :end], parameters.flip[:, :end])
-        arrays = ask_teacher(teacher, recipe, identity, block, chosen, 0, 0, device)
+        arrays = ask_teacher(teacher, recipe, identity, tables, block, chosen, 0, 0, device)
         commit(path, identity, 0, 0, arrays, tar=block.name, tar_sha256=block.sha256)
         shutil.rmtree(path)
 
     return work
+
+
+def _losses_alone(
+    recipe: Recipe, loader: BlockLoader, stream: Stream, store: Store, terms: Sequence[AnyTerm], device: torch.device
+) -> Callable[[], None]:
+    """Forward and backward of the losses on KD-layer scores, without the student and its KD layers."""
+    student = new_student(recipe, loader, 0, device, terms)
+    student.network.train()
+    ask = stored_targets(store, terms, device)
+    batches = [(batch, ask(batch)) for batch in stream.epoch(0)]
+    layer_terms = kd_layer_terms(terms)
+    inputs = []
+    for batch, _ in batches:
+        student.network(normalise(batch.images, recipe.data.normalisation))
+        inputs.append([_leaf(student.kd_layers[term.after].scores) for term in layer_terms])
+
+    def work() -> None:
+        for (batch, targets), scores in zip(batches, inputs, strict=True):
+            for term, one in zip(layer_terms, scores, strict=True):
+                value = kd_layer_value(
+                    term, one, targets.decisions[term.decisions], batch.labels, len(loader.dataset.classes)
+                )
+                value.backward()  # type: ignore[no-untyped-call]
+                one.grad = None
+
+    return work
+
+
+def _leaf(scores: Tensor | None) -> Tensor:
+    assert scores is not None
+    return scores.detach().requires_grad_()
 
 
 # ---- drift ---------------------------------------------------------------------------------------------------------
@@ -224,18 +277,20 @@ def measure_drift(
     `top1` in percent. The entry `online` is the live run itself; `other order` is the yardstick: a live run from the
     same initial weights with the samples in another order.
     """
-    objectives = {name: terms for name, terms in recipe.objectives.items() if needs_teacher(terms)}
+    objectives = {
+        name: terms for name, terms in recipe.objectives.items() if needs_teacher(terms) and not kd_layer_terms(terms)
+    }
     loader, evaluation = training_images(recipe, manifest, roots), evaluation_images(recipe, manifest, roots)
     teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
 
-    def from_teacher(batch: Batch) -> Tensor:
-        return teacher.logits(batch.images)
+    def from_teacher(batch: Batch) -> Targets:
+        return Targets(teacher.logits(batch.images))
 
-    def train(terms: Sequence[AnyTerm], store: Store | None, logits: TeacherLogits, order: int = 0) -> nn.Module:
-        network = new_student(recipe, loader, recipe.seeds[0], device)
+    def train(terms: Sequence[AnyTerm], store: Store | None, ask: AskTeacher, order: int = 0) -> nn.Module:
+        student = new_student(recipe, loader, recipe.seeds[0], device)
         stream = make_stream(recipe, loader, store, recipe.seeds[0] + order, device)
-        _train(recipe, network, stream, terms, logits, steps)
-        return network
+        _train(recipe, student, stream, terms, ask, steps)
+        return student.network
 
     def measure(network: nn.Module, live: nn.Module) -> dict[str, float]:
         def predict(images: Tensor) -> Tensor:
@@ -250,32 +305,30 @@ def measure_drift(
     drifts = {name: {"online": measure(live[name], live[name])} for name in objectives}
     for codec_name, codec in DRIFT_CODECS.items():
         with tempfile.TemporaryDirectory() as folder:
-            capture = recipe.capture.model_copy(update={"codec": codec})
+            capture = recipe.capture.model_copy(update={"codec": codec, "decisions": {}})
             path = Path(folder) / "store"
             cache_teacher(recipe.model_copy(update={"capture": capture}), manifest, roots, path, device)
             store = open_store(path)
             for name, terms in objectives.items():
-                drifts[name][codec_name] = measure(train(terms, store, _decoder(codec)), live[name])
+                drifts[name][codec_name] = measure(
+                    train(terms, store, stored_targets(store, terms, device)), live[name]
+                )
     for name, terms in objectives.items():
         drifts[name]["other order"] = measure(train(terms, None, from_teacher, order=1), live[name])
     return drifts
 
 
-def _decoder(codec: AnyCodec) -> TeacherLogits:
-    return lambda batch: decode(codec, batch.targets)
-
-
 def _train(
     recipe: Recipe,
-    network: nn.Module,
+    student: Student,
     stream: Stream,
     terms: Sequence[AnyTerm],
-    teacher_logits: TeacherLogits,
+    ask: AskTeacher,
     steps: int,
 ) -> None:
     """Exactly `steps` steps of the recipe, without evaluation."""
-    optimizer = make_optimizer(recipe.training, network)
-    network.train()
+    optimizer = make_optimizer(recipe.training, student.network)
+    student.network.train()
     for step in range(steps):
         epoch, in_epoch = divmod(step, stream.steps_per_epoch)
         if in_epoch == 0:
@@ -283,6 +336,4 @@ def _train(
         set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_epoch))
         batch = next(batches)
         weights = [term_weight(term, epoch) for term in terms]
-        train_step(
-            network, optimizer, batch, teacher_logits(batch), terms, weights, recipe.training, recipe.data.normalisation
-        )
+        train_step(student, optimizer, batch, ask(batch), terms, weights, recipe.training, recipe.data.normalisation)

@@ -3,13 +3,15 @@
 Run again, it goes on where it stopped: what is committed is left alone, whatever was open is done again.
 """
 
+import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from offline_kd.data import BlockLoader, ImageBlock, dataset_fingerprint
@@ -25,6 +27,7 @@ from offline_kd.store.schema import (
     PROBES_PER_GROUP,
     SCHEMA_VERSION,
     DatasetIdentity,
+    DecisionsIdentity,
     Fidelity,
     LedgerEntry,
     StoreIdentity,
@@ -32,9 +35,19 @@ from offline_kd.store.schema import (
     TeacherIdentity,
     plan_views_per_group,
 )
-from offline_kd.store.writer import commit, committed, create_or_resume, write_manifest
-from offline_kd.stream import join
+from offline_kd.store.writer import (
+    commit,
+    commit_tables,
+    committed,
+    committed_tables,
+    create_or_resume,
+    write_manifest,
+)
+from offline_kd.stream import join, tables_on
+from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher, gate, load_teacher
+from offline_kd.template_fitting import fit_tables, identify_decisions
+from offline_kd.templates import pack
 from offline_kd.views import ViewParameters, counter_hash, draw, render
 
 PROBE_STREAM, FIDELITY_STREAM = 0x70726F6265, 0x66696465  # first counters of the draws made here
@@ -55,6 +68,7 @@ def cache_teacher(
     identity = _identify(recipe, manifest, roots, loader, teacher, path, device)
     identity = create_or_resume(path, identity)
 
+    tables = commit_missing_tables(recipe, identity, loader, teacher, path, device)
     entries: dict[tuple[int, int], LedgerEntry] = {}
     for block in range(identity.num_blocks):
         for group, views in enumerate(identity.groups):
@@ -84,7 +98,7 @@ def cache_teacher(
                     continue
                 of_group = slice(views.start, views.stop)
                 chosen = ViewParameters(parameters.box[:, of_group], parameters.flip[:, of_group])
-                arrays = ask_teacher(teacher, recipe, identity, images, chosen, number, group, device)
+                arrays = ask_teacher(teacher, recipe, identity, tables, images, chosen, number, group, device)
                 entries[number, group] = commit(
                     path, identity, number, group, arrays, tar=images.name, tar_sha256=images.sha256
                 )
@@ -137,6 +151,7 @@ def _identify(
         ),
         views=recipe.views,
         codec=recipe.capture.codec,
+        decisions=identify_decisions(teacher, recipe.capture.decisions, first.images[:1].to(device)),
         rows_per_block=rows_per_block,
         views_per_group=plan_views_per_group(
             recipe.views,
@@ -162,6 +177,7 @@ def ask_teacher(
     teacher: Teacher,
     recipe: Recipe,
     identity: StoreIdentity,
+    tables: Mapping[str, dict[str, Tensor]],
     block: ImageBlock,
     parameters: ViewParameters,
     number: int,
@@ -182,11 +198,14 @@ def ask_teacher(
     probes = probes.astype(np.int64)
     probe_pixels = np.zeros((PROBES_PER_GROUP, *block.images.shape[1:]), dtype=np.uint8)
     logits = np.empty((total, identity.num_classes), dtype=np.float32)
+    labels = torch.from_numpy(block.labels).long().to(device)
+    points: list[TapPoint] = [about.config for about in identity.decisions.values()]
+    decided: dict[str, list[Tensor]] = {}
     for start in range(0, total, recipe.capture.batch_size):
         flat = torch.arange(start, min(start + recipe.capture.batch_size, total), device=device)
         sample, view = flat // num_views, flat % num_views
         pixels = render(images[sample], box[sample, view], flip[sample, view], identity.views.fill)
-        answer = teacher.logits(pixels)
+        answer, maps = teacher.logits_and_maps(pixels, points)
         if answer.shape[1] != identity.num_classes:
             raise TeacherError(
                 f"teacher '{teacher.name}' gives {answer.shape[1]} logits, dataset '{identity.dataset.name}' has "
@@ -201,6 +220,10 @@ def ask_teacher(
             )
         stop = start + len(flat)
         logits[start:stop] = answer.cpu().numpy()
+        for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
+            _check_map(about, features, block.name)
+            for part, values in pack(about.config, features, labels[sample], tables[name]).items():
+                decided.setdefault(f"decisions/{name}/{part}", []).append(values.cpu())
         seen = np.flatnonzero((probes >= start) & (probes < stop))
         probe_pixels[seen] = pixels[torch.from_numpy(probes[seen] - start).to(device)].cpu().numpy()
     arrays: Arrays = {
@@ -214,14 +237,42 @@ def ask_teacher(
         "probe/pixels": probe_pixels,
     }
     encoded = encode(identity.codec, logits.reshape(count, num_views, -1))
-    return arrays | {f"logits/{name}": array for name, array in encoded.items()}
+    arrays |= {f"logits/{name}": array for name, array in encoded.items()}
+    for name, parts in decided.items():
+        whole = torch.cat(parts)
+        arrays[name] = whole.view(count, num_views, *whole.shape[1:]).numpy()
+    return arrays
+
+
+def _check_map(about: DecisionsIdentity, features: Tensor, where: str) -> None:
+    expected = (about.channels, about.height, about.width)
+    if tuple(features.shape[1:]) != expected or not features.isfinite().all():
+        raise TeacherError(
+            f"tap '{about.config.module}': gave a map of {list(features.shape[1:])} for {where}, the store is for "
+            f"{list(expected)}, or features that are not finite. The block was not committed. Check weights and images."
+        )
+
+
+def commit_missing_tables(
+    recipe: Recipe, identity: StoreIdentity, loader: BlockLoader, teacher: Teacher, path: Path, device: torch.device
+) -> dict[str, dict[str, Tensor]]:
+    """Templates by decisions and array, on the device: those committed before, or fitted and committed now."""
+    missing = [name for name in identity.decisions if committed_tables(path, name) is None]
+    if missing:
+        scratch = path / f"scratch-{os.getpid()}"
+        fitted = fit_tables(teacher, identity, missing, loader, scratch, recipe.capture.batch_size, device)
+        for name, (arrays, statistics) in fitted.items():
+            commit_tables(path, identity, name, arrays, statistics)
+    entries = [entry for name in identity.decisions if (entry := committed_tables(path, name))]
+    store = Store(path, identity, [], entries, None)
+    return {name: tables_on(store, name, device) for name in identity.decisions}
 
 
 def _keys_of_committed_blocks(
     path: Path, identity: StoreIdentity, entries: dict[tuple[int, int], LedgerEntry]
 ) -> dict[int, int]:
     """Block by key hash, of what earlier runs committed."""
-    store = Store(path, identity, list(entries.values()), None)
+    store = Store(path, identity, list(entries.values()), [], None)
     group_of_block = dict(entries.keys())
     return {
         key: block
@@ -258,15 +309,18 @@ def finish(path: Path, recipe: Recipe, loader: BlockLoader, teacher: Teacher, de
         for views in identity.groups
         if (entry := committed(path, identity, block, views))
     ]
-    store = Store(path, identity, ledger, None)
+    tables = [one for name in identity.decisions if (one := committed_tables(path, name))]
+    store = Store(path, identity, ledger, tables, None)
     fidelity = measure_fidelity(store, loader, teacher, recipe.capture.fidelity_rows, recipe.capture.batch_size, device)
-    objects = {key: stored.bytes for entry in ledger for key, stored in entry.objects.items()}
+    vouched = [entry.objects for entry in ledger] + [entry.objects for entry in tables]
+    objects = {key: stored.bytes for part in vouched for key, stored in part.items()}
     manifest = StoreManifest(
         schema_version=SCHEMA_VERSION,
         digest=store.digest,
         fidelity=fidelity,
         total_bytes=sum(objects.values()),
         entries=ledger,
+        tables=tables,
     )
     write_manifest(path, manifest, write_card(identity, manifest))
     return manifest

@@ -18,11 +18,13 @@ from offline_kd.cache import cache_teacher
 from offline_kd.distill import Result, distill, train_teacher
 from offline_kd.errors import OfflineKDError, RecipeError
 from offline_kd.manifest import MANIFEST_NAME, Manifest, Tar, data_roots, load_manifest, locate_weights
+from offline_kd.models import build
 from offline_kd.progress import progress, say, show_table
 from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.report import COLUMNS, read_runs, summarise, table_rows, write_report
 from offline_kd.run import run
 from offline_kd.store.reader import open_store
+from offline_kd.taps import feature_maps
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR}
 
@@ -337,6 +339,21 @@ def check_command(name: str, manifest_path: Path, data_root: tuple[Path, ...]) -
     click.echo(f"{name}: " + ", ".join(f"{split} {count:,} samples" for split, count in counts.items()) + ", all good")
     if unproven:
         say(f"the manifest has no sha256 for {len(unproven)} tars, such as {unproven[0]}: these bytes were not proven")
+
+
+@main.command("taps")
+@click.argument("model")
+@click.option("--size", default=32, show_default=True, type=click.IntRange(min=1), help="Height and width of images.")
+def taps_command(model: str, size: int) -> None:
+    """The modules of MODEL whose feature maps can be tapped, in the order in which they finish.
+
+    \b
+    offline-kd taps cifar:resnet56_a
+    """
+    network = build(model, 10)
+    maps = feature_maps(network, torch.zeros(1, 3, size, size))
+    rows = [[name, f"{channels} x {height} x {width}"] for name, (_, channels, height, width) in maps.items()]
+    show_table(f"{model}, images of {size}x{size}", ["module", "channels x height x width"], rows)
 
 
 # ---- store ---------------------------------------------------------------------------------------------------------

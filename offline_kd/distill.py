@@ -8,8 +8,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,51 @@ from offline_kd.data import BlockLoader
 from offline_kd.errors import RecipeError, StoreMismatch, TrainingError
 from offline_kd.evaluate import evaluate
 from offline_kd.files import flush_to_disk, write_atomically
+from offline_kd.kd_layer import WithKDLayer, insert_kd_layer
 from offline_kd.manifest import Manifest, Normalisation, file_sha256, fingerprint
 from offline_kd.models import build, normalise, parameter_count
 from offline_kd.objectives import dtkd_fallbacks
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.progress import progress, say
-from offline_kd.recipe import CE, DTKD, AnyTerm, Recipe, Training, dump_recipe, needs_teacher
+from offline_kd.recipe import (
+    CE,
+    DTKD,
+    AnyTerm,
+    Decisions,
+    KDLayerTerm,
+    Recipe,
+    SubclassTerm,
+    Training,
+    dump_recipe,
+    kd_layer_terms,
+    needs_teacher,
+)
 from offline_kd.store.codec import decode
 from offline_kd.store.reader import Store, open_store
 from offline_kd.store.schema import plan_views_per_group
-from offline_kd.stream import Batch, Stream
-from offline_kd.teacher import load_teacher
-from offline_kd.terms import term_value, term_weight
+from offline_kd.stream import Batch, Stream, decision_arrays, tables_on
+from offline_kd.taps import TapPoint
+from offline_kd.teacher import Teacher, load_teacher
+from offline_kd.templates import pack
+from offline_kd.terms import kd_layer_value, term_value, term_weight
 from offline_kd.views import view_groups
 
-TeacherLogits = Callable[[Batch], Tensor]
+
+@dataclass(frozen=True)
+class Targets:
+    """What the teacher says of a batch, from the store or live."""
+
+    logits: Tensor | None = None  # [B, C]
+    decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by name in the recipe, then by array
+
+
+@dataclass(frozen=True)
+class Student:
+    network: nn.Module
+    kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
+
+
+AskTeacher = Callable[[Batch], Targets]
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,8 @@ class Result:
     ece: float
     epochs: int
     steps: int
-    parameters: int
+    parameters: int  # those of KD layers included
+    kd_layer_parameters: int
     seconds_per_epoch: float  # training alone, median over epochs
     seconds_per_step: float
     images_per_second: float
@@ -85,30 +116,30 @@ def distill(
         raise RecipeError(f"objective '{name}' needs a teacher: give --store, or --online for the live teacher.")
     if store is not None:
         check_store(store, recipe, manifest, loader)
-    stream = make_stream(
-        recipe, loader, None if online else store, seed, device, groups=store.identity.groups if store else None
-    )
-    teacher_logits: TeacherLogits | None = None
+    student = new_student(recipe, loader, seed, device, terms)
+    ask = None
     if needs_teacher(terms):
         if online:
             teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
-            teacher_logits = lambda batch: teacher.logits(batch.images)  # noqa: E731
+            ask = live_targets(teacher, recipe, terms, store, device)
         elif store is not None:
-            codec = store.identity.codec
-            teacher_logits = lambda batch: decode(codec, batch.targets)  # noqa: E731
+            ask = stored_targets(store, terms, device)
+    groups = store.identity.groups if store else None
+    wanted = [] if online else sorted({term.decisions for term in kd_layer_terms(terms)})
+    stream = make_stream(recipe, loader, None if online else store, seed, device, groups=groups, decisions=wanted)
     return fit(
         recipe=recipe,
-        network=new_student(recipe, loader, seed, device),
+        student=student,
         training=recipe.training,
         terms=terms,
         stream=stream,
         evaluation=evaluation_images(recipe, manifest, roots),
-        teacher_logits=teacher_logits,
+        ask=ask,
         out=out,
         device=device,
         seed=seed,
         objective=name,
-        targets="none" if teacher_logits is None else "online" if online else "store",
+        targets="none" if ask is None else "online" if online else "store",
         store_digest=store.digest if store else "",
     )
 
@@ -133,12 +164,12 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
     )
     return fit(
         recipe=plain,
-        network=network,
+        student=Student(network, {}),
         training=recipe.teacher.training,
         terms=[CE(term="ce")],
         stream=make_stream(plain, loader, None, recipe.seeds[0], device),
         evaluation=evaluation_images(recipe, manifest, roots),
-        teacher_logits=None,
+        ask=None,
         out=out,
         device=device,
         seed=recipe.seeds[0],
@@ -148,9 +179,75 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
     )
 
 
-def new_student(recipe: Recipe, loader: BlockLoader, seed: int, device: torch.device) -> nn.Module:
+def new_student(
+    recipe: Recipe, loader: BlockLoader, seed: int, device: torch.device, terms: Sequence[AnyTerm] = ()
+) -> Student:
+    """The student of a recipe, freshly initialised, with the KD layers that `terms` put into it.
+
+    Raises ModelError for a KD layer behind a module that gives no map, RecipeError for one behind the same module as
+    another.
+    """
+    num_classes = len(loader.dataset.classes)
     torch.manual_seed(seed)
-    return build(recipe.student.model, len(loader.dataset.classes), recipe.student.model_args).to(device)
+    network = build(recipe.student.model, num_classes, recipe.student.model_args).to(device)
+    layers: dict[str, WithKDLayer] = {}
+    for term in kd_layer_terms(terms):
+        if term.after in layers:
+            raise RecipeError(f"recipe '{recipe.name}': two KD layers behind '{term.after}'. Use one term for each.")
+        example = normalise(loader[0].images[:1].to(device), recipe.data.normalisation)
+        num_templates = recipe.decisions_of(term).num_templates(num_classes)
+        layers[term.after], _ = insert_kd_layer(
+            network, term.after, num_templates, value_ratio=term.value_ratio, example=example
+        )
+    return Student(network, layers)
+
+
+def stored_targets(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> AskTeacher:
+    """Targets from what `Stream` read of the store."""
+    codec = store.identity.codec
+    arrays = {term.decisions: decision_arrays(store, term.decisions) for term in kd_layer_terms(terms)}
+    tables = _subclass_tables(store, terms, device)
+
+    def targets(batch: Batch) -> Targets:
+        decided = {
+            name: {full.rsplit("/", 1)[-1]: batch.targets[full] for full in names} | tables.get(name, {})
+            for name, names in arrays.items()
+        }
+        return Targets(decode(codec, batch.targets), decided)
+
+    return targets
+
+
+def live_targets(
+    teacher: Teacher, recipe: Recipe, terms: Sequence[AnyTerm], store: Store | None, device: torch.device
+) -> AskTeacher:
+    """The same from the live teacher. Its decisions need the store's templates."""
+    names = sorted({term.decisions for term in kd_layer_terms(terms)})
+    if names and store is None:
+        raise RecipeError("decisions of the live teacher need templates: give --store beside --online.")
+    templates = {name: tables_on(store, name, device) for name in names} if store else {}
+    configs = {name: recipe.capture.decisions[name] for name in names}
+    tables = _subclass_tables(store, terms, device) if store else {}
+    points: list[TapPoint] = list(configs.values())
+
+    def targets(batch: Batch) -> Targets:
+        logits, maps = teacher.logits_and_maps(batch.images, points)
+        labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
+        decided = {
+            name: pack(config, features, labels, templates[name]) | tables.get(name, {})
+            for (name, config), features in zip(configs.items(), maps, strict=True)
+        }
+        return Targets(logits, decided)
+
+    return targets
+
+
+def _subclass_tables(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> dict[str, dict[str, Tensor]]:
+    return {
+        term.decisions: {"table": tables_on(store, term.decisions, device)["table"]}
+        for term in kd_layer_terms(terms)
+        if term.term == "subclass_decisions"
+    }
 
 
 def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
@@ -171,6 +268,7 @@ def make_stream(
     seed: int,
     device: torch.device,
     groups: list[range] | None = None,
+    decisions: Sequence[str] = (),
 ) -> Stream:
     """The batches of a run. Without a store, views are grouped as stage 1 would group them, so that a run with the live
     teacher sees the same views in the same order."""
@@ -192,6 +290,7 @@ def make_stream(
         pool_blocks=recipe.training.pool_blocks,
         labelled_fraction=recipe.data.labelled_fraction,
         workers=recipe.data.workers,
+        decisions=decisions,
         device=device,
     )
 
@@ -219,6 +318,13 @@ def check_store(store: Store, recipe: Recipe, manifest: Manifest, loader: BlockL
             f"{store.path}: holds the views {identity.views.model_dump(mode='json')}, the recipe says "
             f"{recipe.views.model_dump(mode='json')}. Correct the recipe's views, or capture another store."
         )
+    for name, about in identity.decisions.items():
+        wanted = recipe.capture.decisions.get(name)
+        if wanted is not None and wanted != about.config:
+            raise StoreMismatch(
+                f"{store.path}: decisions '{name}' were made with {about.config.model_dump(mode='json')}, the recipe "
+                f"says {wanted.model_dump(mode='json')}. Correct capture.decisions, or capture another store."
+            )
     weights = recipe.teacher.weights
     if weights is not None:
         known_weights = manifest.teachers.get(weights)
@@ -239,12 +345,12 @@ def check_store(store: Store, recipe: Recipe, manifest: Manifest, loader: BlockL
 def fit(
     *,
     recipe: Recipe,
-    network: nn.Module,
+    student: Student,
     training: Training,
     terms: list[AnyTerm],
     stream: Stream,
     evaluation: BlockLoader,
-    teacher_logits: TeacherLogits | None,
+    ask: AskTeacher | None,
     out: Path,
     device: torch.device,
     seed: int,
@@ -252,7 +358,7 @@ def fit(
     targets: str,
     store_digest: str,
 ) -> Result:
-    """Train `network`, evaluating after every epoch; the same call goes on after the last epoch that was saved.
+    """Train `student`, evaluating after every epoch; the same call goes on after the last epoch that was saved.
 
     Raises TrainingError when the loss is no longer a number, or when `out` holds another run.
     """
@@ -260,6 +366,7 @@ def fit(
     description = dump_recipe(recipe)
     identity = fingerprint([recipe.model_dump(mode="json"), objective, seed, targets, store_digest])
     title = f"{objective}, seed {seed}"
+    network = student.network
     optimizer = make_optimizer(training, network)
     first_epoch, history = _resume(out, identity, network, optimizer, device)
     if first_epoch == training.epochs and (out / "result.json").is_file():
@@ -281,13 +388,13 @@ def fit(
             images_seen, started = 0, time.perf_counter()
             for step, batch in enumerate(stream.epoch(epoch)):
                 set_learning_rate(optimizer, learning_rate(training, epoch + step / stream.steps_per_epoch))
-                teacher = teacher_logits(batch) if teacher_logits else None
-                student, values = train_step(
-                    network, optimizer, batch, teacher, terms, weights, training, recipe.data.normalisation
+                asked = ask(batch) if ask else Targets()
+                logits, values = train_step(
+                    student, optimizer, batch, asked, terms, weights, training, recipe.data.normalisation
                 )
                 sums += values
-                if teacher is not None and any(isinstance(term, DTKD) for term in terms):
-                    fallbacks += dtkd_fallbacks(student, teacher)
+                if asked.logits is not None and any(isinstance(term, DTKD) for term in terms):
+                    fallbacks += dtkd_fallbacks(logits, asked.logits)
                 images_seen += len(batch.labels)
                 meter.advance()
             means = (sums / stream.steps_per_epoch).tolist()  # waits for the device, so that the time is the epoch's
@@ -314,14 +421,14 @@ def fit(
                 }
             )
             _save(out, identity, network, optimizer, epoch + 1, history)
-    return _finish(out, recipe, network, history, stream.steps_per_epoch, seed, objective, targets, store_digest)
+    return _finish(out, recipe, student, history, stream.steps_per_epoch, seed, objective, targets, store_digest)
 
 
 def train_step(
-    network: nn.Module,
+    student: Student,
     optimizer: torch.optim.Optimizer,
     batch: Batch,
-    teacher: Tensor | None,
+    targets: Targets,
     terms: Sequence[AnyTerm],
     weights: Sequence[float],
     training: Training,
@@ -329,13 +436,31 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update of the student; returns its logits `[B, C]` and the bare value of every term `[terms]`, detached."""
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=training.amp):
-        student = network(normalise(batch.images, normalisation))
-    student = student.float()
-    values = torch.stack([term_value(term, student, teacher, batch.labels, training.label_smoothing) for term in terms])
+        logits = student.network(normalise(batch.images, normalisation))
+    logits = logits.float()
+    values = []
+    for term in terms:
+        if isinstance(term, Decisions | SubclassTerm):
+            values.append(_kd_layer_value(student, term, targets, batch, logits.shape[1]))
+        else:
+            values.append(term_value(term, logits, targets.logits, batch.labels, training.label_smoothing))
+    bare = torch.stack(values)
     optimizer.zero_grad(set_to_none=True)
-    (values * torch.tensor(weights, device=values.device)).sum().backward()  # type: ignore[no-untyped-call]
+    (bare * torch.tensor(weights, device=bare.device)).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
-    return student.detach(), values.detach()
+    return logits.detach(), bare.detach()
+
+
+def _kd_layer_value(student: Student, term: KDLayerTerm, targets: Targets, batch: Batch, num_classes: int) -> Tensor:
+    scores, decided = student.kd_layers[term.after].scores, targets.decisions[term.decisions]
+    assert scores is not None, "the KD layer kept no scores: the student is not in training mode"
+    places = decided["subclass" if isinstance(term, SubclassTerm) else "id"].shape[1:3]
+    if scores.shape[2:] != places:
+        raise StoreMismatch(
+            f"decisions '{term.decisions}' were made on a grid of {list(places)}, the student's map behind "
+            f"'{term.after}' is {list(scores.shape[2:])}. Capture them with `grid: {list(scores.shape[2:])}`."
+        )
+    return kd_layer_value(term, scores.float(), decided, batch.labels, num_classes)
 
 
 def _save(
@@ -387,7 +512,7 @@ def _resume(
 def _finish(
     out: Path,
     recipe: Recipe,
-    network: nn.Module,
+    student: Student,
     history: list[dict[str, Any]],
     steps_per_epoch: int,
     seed: int,
@@ -395,7 +520,7 @@ def _finish(
     targets: str,
     store_digest: str,
 ) -> Result:
-    weights = {name: tensor.contiguous().cpu() for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.contiguous().cpu() for name, tensor in student.network.state_dict().items()}
     content = safetensors.torch.save(weights)
     write_atomically(out / "student.safetensors", content)
     seconds = statistics.median(line["seconds"] for line in history)
@@ -410,7 +535,8 @@ def _finish(
         ece=history[-1]["ece"],
         epochs=len(history),
         steps=len(history) * steps_per_epoch,
-        parameters=parameter_count(network),
+        parameters=parameter_count(student.network),
+        kd_layer_parameters=sum(parameter_count(layer.kd_layer) for layer in student.kd_layers.values()),
         seconds_per_epoch=seconds,
         seconds_per_step=seconds / steps_per_epoch,
         images_per_second=history[-1]["images"] / seconds,

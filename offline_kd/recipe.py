@@ -15,6 +15,7 @@ from offline_kd.errors import RecipeError, did_you_mean
 from offline_kd.manifest import ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
 from offline_kd.objectives.dtkd import Sharpness
 from offline_kd.store.codec import Codec, Float16
+from offline_kd.templates import AnyDecisions, DecisionsConfig, SubclassDecisions
 from offline_kd.views import NoAugmentation, Views
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
@@ -131,8 +132,29 @@ class NKD(WeightedTerm):
     temperature: Positive
 
 
-Term = Annotated[CE | KD | TTM | WTTM | DTKD | DKD | DIST | NKD, Field(discriminator="term")]
-AnyTerm = CE | KD | TTM | WTTM | DTKD | DKD | DIST | NKD
+class Decisions(WeightedTerm):
+    """letKD-1: a KD layer in the student, supervised by the teacher's template decisions."""
+
+    term: Literal["decisions"]
+    decisions: str = Field(description="name in capture.decisions")
+    after: str = Field("penultimate", description="module of the student behind which the KD layer stands")
+    value_ratio: float = 1.0
+    assignment: Literal["soft", "hard"] = "soft"
+
+
+class SubclassTerm(WeightedTerm):
+    """letKD-2: a KD layer in the student, supervised by the teacher's sub-class decisions."""
+
+    term: Literal["subclass_decisions"]
+    decisions: str = Field(description="name in capture.decisions")
+    after: str = Field(description="module of the student behind which the KD layer stands")
+    value_ratio: float = 1.0
+
+
+LogitTerm = CE | KD | TTM | WTTM | DTKD | DKD | DIST | NKD
+KDLayerTerm = Decisions | SubclassTerm
+AnyTerm = LogitTerm | KDLayerTerm
+Term = Annotated[AnyTerm, Field(discriminator="term")]
 Objective = Annotated[list[Term], Field(min_length=1)]
 
 
@@ -153,6 +175,7 @@ class Capture(Strict):
     """How stage 1 stores the teacher's targets."""
 
     codec: Codec = Float16(name="f16")
+    decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
     batch_size: int = Field(256, ge=1)
     fidelity_rows: int = Field(1000, ge=1, description="rows on which the teacher is run again to finish the store")
@@ -174,6 +197,22 @@ class Recipe(Strict):
     objectives: dict[Name, Objective] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
 
+    def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
+        """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""
+        known = self.capture.decisions
+        if term.decisions not in known:
+            raise RecipeError(
+                f"recipe '{self.name}': term '{term.term}' asks for decisions '{term.decisions}', which are not in "
+                f"capture.decisions.{did_you_mean(term.decisions, known)}"
+            )
+        config = known[term.decisions]
+        if isinstance(config, SubclassDecisions) != isinstance(term, SubclassTerm):
+            raise RecipeError(
+                f"recipe '{self.name}': term '{term.term}' cannot use decisions '{term.decisions}' of kind "
+                f"'{config.kind}'."
+            )
+        return config
+
     def objective(self, name: str | None) -> tuple[str, list[AnyTerm]]:
         """The objective of that name, or the only one."""
         if name is None and len(self.objectives) == 1:
@@ -185,6 +224,11 @@ class Recipe(Strict):
         if name not in self.objectives:
             raise RecipeError(f"recipe '{self.name}' has no objective '{name}'.{did_you_mean(name, self.objectives)}")
         return name, self.objectives[name]
+
+
+def kd_layer_terms(terms: Sequence[AnyTerm]) -> list[KDLayerTerm]:
+    """The terms that put a KD layer into the student."""
+    return [term for term in terms if isinstance(term, Decisions | SubclassTerm)]
 
 
 def needs_teacher(terms: Sequence[AnyTerm]) -> bool:

@@ -6,7 +6,7 @@ rendered again. Reading and joining happen per tar, in worker processes if there
 rendering happen afterwards in the training process, so the batches do not depend on the number of workers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -16,9 +16,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from offline_kd.data import BlockLoader, ImageBlock
-from offline_kd.errors import StoreCorrupt, StoreMismatch
+from offline_kd.errors import StoreCorrupt, StoreMismatch, did_you_mean
 from offline_kd.store.codec import codec_arrays
 from offline_kd.store.reader import Arrays, Store
+from offline_kd.templates import SubclassDecisions
 from offline_kd.views import AnyViews, counter_hash, counter_uniform, draw, render, view_of_epoch
 
 # First counters of the draws made here, so that they are independent of each other and of those of views.py.
@@ -34,7 +35,7 @@ class Rows:
     flip: Tensor  # [n] uint8
     labels: Tensor  # [n] int64
     key_hash: NDArray[np.uint64]  # [n]
-    targets: dict[str, Tensor]  # by codec array, [n, ...]; empty without a store
+    targets: dict[str, Tensor]  # by codec array or `decisions/...`, [n, ...]; empty without a store
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -73,12 +74,15 @@ class Batch:
 # ---- joining -------------------------------------------------------------------------------------------------------
 
 
-def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64]) -> Rows:
+def join(
+    store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str] = ()
+) -> Rows:
     """Give each sample of an image tar what the store says of one of its views.
 
     Args:
         group: the view group, common to all samples.
         position: `[n]` view within the group, for each sample of the tar.
+        decisions: names of the decisions that are wanted beside the logits.
 
     Raises:
         StoreMismatch: a sample is not in the store, or is there with other image bytes or another label.
@@ -86,6 +90,7 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
     """
     names = ["image_crc", "label", "view/box", "view/flip", "probe/row", "probe/view", "probe/pixels"]
     names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
+    names += [name for one in decisions for name in decision_arrays(store, one)]
     store_rows = _find_rows(store, block)
     store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
     found: Arrays = {}
@@ -97,7 +102,7 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
         for name in names:
             if name.startswith("probe/"):
                 continue
-            per_view = name.startswith(("view/", "logits/"))
+            per_view = name.startswith(("view/", "logits/", "decisions/"))
             values = arrays[name][offsets[here], position[here]] if per_view else arrays[name][offsets[here]]
             if name not in found:
                 found[name] = np.empty((len(block), *values.shape[1:]), dtype=values.dtype)
@@ -106,9 +111,10 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
     for number, arrays, here in slabs:
         _check_probes(store, block, number, arrays, here, offsets[here])
     targets = {
-        name.removeprefix("logits/"): torch.from_numpy(array)
+        # Torch knows uint16 but can do little with it.
+        name.removeprefix("logits/"): torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array)
         for name, array in found.items()
-        if name.startswith("logits/")
+        if name.startswith(("logits/", "decisions/"))
     }
     return Rows(
         images=block.images,
@@ -118,6 +124,24 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
         key_hash=block.key_hash,
         targets=targets,
     )
+
+
+def decision_arrays(store: Store, name: str) -> list[str]:
+    """The arrays that a loss on these decisions reads; raises StoreMismatch when the store has none of that name."""
+    if name not in store.identity.decisions:
+        raise StoreMismatch(
+            f"{store.path}: holds no decisions '{name}', which the objective asks for."
+            f"{did_you_mean(name, store.identity.decisions)} Capture them with capture.decisions in the recipe."
+        )
+    config = store.identity.decisions[name].config
+    if isinstance(config, SubclassDecisions):
+        return [f"decisions/{name}/subclass"]
+    return [f"decisions/{name}/{part}" for part in (("id", "prob") if config.top > 1 else ("id",))]
+
+
+def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
+    """Templates (or LDA and sub-classes) of decisions, by the last part of their name."""
+    return {part: torch.from_numpy(array).to(device) for part, array in store.read_tables(name).items()}
 
 
 def without_store(
@@ -207,9 +231,16 @@ class _Pool(Dataset[Rows]):
     """Joined tars, by (epoch, block number); runs in the worker processes."""
 
     def __init__(
-        self, loader: BlockLoader, views: AnyViews, groups: list[range], store: Store | None, seed: int
+        self,
+        loader: BlockLoader,
+        views: AnyViews,
+        groups: list[range],
+        store: Store | None,
+        decisions: Sequence[str],
+        seed: int,
     ) -> None:
         self.loader, self.views, self.groups, self.store, self.seed = loader, views, groups, store, seed
+        self.decisions = decisions
 
     def __getitem__(self, place: tuple[int, int]) -> Rows:
         epoch, number = place
@@ -217,7 +248,7 @@ class _Pool(Dataset[Rows]):
         group, position = view_of_epoch(self.seed, block.key_hash, epoch, self.groups)
         if self.store is None:
             return without_store(self.views, self.groups, block, group, position)
-        return join(self.store, block, group, position)
+        return join(self.store, block, group, position, self.decisions)
 
 
 class Stream:
@@ -244,13 +275,14 @@ class Stream:
         pool_blocks: int,
         labelled_fraction: float = 1.0,
         workers: int = 0,
+        decisions: Sequence[str] = (),
         device: torch.device,
     ) -> None:
         self.loader, self.seed, self.batch_size, self.pool_blocks = loader, seed, batch_size, pool_blocks
         self.labelled_fraction, self.device = labelled_fraction, device
         self.fill = views.fill
         self.places: list[tuple[int, int]] = []  # what the loader fetches next; replaced for every epoch
-        self.pool = _Pool(loader, views, groups, store, seed)
+        self.pool = _Pool(loader, views, groups, store, decisions, seed)
         self.rows_loader: DataLoader[Rows] | None = None
         if workers:
             self.rows_loader = DataLoader(

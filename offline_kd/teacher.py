@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from offline_kd.data import BlockLoader
-from offline_kd.errors import RecipeError, TeacherError
+from offline_kd.errors import ModelError, RecipeError, TeacherError
 from offline_kd.evaluate import evaluate
 from offline_kd.manifest import ExpectedAccuracy, Manifest, Normalisation
 from offline_kd.models import build, find_weights, load_weights, normalise
 from offline_kd.recipe import Recipe
+from offline_kd.taps import TapPoint, tapped
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,15 @@ class Teacher:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16"):
             logits = self.network(normalise(images, self.normalisation))
         return logits.float()
+
+    def logits_and_maps(self, images: Tensor, points: Sequence[TapPoint]) -> tuple[Tensor, list[Tensor]]:
+        """The same, and the maps `[B, D, H, W]` float32 of the taps. Raises ModelError for a tap that never ran."""
+        with tapped(self.network, points) as maps:
+            logits = self.logits(images)
+        for point, features in zip(points, maps, strict=True):
+            if features is None:
+                raise ModelError(f"tap '{point.module}': the network never runs this module.")
+        return logits, [features for features in maps if features is not None]
 
 
 def load_teacher(

@@ -7,14 +7,17 @@ the decision is the nearest sub-class of the image's own class. arXiv:2309.02843
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from offline_kd.errors import DataError
+from offline_kd.taps import TapPoint
 from offline_kd.views import counter_hash
 
 KMEANS_STREAM = 0x6B6D65616E73  # first counter of the draws made here
@@ -22,7 +25,44 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # distances held at a time; on a
 TOLERANCE = 1e-4  # Lloyd stops when the centroids move less than this share of the data's variance
 NEGLIGIBLE = 1e-9  # mass of far templates that is not summed up
 
+NEAREST = 8  # vectors that are remembered of each template
+PROB_LEVELS = 65534  # stored probabilities are multiples of 1 / PROB_LEVELS; 65535 marks an empty row
+
 Vectors = NDArray[np.float32]  # [n, D], a memory map where there are many
+
+
+class TemplateDecisions(TapPoint):
+    """letKD-1: K templates of a tap, and the `top` likeliest at every location (1: hard ids)."""
+
+    kind: Literal["templates"]
+    templates: int = Field(4096, ge=2, le=8192)
+    top: int = Field(4, ge=1, le=16)
+    temperature: float = Field(1.0, gt=0, description="of softmax(-temperature * squared distance)")
+    iterations: int = Field(20, ge=1)
+    init: Literal["k-means++", "random"] = "k-means++"
+    seed: int = Field(0, ge=0)
+    max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that K-means sees; images are sampled")
+
+    def num_templates(self, num_classes: int) -> int:
+        return self.templates
+
+
+class SubclassDecisions(TapPoint):
+    """letKD-2: sub-classes of every class on the LDA coordinates of a tap, one id at every location."""
+
+    kind: Literal["subclasses"]
+    per_class: int = Field(8, ge=1, le=255)
+    components: int = Field(60, ge=1)
+    iterations: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0)
+    max_vectors: int = Field(4_000_000, ge=1)
+
+    def num_templates(self, num_classes: int) -> int:
+        return num_classes * self.per_class
+
+
+AnyDecisions = TemplateDecisions | SubclassDecisions
+DecisionsConfig = Annotated[AnyDecisions, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True)
@@ -33,6 +73,9 @@ class KMeans:
     counts: Tensor  # [K] int64 vectors of each
     inertia: float  # sum of squared distances to the nearest centroid
     iterations: int
+    nearest: NDArray[
+        np.int64
+    ]  # [K, NEAREST] rows of the vectors closest to each, closest first; -1 where there are fewer
     distance_percentiles: dict[str, float]  # of the squared distance to the nearest centroid
 
     @property
@@ -66,7 +109,8 @@ def kmeans(
     done = 0
     while done < iterations:
         done += 1
-        sums, counts, _, furthest = _assign_all(vectors, centroids, device)
+        sums, counts, distances, _ = _assign_all(vectors, centroids, device)
+        furthest = _furthest(distances, len(centroids))
         moved = sums / counts.clamp(min=1)[:, None]
         for centroid, row in zip((counts == 0).nonzero()[:, 0].tolist(), furthest, strict=False):
             moved[centroid] = torch.from_numpy(np.array(vectors[row])).to(moved)
@@ -75,7 +119,7 @@ def kmeans(
         step()
         if shift <= spread * centroids.numel() / num_templates and not (counts == 0).any():
             break
-    _, counts, distances, _ = _assign_all(vectors, centroids, device)
+    _, counts, distances, assigned = _assign_all(vectors, centroids, device)
     step()
     levels = (1, 10, 50, 90, 99)
     return KMeans(
@@ -83,6 +127,7 @@ def kmeans(
         counts=counts.cpu(),
         inertia=float(distances.sum(dtype=np.float64)),
         iterations=done,
+        nearest=_nearest(assigned, distances, len(centroids)),
         distance_percentiles={
             f"{level}": float(value) for level, value in zip(levels, np.percentile(distances, levels), strict=True)
         },
@@ -113,24 +158,39 @@ def _initial(vectors: Vectors, num_templates: int, init: str, seed: int) -> Tens
 
 def _assign_all(
     vectors: Vectors, centroids: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor, NDArray[np.float32], list[int]]:
-    """One pass: sums `[K, D]` and counts `[K]` of each centroid's vectors, squared distances `[n]`, furthest rows."""
+) -> tuple[Tensor, Tensor, NDArray[np.float32], NDArray[np.int64]]:
+    """One pass: sums `[K, D]` and counts `[K]` of the centroids' vectors; distance and centroid `[n]` of each vector."""
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=device)
     counts = torch.zeros(len(centroids), dtype=torch.int64, device=device)
-    distances = np.empty(len(vectors), dtype=np.float32)
+    distances, assigned = np.empty(len(vectors), dtype=np.float32), np.empty(len(vectors), dtype=np.int64)
     half_squares = centroids.square().sum(dim=1) / 2
     for start, chunk in _chunks(vectors, len(centroids), device):
         closeness, nearest = torch.addmm(-half_squares, chunk, centroids.T).max(dim=1)
         distances[start : start + len(chunk)] = (chunk.square().sum(dim=1) - 2 * closeness).clamp(min=0).cpu().numpy()
+        assigned[start : start + len(chunk)] = nearest.cpu().numpy()
         # index_put_ sorts on a GPU, so that sums come out the same each time; atomic additions would not.
         if device.type == "cpu":
             sums.index_add_(0, nearest, chunk.double())
         else:
             sums.index_put_((nearest,), chunk.double(), accumulate=True)
         counts += torch.bincount(nearest, minlength=len(centroids))
-    num = min(len(centroids), len(vectors))
-    furthest = np.argpartition(distances, -num)[-num:]
-    return sums, counts, distances, furthest[distances[furthest].argsort(kind="stable")[::-1]].tolist()
+    return sums, counts, distances, assigned
+
+
+def _furthest(distances: NDArray[np.float32], num: int) -> list[int]:
+    """Rows of the `num` vectors that are furthest from their centroid, furthest first."""
+    rows = np.argpartition(distances, -min(num, len(distances)))[-num:]
+    return [int(row) for row in rows[distances[rows].argsort(kind="stable")[::-1]]]
+
+
+def _nearest(assigned: NDArray[np.int64], distances: NDArray[np.float32], num_templates: int) -> NDArray[np.int64]:
+    order = np.lexsort((distances, assigned))
+    starts = np.searchsorted(assigned[order], np.arange(num_templates + 1))
+    nearest = np.full((num_templates, NEAREST), -1, dtype=np.int64)
+    for template, (start, end) in enumerate(pairwise(starts)):
+        rows = order[start : min(end, start + NEAREST)]
+        nearest[template, : len(rows)] = rows
+    return nearest
 
 
 def _chunks(vectors: Vectors, num_templates: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -149,6 +209,36 @@ class Decisions:
     ids: Tensor  # [B, H, W, m] int64
     probs: Tensor  # [B, H, W, m], as computed over all K: they add up to 1 - dropped
     dropped: Tensor  # [B, H, W] mass of the templates that are not kept
+
+
+def pack_decisions(decisions: Decisions) -> dict[str, Tensor]:
+    """What the store keeps: `id` and `prob` as integers, and the largest dropped mass `[B]`.
+
+    A template whose probability rounds to 0 is replaced by the first, which packs better and means the same.
+    """
+    levels = (decisions.probs.double() * PROB_LEVELS).round().long()
+    ids = torch.where(levels > 0, decisions.ids, decisions.ids[..., :1])
+    return {"id": ids, "prob": levels, "dropped": decisions.dropped.flatten(1).amax(dim=1).float()}
+
+
+def pack(config: AnyDecisions, features: Tensor, labels: Tensor, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything the store keeps of the decisions on a batch of maps, by the last part of the array's name.
+
+    Args:
+        features: `[B, D, H, W]`.
+        labels: `[B]` int64; sub-classes are those of the label.
+        tables: by the last part of their name, on the device of `features`.
+    """
+    if isinstance(config, SubclassDecisions):
+        projected = project(features, tables["scalings"], tables["xbar"], config.components)
+        return {"subclass": subclass_ids(projected, labels, tables["centers"])}
+    decided = decide(features, tables["centroids"], top=config.top, temperature=config.temperature)
+    packed = pack_decisions(decided)
+    return packed if config.top > 1 else {"id": packed["id"], "dropped": packed["dropped"]}
+
+
+def unpack_probs(levels: Tensor) -> Tensor:
+    return levels.float() / PROB_LEVELS
 
 
 def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float) -> Decisions:
@@ -182,7 +272,8 @@ def _decide(
     candidate_closeness, candidates = _largest(closeness, num_candidates)
     exact = -temperature * (x[:, None] - centroids[candidates]).square().sum(dim=2)  # [n, candidates]
     exact, order = exact.sort(dim=1, descending=True, stable=True)
-    log_total = torch.logsumexp(exact, dim=1)
+    log_kept = torch.logsumexp(exact[:, :top], dim=1)
+    log_dropped = torch.logsumexp(exact[:, top:], dim=1)  # -inf where nothing is left over
     if num_candidates < len(centroids):
         gap = 2 * temperature * (candidate_closeness[:, 0] - candidate_closeness[:, -1])
         matters = (gap < np.log(len(centroids) / NEGLIGIBLE)).nonzero()[:, 0]
@@ -190,10 +281,10 @@ def _decide(
             others = closeness[matters].scatter(1, candidates[matters], -torch.inf)
             log_others = torch.logsumexp(2 * temperature * others, dim=1)
             log_others = log_others - temperature * x[matters].square().sum(dim=1)
-            log_total[matters] = torch.logaddexp(log_total[matters], log_others)
+            log_dropped[matters] = torch.logaddexp(log_dropped[matters], log_others)
+    log_total = torch.logaddexp(log_kept, log_dropped)
     probs = (exact[:, :top] - log_total[:, None]).exp()
-    dropped = (1 - probs.sum(dim=1)).clamp(min=0)
-    return candidates.gather(1, order[:, :top]), probs, dropped
+    return candidates.gather(1, order[:, :top]), probs, (log_dropped - log_total).exp()
 
 
 def _largest(values: Tensor, num: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """The terms of a recipe's objective, as numbers: what each is worth for a batch, and how much it counts in an epoch."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
-from offline_kd.recipe import CE, DIST, DKD, DTKD, KD, NKD, TTM, WTTM, AnyTerm
+from offline_kd.objectives import decisions, dist, dkd, dtkd, kd, nkd, subclass_decisions, ttm, wttm
+from offline_kd.recipe import CE, DIST, DKD, DTKD, KD, NKD, TTM, WTTM, AnyTerm, Decisions, KDLayerTerm, LogitTerm
+from offline_kd.templates import unpack_probs
 
 
 def term_value(
-    term: AnyTerm, student: Tensor, teacher: Tensor | None, labels: Tensor, label_smoothing: float
+    term: LogitTerm, student: Tensor, teacher: Tensor | None, labels: Tensor, label_smoothing: float
 ) -> Tensor:
     """The bare value of one term.
 
@@ -43,6 +46,29 @@ def term_value(
         case NKD():
             chosen = torch.where(labels >= 0, labels, teacher.argmax(dim=1))
             return nkd(student, teacher, chosen, gamma=term.gamma, temperature=term.temperature)
+
+
+def kd_layer_value(
+    term: KDLayerTerm, scores: Tensor, decided: Mapping[str, Tensor], labels: Tensor, num_classes: int
+) -> Tensor:
+    """The bare value of a term on the scores `[B, K, H, W]` of its KD layer.
+
+    Args:
+        decided: what the store keeps, by the last part of the array's name; for sub-classes with their `table`.
+        labels: `[B]`; the sub-classes of samples whose label is hidden (-1) would give it away and are left out.
+    """
+    if isinstance(term, Decisions):
+        ids = decided["id"]
+        probs = unpack_probs(decided["prob"]) if "prob" in decided else torch.ones_like(ids, dtype=scores.dtype)
+        if term.assignment == "hard":
+            ids, probs = ids[..., :1], torch.ones_like(probs[..., :1])
+        return decisions(scores, ids, probs)
+    known = labels >= 0
+    if not known.any():
+        return 0 * scores.sum()
+    per_class = len(decided["table"]) // num_classes
+    ids = labels[known][:, None, None] * per_class + decided["subclass"][known].long()
+    return subclass_decisions(scores[known], ids, decided["table"])
 
 
 def term_weight(term: AnyTerm, epoch: int) -> float:

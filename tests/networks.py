@@ -40,5 +40,32 @@ def nan_on_some_views(num_classes: int) -> nn.Module:
     return NaNOnSomeViews(num_classes)
 
 
+class ChangingMap(Small):
+    """Its maps are smaller for single images than for batches."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, layer in enumerate(self.body):
+            x = layer(x if index != 3 or len(x) > 1 else x[:, :, ::2, ::2])
+        return torch.zeros(len(x), self.head.out_features) + x.mean()
+
+
+def changing_map(num_classes: int) -> nn.Module:
+    return ChangingMap(num_classes)
+
+
+class InfiniteMap(Small):
+    """Says something finite, but its maps overflow on some views."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bright = x[:, 0, :, 1].amax(dim=1) > 0.5
+        logits = super().forward(x)
+        self.body[5](torch.where(bright[:, None, None, None], torch.inf, torch.zeros(len(x), 16, 4, 4)))
+        return logits
+
+
+def infinite_map(num_classes: int) -> nn.Module:
+    return InfiniteMap(num_classes)
+
+
 def no_module(num_classes: int) -> int:
     return num_classes

@@ -26,10 +26,13 @@ from offline_kd.store.schema import (
     LedgerEntry,
     StoreIdentity,
     StoreManifest,
+    TablesEntry,
     array_specs,
     create_array,
     ledger_name,
     store_digest,
+    table_specs,
+    tables_ledger_name,
 )
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -60,11 +63,12 @@ class Store:
     path: Path
     identity: StoreIdentity
     ledger: list[LedgerEntry]
+    tables: list[TablesEntry]
     manifest: StoreManifest | None
 
     @property
     def digest(self) -> str:
-        return store_digest(self.identity, self.ledger)
+        return store_digest(self.identity, self.ledger, self.tables)
 
     @cached_property
     def entries(self) -> dict[tuple[int, int], LedgerEntry]:
@@ -74,7 +78,8 @@ class Store:
 
     @cached_property
     def decoders(self) -> dict[str, ChunkDecoder]:
-        return {spec.name: ChunkDecoder(spec) for spec in array_specs(self.identity)}
+        tables = [spec for name in self.identity.decisions for spec in table_specs(self.identity, name)]
+        return {spec.name: ChunkDecoder(spec) for spec in [*array_specs(self.identity), *tables]}
 
     @cached_property
     def row_index(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -115,6 +120,20 @@ class Store:
             arrays[name] = chunk[0, 0] if name.startswith("probe/") else chunk[: entry.rows]
         return arrays
 
+    def read_tables(self, name: str) -> Arrays:
+        """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names."""
+        entry = next((entry for entry in self.tables if entry.decisions == name), None)
+        if entry is None:
+            raise StoreIncomplete(
+                f"{self.path}: the templates of '{name}' are missing: capture or copy the store again."
+            )
+        return {
+            spec.name.rsplit("/", 1)[-1]: self.decoders[spec.name].decode(
+                self._verified(entry, spec.object_key(0, 0)), 0, 0
+            )
+            for spec in table_specs(self.identity, name)
+        }
+
     def check_sizes(self, block: int, group: int) -> None:
         """Make sure, without reading, that every object of a block and view group is there with its size."""
         if (block, group) not in self.entries:
@@ -129,7 +148,7 @@ class Store:
                 found = None
             self._compare(entry, key, found)
 
-    def _verified(self, entry: LedgerEntry, key: str) -> bytes:
+    def _verified(self, entry: LedgerEntry | TablesEntry, key: str) -> bytes:
         try:
             content = (self.path / "targets.zarr" / key).read_bytes()
         except FileNotFoundError:
@@ -138,13 +157,15 @@ class Store:
         self._compare(entry, key, len(content), hashlib.sha256(content).hexdigest())
         return content
 
-    def _compare(self, entry: LedgerEntry, key: str, found_bytes: int | None, found_sha256: str | None = None) -> None:
+    def _compare(
+        self, entry: LedgerEntry | TablesEntry, key: str, found_bytes: int | None, found_sha256: str | None = None
+    ) -> None:
         expected = entry.objects.get(key)
         where, redo = f"{self.path}/targets.zarr/{key}", REDO.format(entry.file_name)
         if expected is None:
             raise StoreCorrupt(f"{where}: the ledger entry {entry.file_name} does not vouch for it: {redo}")
         if found_bytes is None:
-            raise StoreIncomplete(f"{where}: missing, though block {entry.block} was committed: {redo}")
+            raise StoreIncomplete(f"{where}: missing, though {entry.file_name} was committed: {redo}")
         if found_bytes != expected.bytes:
             raise StoreCorrupt(f"{where}: {found_bytes:,} bytes, committed were {expected.bytes:,}: {redo}")
         if found_sha256 not in (None, expected.sha256):
@@ -166,7 +187,7 @@ def open_store(path: Path) -> Store:
             "Run the same `offline-kd cache-teacher` command again: it resumes and finishes."
         )
     manifest = _parse_file(StoreManifest, path / "manifest.json")
-    store = Store(path, identity, manifest.entries, manifest)
+    store = Store(path, identity, manifest.entries, manifest.tables, manifest)
     if store.digest != manifest.digest:
         raise StoreCorrupt(
             f"{path}: store.json and the ledger in manifest.json have digest {store.digest[:16]}..., manifest.json "
@@ -200,9 +221,14 @@ def read_entry(file: Path, identity: StoreIdentity) -> LedgerEntry:
     return entry
 
 
+def read_tables_entry(file: Path) -> TablesEntry:
+    return _parse_file(TablesEntry, file)
+
+
 def missing_entries(path: Path, identity: StoreIdentity) -> list[str]:
     """Names of the ledger entries that a complete store would have and this one has not."""
-    names = [ledger_name(block, views) for block in range(identity.num_blocks) for views in identity.groups]
+    names = [tables_ledger_name(name) for name in identity.decisions]
+    names += [ledger_name(block, views) for block in range(identity.num_blocks) for views in identity.groups]
     present = set(os.listdir(path / "ledger")) if (path / "ledger").is_dir() else set()
     return [name for name in names if name not in present]
 

@@ -15,7 +15,7 @@ legal value equals, are the second line of defence.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
@@ -26,6 +26,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from offline_kd.errors import RecipeError
 from offline_kd.manifest import Normalisation, Sha256, Strict, Tar, fingerprint
 from offline_kd.store.codec import Codec, codec_arrays
+from offline_kd.templates import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
 from offline_kd.views import AnyViews, Views, view_groups
 
 SCHEMA_VERSION = 1
@@ -57,6 +58,15 @@ class TeacherIdentity(Strict):
     licence: str
 
 
+class DecisionsIdentity(Strict):
+    """Decisions that a store holds, and the map they were made on."""
+
+    config: DecisionsConfig
+    channels: int
+    height: int
+    width: int
+
+
 class StoreIdentity(Strict):
     """`store.json`: what everything in the store is about. The same command must produce the same identity."""
 
@@ -66,6 +76,7 @@ class StoreIdentity(Strict):
     teacher: TeacherIdentity
     views: Views
     codec: Codec
+    decisions: dict[str, DecisionsIdentity] = Field(default_factory=dict)
     rows_per_block: int
     views_per_group: int
     versions: dict[str, str] = Field(description="of the software that created the store; not part of its digest")
@@ -106,6 +117,18 @@ class LedgerEntry(Strict):
         return ledger_name(self.block, range(self.first_view, self.end_view))
 
 
+class TablesEntry(Strict):
+    """The proof that the templates (or LDA and sub-classes) of one tap exist."""
+
+    decisions: str
+    objects: dict[str, StoredObject]
+    statistics: dict[str, float]
+
+    @property
+    def file_name(self) -> str:
+        return tables_ledger_name(self.decisions)
+
+
 class Fidelity(Strict):
     """The teacher, run again on rows read back from disk, against what the store says of them."""
 
@@ -128,11 +151,12 @@ class StoreManifest(Strict):
     fidelity: Fidelity
     total_bytes: int
     entries: list[LedgerEntry]
+    tables: list[TablesEntry] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One zarr array. `per_group`: it has a view axis, so each commit writes one object of it, else one per block."""
+    """One zarr array. `extent` says what one object of it holds: a block, a block's view group, or all of it."""
 
     name: str
     dtype: str
@@ -140,23 +164,59 @@ class ArraySpec:
     chunks: tuple[int, ...]
     dimensions: tuple[str, ...]
     fill: float
-    per_group: bool
+    extent: Literal["block", "group", "whole"]
     description: str
+
+    def _grid(self, block: int, group: int) -> tuple[int, ...]:
+        return {"block": (block,), "group": (block, group), "whole": ()}[self.extent]
 
     def object_key(self, block: int, group: int) -> str:
         """Path below `targets.zarr/` of the object that holds a block (of a view group)."""
-        grid = (block, group) if self.per_group else (block,)
+        grid = self._grid(block, group)
         return "/".join([self.name, "c", *map(str, grid), *["0"] * (len(self.shape) - len(grid))])
 
     def region(self, block: int, group: int) -> tuple[slice, ...]:
         """The array's elements that this object holds."""
-        grid = (block, group) if self.per_group else (block,)
+        grid = self._grid(block, group)
         sizes = self.chunks[: len(grid)]
         return tuple(slice(index * size, (index + 1) * size) for index, size in zip(grid, sizes, strict=True))
 
 
 def ledger_name(block: int, views: range) -> str:
     return f"{block:06d}-{views.start:05d}-{views.stop:05d}.json"
+
+
+def tables_ledger_name(decisions: str) -> str:
+    return f"templates-{decisions}.json"
+
+
+def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
+    """The arrays, one object each, that decisions of that name refer to."""
+    about = identity.decisions[name]
+    config, channels = about.config, about.channels
+
+    def table(part: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        shape = tuple(size for _, size in inner)
+        dimensions = tuple(label for label, _ in inner)
+        return ArraySpec(f"templates/{name}/{part}", dtype, shape, shape, dimensions, fill, "whole", description)
+
+    if isinstance(config, TemplateDecisions):
+        templates = ("template", config.templates)
+        return [
+            table("centroids", "<f4", np.nan, "the templates", templates, ("channel", channels)),
+            table("count", "<i8", -1, "training vectors nearest to each", templates),
+            table("nearest_row", "<i8", -1, "rows with the vectors closest to each", templates, ("rank", NEAREST)),
+            table("nearest_place", "<i4", -1, "their places: y * width + x", templates, ("rank", NEAREST)),
+        ]
+    classes, per_class = identity.num_classes, config.per_class
+    component = ("component", config.components)
+    subclasses = classes * per_class
+    return [
+        table("scalings", "<f4", np.nan, "LDA projection; unused columns 0", ("channel", channels), component),
+        table("xbar", "<f4", np.nan, "mean that LDA subtracts", ("channel", channels)),
+        table("centers", "<f4", np.nan, "sub-classes", ("class", classes), ("subclass", per_class), component),
+        table("table", "<f4", np.nan, "row i: as what i is seen", ("subclass", subclasses), ("seen_as", subclasses)),
+    ]
 
 
 def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
@@ -167,17 +227,17 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     height, width = identity.dataset.height, identity.dataset.width
 
     def per_row(name: str, dtype: str, fill: float, description: str) -> ArraySpec:
-        return ArraySpec(name, dtype, (num_rows,), (rows,), ("row",), fill, False, description)
+        return ArraySpec(name, dtype, (num_rows,), (rows,), ("row",), fill, "block", description)
 
     def per_view(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
         sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
         shape, chunks = (num_rows, num_views, *sizes), (rows, per_group, *sizes)
-        return ArraySpec(name, dtype, shape, chunks, ("row", "view", *names), fill, True, description)
+        return ArraySpec(name, dtype, shape, chunks, ("row", "view", *names), fill, "group", description)
 
     def per_probe(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
         sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
         shape, chunks = (blocks, num_groups, PROBES_PER_GROUP, *sizes), (1, 1, PROBES_PER_GROUP, *sizes)
-        return ArraySpec(name, dtype, shape, chunks, ("block", "group", "probe", *names), fill, True, description)
+        return ArraySpec(name, dtype, shape, chunks, ("block", "group", "probe", *names), fill, "group", description)
 
     specs = [
         per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
@@ -200,6 +260,18 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     for name, array in codec_arrays(identity.codec).items():
         inner = [("class", identity.num_classes)] if array.has_classes else []
         specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
+    for name, about in identity.decisions.items():
+        places = [("height", about.height), ("width", about.width)]
+        if isinstance(about.config, SubclassDecisions):
+            specs.append(
+                per_view(f"decisions/{name}/subclass", "|u1", 255, "sub-class within the label's class", *places)
+            )
+            continue
+        top = ("rank", about.config.top)
+        specs.append(per_view(f"decisions/{name}/id", "<u2", 65535, "template, likeliest first", *places, top))
+        if about.config.top > 1:
+            specs.append(per_view(f"decisions/{name}/prob", "<u2", 65535, "probability * 65534", *places, top))
+        specs.append(per_view(f"decisions/{name}/dropped", "<f4", np.nan, "largest mass that was not kept"))
     return specs
 
 
@@ -254,7 +326,8 @@ def identity_digest(identity: StoreIdentity) -> str:
     return fingerprint(identity.model_dump(mode="json", exclude={"versions"}))
 
 
-def store_digest(identity: StoreIdentity, entries: list[LedgerEntry]) -> str:
+def store_digest(identity: StoreIdentity, entries: list[LedgerEntry], tables: list[TablesEntry]) -> str:
     """sha256 over identity and ledger: content, not dates, machines or software versions."""
     ordered = sorted(entries, key=lambda entry: entry.file_name)
-    return fingerprint([identity_digest(identity), [entry.model_dump(mode="json") for entry in ordered]])
+    content = [entry.model_dump(mode="json") for entry in (*ordered, *sorted(tables, key=lambda one: one.file_name))]
+    return fingerprint([identity_digest(identity), content])

@@ -18,15 +18,19 @@ from zarr.storage import LocalStore
 
 from offline_kd.errors import StoreCorrupt, StoreMismatch
 from offline_kd.files import create_exclusively, flush_to_disk, write_atomically
-from offline_kd.store.reader import Arrays, ChunkDecoder, read_entry, read_identity
+from offline_kd.store.reader import Arrays, ChunkDecoder, read_entry, read_identity, read_tables_entry
 from offline_kd.store.schema import (
+    ArraySpec,
     LedgerEntry,
     StoredObject,
     StoreIdentity,
     StoreManifest,
+    TablesEntry,
     array_specs,
     create_array,
     ledger_name,
+    table_specs,
+    tables_ledger_name,
 )
 
 ABANDONED_SECONDS = 3600
@@ -50,7 +54,8 @@ def create_or_resume(path: Path, identity: StoreIdentity) -> StoreIdentity:
         identity = existing
     targets = LocalStore(path / "targets.zarr")
     zarr.open_group(targets, mode="a", zarr_format=3)
-    for spec in array_specs(identity):
+    tables = [spec for name in identity.decisions for spec in table_specs(identity, name)]
+    for spec in [*array_specs(identity), *tables]:
         if not (path / "targets.zarr" / spec.name / "zarr.json").is_file():
             create_array(targets, spec)
     for partial in path.rglob("*.partial"):
@@ -80,6 +85,11 @@ def committed(path: Path, identity: StoreIdentity, block: int, views: range) -> 
     return read_entry(file, identity) if file.is_file() else None
 
 
+def committed_tables(path: Path, name: str) -> TablesEntry | None:
+    file = path / "ledger" / tables_ledger_name(name)
+    return read_tables_entry(file) if file.is_file() else None
+
+
 def commit(
     path: Path, identity: StoreIdentity, block: int, group: int, arrays: Arrays, *, tar: str, tar_sha256: str
 ) -> LedgerEntry:
@@ -91,11 +101,38 @@ def commit(
     Raises:
         StoreCorrupt: when what was read back differs from what was written.
     """
-    root = path / "targets.zarr"
-    targets = LocalStore(root)
     views, rows = identity.groups[group], len(arrays["key_hash"])
+    objects = _write_objects(path / "targets.zarr", array_specs(identity), arrays, block, group)
+    entry = LedgerEntry(
+        block=block,
+        first_view=views.start,
+        end_view=views.stop,
+        rows=rows,
+        tar=tar,
+        tar_sha256=tar_sha256,
+        objects=objects,
+    )
+    create_exclusively(path / "ledger" / entry.file_name, entry.model_dump_json(indent=1) + "\n")
+    return entry
+
+
+def commit_tables(
+    path: Path, identity: StoreIdentity, name: str, arrays: Arrays, statistics: dict[str, float]
+) -> TablesEntry:
+    """The same for the templates that decisions of that name refer to; `arrays` by full array name."""
+    objects = _write_objects(path / "targets.zarr", table_specs(identity, name), arrays, 0, 0)
+    entry = TablesEntry(decisions=name, objects=objects, statistics=statistics)
+    create_exclusively(path / "ledger" / entry.file_name, entry.model_dump_json(indent=1) + "\n")
+    return entry
+
+
+def _write_objects(
+    root: Path, specs: list[ArraySpec], arrays: Arrays, block: int, group: int
+) -> dict[str, StoredObject]:
+    """Write one object of every array, read each back, compare, hash and flush it."""
+    targets = LocalStore(root)
     objects: dict[str, StoredObject] = {}
-    for spec in array_specs(identity):
+    for spec in specs:
         chunk = np.full(spec.chunks, spec.fill, dtype=spec.dtype)
         values = arrays[spec.name]
         chunk_view = chunk[0, 0] if spec.name.startswith("probe/") else chunk
@@ -111,17 +148,7 @@ def commit(
             )
         objects[key] = StoredObject(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
         flush_to_disk(root / key)
-    entry = LedgerEntry(
-        block=block,
-        first_view=views.start,
-        end_view=views.stop,
-        rows=rows,
-        tar=tar,
-        tar_sha256=tar_sha256,
-        objects=objects,
-    )
-    create_exclusively(path / "ledger" / entry.file_name, entry.model_dump_json(indent=1) + "\n")
-    return entry
+    return objects
 
 
 def _same(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:

@@ -1,0 +1,393 @@
+"""Templates are K-means at its best, decisions come back from the store as the teacher made them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import CPU, invoke, make_recipe, refused
+from sklearn.cluster import KMeans as Reference
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+
+from offline_kd import templates
+from offline_kd.cache import cache_teacher
+from offline_kd.distill import Targets, distill, live_targets, make_stream, stored_targets, training_images
+from offline_kd.errors import DataError, RecipeError
+from offline_kd.objectives import decisions as decision_loss
+from offline_kd.recipe import SubclassTerm
+from offline_kd.store.reader import open_store
+from offline_kd.stream import tables_on
+from offline_kd.taps import TapPoint
+from offline_kd.teacher import load_teacher
+from offline_kd.templates import (
+    class_means,
+    decide,
+    fit_lda,
+    fit_subclasses,
+    kmeans,
+    nearest_prototype,
+    normalised_table,
+    pack_decisions,
+    unpack_probs,
+)
+from offline_kd.terms import kd_layer_value
+
+GOLDEN = np.load(Path(__file__).parent / "fixtures" / "golden_losses.npz", allow_pickle=False)
+LDA = next(case["id"] for case in json.loads(str(GOLDEN["index"])) if case["method"] == "lda_decisions")
+
+
+def blobs(seed, n=6000, dimensions=12, centers=40, spread=1.0):
+    rng = np.random.default_rng(seed)
+    middles = 4 * rng.standard_normal((centers, dimensions))
+    return (middles[rng.integers(centers, size=n)] + spread * rng.standard_normal((n, dimensions))).astype(np.float32)
+
+
+# ---- K-means ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("seed", "num", "spread"), [(0, 16, 1.0), (1, 64, 1.0), (2, 100, 3.0)])
+def test_inertia_is_within_one_percent_of_scikit_learn(seed, num, spread):
+    vectors = blobs(seed, spread=spread)
+    found = kmeans(vectors, num, iterations=100, seed=seed, device=CPU)
+    reference = Reference(num, n_init=1, random_state=seed, max_iter=100).fit(vectors)
+    assert found.inertia <= 1.01 * reference.inertia_
+    assert found.dead == 0
+    assert found.counts.sum() == len(vectors)
+    distances = ((vectors[:, None] - found.centroids.numpy()) ** 2).sum(-1).min(1)
+    assert found.inertia == pytest.approx(distances.sum(), rel=1e-4)
+    assert found.distance_percentiles["50"] == pytest.approx(np.median(distances), rel=1e-3)
+
+
+def test_inertia_on_real_features_is_within_one_percent_of_scikit_learn(recipe, manifest, roots):
+    teacher = load_teacher(recipe, manifest, roots, 10, CPU)
+    images = training_images(recipe, manifest, roots)[0].images
+    _, (maps,) = teacher.logits_and_maps(images, [TapPoint(module="body.5")])
+    vectors = maps.permute(0, 2, 3, 1).flatten(0, 2).numpy().copy()
+    found = kmeans(vectors, 64, iterations=100, seed=0, device=CPU)
+    reference = Reference(64, n_init=1, random_state=0, max_iter=100).fit(vectors)
+    assert found.inertia <= 1.01 * reference.inertia_
+
+
+def test_the_seed_fixes_the_result_and_chunks_do_not_matter(monkeypatch):
+    vectors = blobs(3)
+    one = kmeans(vectors, 30, iterations=10, seed=5, device=CPU)
+    again = kmeans(vectors, 30, iterations=10, seed=5, device=CPU)
+    assert torch.equal(one.centroids, again.centroids)
+    monkeypatch.setitem(templates.CHUNK_ELEMENTS, "cpu", 30 * 100)
+    chunked = kmeans(vectors, 30, iterations=10, seed=5, device=CPU)
+    torch.testing.assert_close(chunked.centroids, one.centroids)
+    assert not torch.equal(kmeans(vectors, 30, iterations=1, seed=6, device=CPU).centroids, one.centroids)
+
+
+def test_a_centroid_that_lost_its_vectors_moves_to_the_furthest_one():
+    vectors = np.concatenate([np.zeros((50, 2)), np.ones((1, 2)), 100 * np.ones((1, 2))]).astype(np.float32)
+    found = kmeans(vectors, 3, iterations=20, init="random", seed=0, device=CPU)
+    assert found.dead == 0
+    assert found.inertia == pytest.approx(0, abs=1e-4)
+    assert sorted(found.counts.tolist()) == [1, 1, 50]
+
+
+def test_the_nearest_vectors_of_each_template_are_remembered():
+    vectors = blobs(7, n=500)
+    found = kmeans(vectors, 8, iterations=30, seed=0, device=CPU)
+    for template in range(8):
+        distances = ((vectors - found.centroids[template].numpy()) ** 2).sum(1)
+        assert set(found.nearest[template]) == set(np.argsort(distances)[:8])
+
+
+def test_more_templates_than_vectors_are_refused():
+    with pytest.raises(DataError, match="10 templates from 9 feature vectors"):
+        kmeans(blobs(0, n=9), 10, iterations=1, device=CPU)
+
+
+# ---- decisions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("num", "scale"), [(16, 0.3), (128, 0.3), (1024, 0.5), (1024, 5.0)])
+def test_decisions_are_the_softmax_of_distances(num, scale):
+    generator = torch.Generator().manual_seed(num)
+    features = scale * torch.randn(3, 6, 4, 5, generator=generator)
+    centroids = scale * torch.randn(num, 6, generator=generator)
+    chosen = decide(features, centroids, top=4, temperature=1.0)
+    x = features.permute(0, 2, 3, 1).double()
+    exact = (-(x[..., None, :] - centroids.double()).square().sum(-1)).softmax(-1)
+    probs, _ = exact.topk(4)
+    torch.testing.assert_close(chosen.probs.double(), probs, rtol=1e-4, atol=1e-6)
+    assert (exact.gather(-1, chosen.ids) >= probs - 1e-6).all()
+    torch.testing.assert_close(chosen.dropped.double(), 1 - probs.sum(-1), rtol=1e-3, atol=2e-6)
+
+
+def test_what_is_packed_comes_back():
+    generator = torch.Generator().manual_seed(0)
+    chosen = decide(
+        torch.randn(2, 4, 3, 3, generator=generator), torch.randn(64, 4, generator=generator), top=4, temperature=1.0
+    )
+    packed = pack_decisions(chosen)
+    probs = unpack_probs(packed["prob"])
+    assert (probs - chosen.probs).abs().max() < 1e-5
+    assert (packed["id"] == chosen.ids).logical_or(packed["prob"] == 0).all()
+    assert packed["prob"].max() <= 65534
+    torch.testing.assert_close(packed["dropped"], chosen.dropped.flatten(1).amax(1))
+
+
+# ---- sub-classes -----------------------------------------------------------------------------------------------------
+
+
+def test_lda_and_the_score_table_equal_the_authors():
+    x = GOLDEN[f"{LDA}/in/features_f16"].astype(np.float32)
+    y = GOLDEN[f"{LDA}/in/y"].astype(np.int64)
+    scalings, xbar = fit_lda(x, y, 4)
+    torch.testing.assert_close(xbar, torch.tensor(GOLDEN[f"{LDA}/out/xbar"]), rtol=1e-9, atol=1e-9)
+    expected = torch.tensor(GOLDEN[f"{LDA}/out/scalings"])
+    signs = (scalings * expected).sum(0).sign()
+    torch.testing.assert_close(scalings * signs, expected, rtol=1e-6, atol=1e-8)
+    projected = (torch.from_numpy(x).double() - xbar) @ expected
+    torch.testing.assert_close(projected[:100], torch.tensor(GOLDEN[f"{LDA}/out/transformed_first100"]))
+    pred = torch.tensor(GOLDEN[f"{LDA}/out/pred"].astype(np.int64))
+    centers = torch.tensor(GOLDEN[f"{LDA}/out/centers"])
+    prototypes = class_means(projected, pred, 15, centers)
+    torch.testing.assert_close(prototypes, torch.tensor(GOLDEN[f"{LDA}/out/prototypes"]))
+    counts = torch.zeros(15, 15, dtype=torch.float64)
+    counts.index_put_((pred, nearest_prototype(projected, prototypes)), torch.ones(len(pred)).double(), accumulate=True)
+    torch.testing.assert_close(normalised_table(counts), torch.tensor(GOLDEN[f"{LDA}/out/scores"]))
+
+
+def test_lda_equals_scikit_learn_and_whitens_the_classes():
+    vectors, labels = blobs(4, n=3000, centers=5), np.arange(3000) % 5
+    vectors += 2 * np.random.default_rng(0).standard_normal((5, 12)).astype(np.float32)[labels]
+    scalings, xbar = fit_lda(vectors, labels, 4)
+    reference = LinearDiscriminantAnalysis(solver="svd").fit(vectors, labels)
+    ours = (vectors - xbar.numpy()) @ scalings.numpy()
+    theirs = reference.transform(vectors)[:, :4]
+    ours *= np.sign((ours * theirs).sum(0))
+    np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3)
+    within = sum(np.cov(ours[labels == label].T, bias=True) for label in range(5)) / 5
+    np.testing.assert_allclose(within, np.eye(4), atol=1e-4)
+
+
+def test_subclasses_have_rows_that_sum_to_one_and_recognise_themselves():
+    labels = np.repeat(np.arange(4), 500)
+    vectors = blobs(5, n=2000, centers=20)
+    vectors += 3 * np.random.default_rng(1).standard_normal((4, 12)).astype(np.float32)[labels]
+    found = fit_subclasses(vectors, labels, num_classes=4, per_class=3, components=9, iterations=20, seed=0, device=CPU)
+    assert found.scalings.shape == (12, 3)  # at most classes - 1 directions
+    assert found.table.shape == (12, 12)
+    torch.testing.assert_close(found.table.sum(1), torch.ones(12))
+    assert found.table.diagonal().mean() > 0.5
+    with pytest.raises(DataError, match="class 1 has 2 feature vectors for 3 sub-classes"):
+        fit_subclasses(
+            vectors[:502], labels[:502], num_classes=2, per_class=3, components=1, iterations=1, seed=0, device=CPU
+        )
+
+
+# ---- through the store -----------------------------------------------------------------------------------------------
+
+DECISIONS = {
+    "last": {"kind": "templates", "module": "body.5", "templates": 48, "top": 4, "iterations": 8},
+    "hard": {"kind": "templates", "module": "body.5", "templates": 48, "top": 1, "grid": [2, 2]},
+    "first": {"kind": "subclasses", "module": "body.2", "per_class": 3, "components": 9, "grid": [4, 4]},
+}
+OBJECTIVES = {
+    "letkd1": [{"term": "ce"}, {"term": "decisions", "decisions": "last"}],
+    "letkd2": [
+        {"term": "ce"},
+        {"term": "decisions", "decisions": "last", "after": "body.5"},
+        {"term": "subclass_decisions", "decisions": "first", "after": "body.4"},
+        {"term": "wttm", "weight": 1, "gamma": 0.3},
+    ],
+    "assigned": [{"term": "ce"}, {"term": "decisions", "decisions": "last", "assignment": "hard"}],
+    "wrong_grid": [{"term": "ce"}, {"term": "decisions", "decisions": "hard"}],
+}
+
+
+@pytest.fixture(scope="module")
+def letkd(teacher_weights):
+    return make_recipe(
+        teacher={"weights": str(teacher_weights)},
+        capture={"decisions": DECISIONS},
+        student={"model_args": {"width": 4}},
+        objectives=OBJECTIVES,
+    )
+
+
+@pytest.fixture(scope="module")
+def letkd_store(letkd, manifest, roots, tmp_path_factory):
+    path = tmp_path_factory.mktemp("letkd") / "store"
+    cache_teacher(letkd, manifest, roots, path, CPU)
+    return path
+
+
+@pytest.fixture
+def letkd_file(letkd, tmp_path):
+    file = tmp_path / "letkd.yaml"
+    file.write_text(yaml.safe_dump(letkd.model_dump(mode="json", exclude_none=True)))
+    return file
+
+
+def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_store, manifest, roots):
+    """Loss against random scores, per location: the store's top 4 against all 48 of the live teacher."""
+    store = open_store(letkd_store)
+    loader = training_images(letkd, manifest, roots)
+    teacher = load_teacher(letkd, manifest, roots, 10, CPU)
+    terms = letkd.objectives["letkd2"]
+    groups = store.identity.groups
+    stream = make_stream(letkd, loader, store, 0, CPU, groups=groups, decisions=["first", "last"])
+    offline, online = stored_targets(store, terms, CPU), live_targets(teacher, letkd, terms, store, CPU)
+    centroids = tables_on(store, "last", CPU)["centroids"]
+    for epoch in range(9):
+        for batch in stream.epoch(epoch):
+            stored, live = offline(batch), online(batch)
+            assert torch.equal(stored.decisions["first"]["subclass"].long(), live.decisions["first"]["subclass"])
+            _, (maps,) = teacher.logits_and_maps(batch.images, [TapPoint(module="body.5")])
+            every = decide(maps, centroids, top=48, temperature=1.0)
+            scores = torch.randn(len(batch.labels), 48, 4, 4, generator=torch.Generator().manual_seed(epoch))
+            probs = unpack_probs(stored.decisions["last"]["prob"])
+            of_store = per_location(scores, stored.decisions["last"]["id"], probs)
+            truncated = decide(maps, centroids, top=4, temperature=1.0)
+            of_top = per_location(scores, truncated.ids, truncated.probs)
+            assert (of_store - of_top).abs().mean() < 1e-4
+            assert (of_store - of_top).abs().max() < 1e-3
+            # What was dropped bounds the rest: total variation is exactly the dropped mass.
+            of_all = per_location(scores, every.ids, every.probs)
+            dropped = truncated.dropped
+            reach = (scores.amax(1) - scores.amin(1)) + 2 * np.log(48)
+            entropy = -(torch.xlogy(dropped, dropped) + torch.xlogy(1 - dropped, 1 - dropped))
+            assert ((of_store - of_all).abs() <= dropped * reach + entropy + 1e-3).all()
+
+
+def per_location(scores, ids, probs):
+    """`[B, H, W]`, by the very function that training uses."""
+    batch, _, height, width = scores.shape
+    flat = scores.permute(0, 2, 3, 1).flatten(0, 2)[:, :, None, None]
+    top = ids.shape[-1]
+    values = [
+        decision_loss(one[None], i[None], p[None])
+        for one, i, p in zip(flat, ids.reshape(-1, 1, 1, top), probs.reshape(-1, 1, 1, top), strict=True)
+    ]
+    return torch.stack(values).view(batch, height, width)
+
+
+@pytest.mark.parametrize("objective", ["letkd1", "letkd2", "assigned"])
+def test_students_train_from_decisions_as_with_the_live_teacher(objective, letkd_file, letkd_store, where, tmp_path):
+    options = ("--store", letkd_store, "--objective", objective, *where)
+    assert invoke("distill", letkd_file, "--out", tmp_path / "offline", *options).exit_code == 0
+    assert invoke("distill", letkd_file, "--out", tmp_path / "online", "--online", *options).exit_code == 0
+    offline, online = (json.loads((tmp_path / run / "result.json").read_text()) for run in ("offline", "online"))
+    assert offline["kd_layer_parameters"] > 2 * 48 * 8
+    assert offline["parameters"] == online["parameters"]
+    one, other = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("offline", "online")
+    )
+    for name in one[0]:
+        if name.startswith("loss_"):
+            assert one[-1][name] == pytest.approx(other[-1][name], rel=1e-2)
+    assert one[-1]["loss_decisions"] < one[0]["loss_decisions"]
+
+
+def test_capture_with_decisions_resumes_and_its_digest_covers_the_templates(
+    letkd, letkd_store, manifest, roots, tmp_path
+):
+    again = tmp_path / "again"
+    cache_teacher(letkd, manifest, roots, again, CPU)
+    assert open_store(again).digest == open_store(letkd_store).digest
+    for name in ("manifest.json", "ledger/000001-00003-00006.json", "ledger/templates-first.json"):
+        (again / name).unlink()
+    cache_teacher(letkd, manifest, roots, again, CPU)
+    store = open_store(again)
+    assert store.digest == open_store(letkd_store).digest
+    assert not list(again.glob("scratch-*"))
+    statistics = {entry.decisions: entry.statistics for entry in store.tables}
+    assert statistics["last"]["vectors"] == 1438 * 16
+    assert statistics["last"]["dead"] == 0
+    assert 0 < statistics["last"]["utilisation"] <= 1
+    assert statistics["first"]["components"] == 8  # the tap has 8 channels
+
+
+def test_damaged_templates_are_found(letkd_file, letkd_store, where, tmp_path):
+    path = Path(shutil.copytree(letkd_store, tmp_path / "copy"))
+    file = path / "targets.zarr/templates/first/table/c/0/0"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    message = refused(
+        "distill", letkd_file, "--store", path, "--objective", "letkd2", "--out", tmp_path / "run", *where
+    )
+    assert "templates/first/table/c/0/0: sha256" in message
+
+
+def test_decision_arrays_are_small(letkd_store):
+    """Near the entropy floor: 16 places of log2(48) bits are 11.2 bytes."""
+    store = open_store(letkd_store)
+    rows = 1438 * 9
+    sizes = {}
+    for entry in store.ledger:
+        for key, one in entry.objects.items():
+            sizes[key.split("/c/")[0]] = sizes.get(key.split("/c/")[0], 0) + one.bytes
+    assert sizes["decisions/hard/id"] / rows < 4 * np.log2(48) / 8 * 1.2
+    assert "decisions/hard/prob" not in sizes
+
+
+def test_sub_classes_do_not_give_hidden_labels_away(letkd, letkd_store, manifest, roots):
+    term = SubclassTerm(term="subclass_decisions", decisions="first", after="body.4")
+    store = open_store(letkd_store)
+    table = tables_on(store, "first", CPU)["table"]
+    scores = torch.randn(4, 30, 4, 4, requires_grad=True)
+    decided = {"subclass": torch.zeros(4, 4, 4, dtype=torch.uint8), "table": table}
+    kd_layer_value(term, scores, decided, torch.tensor([3, -1, 5, -1]), 10).backward()
+    assert scores.grad[[1, 3]].abs().max() == 0
+    assert scores.grad[[0, 2]].abs().max() > 0
+    assert kd_layer_value(term, scores, decided, torch.full((4,), -1), 10).item() == 0
+
+
+def test_wrong_decisions_are_messages(letkd_file, letkd_store, recipe_file, store_path, where, tmp_path, letkd):
+    out = ("--out", tmp_path / "run", *where)
+    with_store = ("distill", letkd_file, "--store", letkd_store, *out)
+    message = refused(*with_store, "--objective", "wrong_grid")
+    assert "were made on a grid of [2, 2], the student's map behind 'penultimate' is [4, 4]" in message
+    message = refused(*with_store, "--objective", "letkd1", "--set", "capture.decisions.last.templates=20")
+    assert "decisions 'last' were made with" in message
+    message = refused("distill", letkd_file, "--store", store_path, "--objective", "letkd1", *out)
+    assert "holds no decisions 'last'" in message
+    message = refused(*with_store, "--objective", "letkd1", "--set", "objectives.letkd1.1.decisions=lsat")
+    assert "Did you mean 'last'?" in message
+    message = refused(*with_store, "--objective", "letkd1", "--set", "objectives.letkd1.1.after=body.55")
+    assert "no module 'body.55' of the student gives a feature map. Did you mean 'body.5'?" in message
+    capture = ("cache-teacher", letkd_file, "--store", tmp_path / "new", *where)
+    message = refused(*capture, "--set", "capture.decisions.last.module=body.6x")
+    assert "the network has no module 'body.6x'" in message
+    message = refused(*capture, "--set", "capture.decisions.last.module=head")
+    assert "tap 'head': gives [1, 10], neither a map [B, D, H, W] nor tokens" in message
+    message = refused(*capture, "--set", "capture.decisions.last.max_vectors=20", "--set", "data.tars=[2]")
+    assert "48 templates from" in message
+    with pytest.raises(RecipeError, match="cannot use decisions 'first' of kind 'subclasses'"):
+        letkd.decisions_of(letkd.objectives["letkd1"][1].model_copy(update={"decisions": "first"}))
+    message = refused("distill", letkd_file, "--online", "--objective", "letkd1", *out)
+    assert "give --store beside --online" in message
+
+
+def test_a_tap_whose_map_changes_its_size_or_is_not_finite_is_refused(letkd_file, teacher_weights, where, tmp_path):
+    command = ("cache-teacher", letkd_file, *where, "--store")
+    message = refused(*command, tmp_path / "a", "--set", "teacher.model=networks:changing_map")
+    assert "gives" in message
+    assert "before it gave" in message
+    message = refused(*command, tmp_path / "b", "--set", "teacher.model=networks:infinite_map")
+    assert "tap 'body.5': features of sample '" in message
+
+
+def test_an_unsupervised_kd_layer_is_a_weight_of_zero(letkd, letkd_store, manifest, roots, tmp_path):
+    terms = [letkd.objectives["letkd1"][0], letkd.objectives["letkd1"][1].model_copy(update={"weight": 0.0})]
+    free = letkd.model_copy(update={"objectives": {"free": terms}})
+    result = distill(free, manifest, roots, tmp_path / "run", CPU, store_path=letkd_store)
+    assert result.kd_layer_parameters > 0
+    assert Targets().decisions == {}
+
+
+def test_the_command_line_lists_what_can_be_tapped():
+    output = invoke("taps", "cifar:resnet8", "--size", "32").stdout
+    assert "layer3.0" in output
+    assert "64 x 8 x 8" in output
+    assert "no network 'cifar:resnt8'" in refused("taps", "cifar:resnt8")
