@@ -17,6 +17,7 @@ from offline_kd.bench import bench, measure_drift
 from offline_kd.cache import cache_teacher
 from offline_kd.distill import Result, distill, train_teacher
 from offline_kd.errors import OfflineKDError, RecipeError
+from offline_kd.inspect_page import write_inspect_page
 from offline_kd.manifest import MANIFEST_NAME, Manifest, Tar, data_roots, load_manifest, locate_weights
 from offline_kd.models import build
 from offline_kd.progress import progress, say, show_table
@@ -401,6 +402,23 @@ def info_command(path: Path, as_json: bool) -> None:
         parts = value.items() if isinstance(value, dict) else [("", value)]
         rows += [[f"{name} {part}".strip(), f"{text}"] for part, text in parts]
     show_table(str(path), ["", "value"], rows)
+
+
+@store_group.command("inspect")
+@click.argument("path", metavar="STORE", type=click.Path(path_type=Path))
+@click.option("--key", required=True, help="Key of the sample.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write.")
+@common_options
+def inspect_command(path: Path, key: str, out: Path, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+    """A page about one sample: its views, the teacher's five likeliest classes, the template map over the image.
+
+    \b
+    offline-kd store inspect runs/digits/store --key 0042 --data-root runs/digits/data --out 0042.html
+    """
+    store = open_store(path)
+    folder = load_manifest(manifest_path).dataset(store.identity.dataset.name).folder
+    write_inspect_page(store, key, folder, data_roots(data_root), out)
+    say(f"{out} written")
 
 
 # ---- bench ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from offline_kd.data import BlockLoader
 from offline_kd.errors import RecipeError, StoreMismatch, TrainingError
 from offline_kd.evaluate import evaluate
 from offline_kd.files import flush_to_disk, write_atomically
-from offline_kd.kd_layer import WithKDLayer, insert_kd_layer
+from offline_kd.kd_layer import WithKDLayer, find_map, insert_kd_layer
 from offline_kd.manifest import Manifest, Normalisation, file_sha256, fingerprint
 from offline_kd.models import build, normalise, parameter_count
 from offline_kd.objectives import dtkd_fallbacks
@@ -190,14 +190,21 @@ def new_student(
     num_classes = len(loader.dataset.classes)
     torch.manual_seed(seed)
     network = build(recipe.student.model, num_classes, recipe.student.model_args).to(device)
+    wanted = kd_layer_terms(terms)
+    if not wanted:
+        return Student(network, {})
+    example = normalise(loader[0].images[:1].to(device), recipe.data.normalisation)
+    places = {term.after: find_map(network, term.after, example) for term in wanted}
+    if len(set(places.values())) < len(wanted):
+        raise RecipeError(
+            f"recipe '{recipe.name}': two KD layers behind one module: {[term.after for term in wanted]}."
+        )
     layers: dict[str, WithKDLayer] = {}
-    for term in kd_layer_terms(terms):
-        if term.after in layers:
-            raise RecipeError(f"recipe '{recipe.name}': two KD layers behind '{term.after}'. Use one term for each.")
-        example = normalise(loader[0].images[:1].to(device), recipe.data.normalisation)
+    # A layer behind a module changes the names of the modules inside it: the innermost come first.
+    for term in sorted(wanted, key=lambda term: places[term.after].count("."), reverse=True):
         num_templates = recipe.decisions_of(term).num_templates(num_classes)
         layers[term.after], _ = insert_kd_layer(
-            network, term.after, num_templates, value_ratio=term.value_ratio, example=example
+            network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
         )
     return Student(network, layers)
 

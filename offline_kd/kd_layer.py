@@ -87,15 +87,22 @@ def insert_kd_layer(
     Raises:
         ModelError: no such module, or one whose output is not a map.
     """
-    maps = feature_maps(student, example)
-    name = penultimate(student, example) if after == PENULTIMATE else after
-    if name not in maps:
-        raise ModelError(f"no module '{after}' of the student gives a feature map.{did_you_mean(after, maps)}")
-    _, channels, height, width = maps[name]
+    name = find_map(student, after, example)
+    _, channels, height, width = feature_maps(student, example)[name]
     layer = WithKDLayer(student.get_submodule(name), KDLayer(channels, num_templates, value_ratio=value_ratio))
     layer.to(example.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.set_submodule(name, layer.train(student.training))
     return layer, (height, width)
+
+
+def find_map(student: nn.Module, after: str, example: Tensor) -> str:
+    """Name of the module that `after` means; raises ModelError when there is none, or its output is not a map."""
+    if after == PENULTIMATE:
+        return penultimate(student, example)
+    maps = feature_maps(student, example)
+    if after not in maps:
+        raise ModelError(f"no module '{after}' of the student gives a feature map.{did_you_mean(after, maps)}")
+    return after
 
 
 def penultimate(model: nn.Module, example: Tensor) -> str:

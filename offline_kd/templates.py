@@ -159,7 +159,7 @@ def _initial(vectors: Vectors, num_templates: int, init: str, seed: int) -> Tens
 def _assign_all(
     vectors: Vectors, centroids: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor, NDArray[np.float32], NDArray[np.int64]]:
-    """One pass: sums `[K, D]` and counts `[K]` of the centroids' vectors; distance and centroid `[n]` of each vector."""
+    """One pass: sums `[K, D]` and counts `[K]` of each centroid; squared distance and centroid `[n]` of each vector."""
     sums = torch.zeros(centroids.shape, dtype=torch.float64, device=device)
     counts = torch.zeros(len(centroids), dtype=torch.int64, device=device)
     distances, assigned = np.empty(len(vectors), dtype=np.float32), np.empty(len(vectors), dtype=np.int64)

@@ -14,10 +14,18 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from offline_kd import templates
 from offline_kd.cache import cache_teacher
-from offline_kd.distill import Targets, distill, live_targets, make_stream, stored_targets, training_images
+from offline_kd.distill import (
+    Targets,
+    distill,
+    live_targets,
+    make_stream,
+    new_student,
+    stored_targets,
+    training_images,
+)
 from offline_kd.errors import DataError, RecipeError
 from offline_kd.objectives import decisions as decision_loss
-from offline_kd.recipe import SubclassTerm
+from offline_kd.recipe import Decisions, SubclassTerm
 from offline_kd.store.reader import open_store
 from offline_kd.stream import tables_on
 from offline_kd.taps import TapPoint
@@ -237,7 +245,7 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
     stream = make_stream(letkd, loader, store, 0, CPU, groups=groups, decisions=["first", "last"])
     offline, online = stored_targets(store, terms, CPU), live_targets(teacher, letkd, terms, store, CPU)
     centroids = tables_on(store, "last", CPU)["centroids"]
-    for epoch in range(9):
+    for epoch in range(0, 9, 4):
         for batch in stream.epoch(epoch):
             stored, live = offline(batch), online(batch)
             assert torch.equal(stored.decisions["first"]["subclass"].long(), live.decisions["first"]["subclass"])
@@ -378,12 +386,43 @@ def test_a_tap_whose_map_changes_its_size_or_is_not_finite_is_refused(letkd_file
     assert "tap 'body.5': features of sample '" in message
 
 
+def test_kd_layers_inside_and_behind_a_stage_go_together(letkd, manifest, roots):
+    """In the order of a recipe the outer layer may come first; it changes the names of what is inside."""
+    both = [
+        Decisions(term="decisions", decisions="last"),
+        SubclassTerm(term="subclass_decisions", decisions="first", after="layer3.0"),
+    ]
+    deep = letkd.model_copy(
+        update={"student": letkd.student.model_copy(update={"model": "cifar:resnet8", "model_args": {}})}
+    )
+    loader = training_images(deep, manifest, roots)
+    student = new_student(deep, loader, 0, CPU, both)
+    student.network.train()(torch.randn(2, 3, 8, 8))
+    assert student.kd_layers["penultimate"].scores.shape == (2, 48, 2, 2)
+    assert student.kd_layers["layer3.0"].scores.shape == (2, 30, 2, 2)
+    with pytest.raises(RecipeError, match="two KD layers behind one module"):
+        new_student(deep, loader, 0, CPU, [both[0], both[0].model_copy(update={"after": "layer3"})])
+
+
 def test_an_unsupervised_kd_layer_is_a_weight_of_zero(letkd, letkd_store, manifest, roots, tmp_path):
     terms = [letkd.objectives["letkd1"][0], letkd.objectives["letkd1"][1].model_copy(update={"weight": 0.0})]
     free = letkd.model_copy(update={"objectives": {"free": terms}})
     result = distill(free, manifest, roots, tmp_path / "run", CPU, store_path=letkd_store)
     assert result.kd_layer_parameters > 0
     assert Targets().decisions == {}
+
+
+def test_the_inspect_page_shows_views_classes_and_templates(letkd_store, where, tmp_path):
+    page = tmp_path / "page.html"
+    command = ("store", "inspect", letkd_store, "--out", page, *where, "--key")
+    assert invoke(*command, "0000").exit_code == 0
+    text = page.read_text()
+    assert text.count('<div class="view">') == 8
+    assert text.count('class="bar"') == 40
+    assert "templates of last over view 0" in text
+    assert 1 <= text.split("<h2>Templates of last")[1].split("<h2>")[0].count('class="template"') <= 12
+    assert "http" not in text.replace("http-equiv", "")
+    assert "holds no sample '12345678'. Keys look like '0000'" in refused(*command, "12345678")
 
 
 def test_the_command_line_lists_what_can_be_tapped():
