@@ -15,20 +15,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from offline_kd.data import BlockLoader, ImageBlock, dataset_fingerprint
-from offline_kd.errors import DataError, StoreCorrupt, StoreIncomplete, TeacherError
+from offline_kd.errors import DataError, StoreIncomplete, TeacherError
+from offline_kd.fidelity import measure_fidelity
 from offline_kd.manifest import Manifest, Split
-from offline_kd.objectives import kd
 from offline_kd.progress import progress, say
 from offline_kd.recipe import Recipe
 from offline_kd.store.card import write_card
-from offline_kd.store.codec import decode, encode, error_bound
+from offline_kd.store.codec import encode
 from offline_kd.store.reader import Arrays, Store, missing_entries, read_identity
 from offline_kd.store.schema import (
     PROBES_PER_GROUP,
     SCHEMA_VERSION,
     DatasetIdentity,
     DecisionsIdentity,
-    Fidelity,
     LedgerEntry,
     StoreIdentity,
     StoreManifest,
@@ -43,18 +42,14 @@ from offline_kd.store.writer import (
     create_or_resume,
     write_manifest,
 )
-from offline_kd.stream import join, tables_on
+from offline_kd.stream import tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher, gate, load_teacher
 from offline_kd.template_fitting import fit_tables, identify_decisions
 from offline_kd.templates import pack
 from offline_kd.views import ViewParameters, counter_hash, draw, render
 
-PROBE_STREAM, FIDELITY_STREAM = 0x70726F6265, 0x66696465  # first counters of the draws made here
-FIDELITY_BLOCKS = 8
-TEMPERATURES = (1, 2, 4)
-# How far two runs of one network may differ, relative to the largest logit: other batch shapes, other kernels.
-ARITHMETIC = {"float32": 1e-3, "bfloat16": 5e-2}
+PROBE_STREAM = 0x70726F6265  # first counter of the draws made here
 
 
 def cache_teacher(
@@ -324,63 +319,3 @@ def finish(path: Path, recipe: Recipe, loader: BlockLoader, teacher: Teacher, de
     )
     write_manifest(path, manifest, write_card(identity, manifest))
     return manifest
-
-
-@torch.inference_mode()
-def measure_fidelity(
-    store: Store, loader: BlockLoader, teacher: Teacher, num_rows: int, batch_size: int, device: torch.device
-) -> Fidelity:
-    """Run the teacher on at least `num_rows` stored rows (all, if there are fewer), joined and rendered as in stage 2.
-
-    Raises StoreCorrupt when a logit is further from the teacher's than codec and arithmetic explain.
-    """
-    identity = store.identity
-    picks = _sample_objects(identity)
-    each = -(-num_rows // len(picks))
-    stored, live, labels = [], [], []
-    with progress("fidelity", len(picks), "blocks") as meter:
-        for number, group in picks:
-            block = loader[number]
-            draws = counter_hash(FIDELITY_STREAM, number, group, block.key_hash)
-            position = (draws % len(identity.groups[group])).astype(np.int64)
-            rows = join(store, block, group, position).take(torch.from_numpy(draws.argsort()[:each]))
-            for start in range(0, len(rows), batch_size):
-                part = rows.take(torch.arange(start, min(start + batch_size, len(rows))))
-                pixels = render(part.images.to(device), part.box.to(device), part.flip.to(device), identity.views.fill)
-                live.append(teacher.logits(pixels).cpu())
-                stored.append(decode(identity.codec, part.targets))
-                labels.append(part.labels)
-            meter.advance()
-    z_t, z, y = torch.cat(live), torch.cat(stored), torch.cat(labels)
-    errors = (z - z_t).abs()
-    allowed = error_bound(identity.codec, z_t.numpy()) + ARITHMETIC[identity.teacher.dtype] * max(
-        1.0, z_t.abs().max().item()
-    )
-    worst = int((errors.amax(dim=1) - torch.from_numpy(allowed)).argmax())
-    if errors[worst].max() > allowed[worst]:
-        raise StoreCorrupt(
-            f"{store.path}: the teacher run again on {len(z)} stored views differs from the store by up to "
-            f"{errors.max():.4g}, codec and arithmetic explain {allowed[worst]:.4g}. The targets are not those of this "
-            "teacher for these images: delete the store, check data and weights, and capture again."
-        )
-    return Fidelity(
-        rows=len(z),
-        teacher_top1=100 * (z.argmax(1) == y).float().mean().item(),
-        mean_top1_probability=z.softmax(1).amax(1).mean().item(),
-        top1_agreement=(z.argmax(1) == z_t.argmax(1)).float().mean().item(),
-        mean_error=errors.mean().item(),
-        max_error=errors.max().item(),
-        max_error_allowed=float(allowed.max()),
-        kl={f"{t}": kd(z, z_t, temperature=t).clamp(min=0).item() / t**2 for t in TEMPERATURES},
-        total_variation={
-            f"{t}": ((z / t).softmax(1) - (z_t / t).softmax(1)).abs().sum(1).mean().item() / 2 for t in TEMPERATURES
-        },
-    )
-
-
-def _sample_objects(identity: StoreIdentity) -> list[tuple[int, int]]:
-    """Up to FIDELITY_BLOCKS blocks, evenly spaced, each with one of its view groups."""
-    count = min(FIDELITY_BLOCKS, identity.num_blocks)
-    blocks = [index * identity.num_blocks // count for index in range(count)]
-    groups = counter_hash(FIDELITY_STREAM, np.array(blocks, dtype=np.uint64)) % np.uint64(len(identity.groups))
-    return [(block, int(group)) for block, group in zip(blocks, groups, strict=True)]

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CPU, invoke, make_recipe, refused
+from conftest import CPU, ROOT, invoke, make_recipe, refused
 from sklearn.cluster import KMeans as Reference
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from offline_kd import templates
 from offline_kd.cache import cache_teacher
+from offline_kd.data import pack, read_tar
 from offline_kd.distill import (
     Targets,
     distill,
@@ -24,8 +25,9 @@ from offline_kd.distill import (
     training_images,
 )
 from offline_kd.errors import DataError, RecipeError
+from offline_kd.manifest import Dataset, Split
 from offline_kd.objectives import decisions as decision_loss
-from offline_kd.recipe import Decisions, SubclassTerm
+from offline_kd.recipe import Decisions, SubclassTerm, load_recipe
 from offline_kd.store.reader import open_store
 from offline_kd.stream import tables_on
 from offline_kd.taps import TapPoint
@@ -266,6 +268,51 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
             assert ((of_store - of_all).abs() <= dropped * reach + entropy + 1e-3).all()
 
 
+def test_decisions_of_a_real_teacher_on_photographs_come_back(real_data, manifest, tmp_path):
+    """300 CIFAR-10 images, 8 views, the pretrained ResNet-56, 64 templates of its last map."""
+    samples = read_tar(real_data / "cifar10" / "train-000000.tar.gz")[0][:300]
+    tars = pack(samples, tmp_path / "cifar10", "train", 300)
+    classes = manifest.dataset("cifar10").classes
+    small = Dataset(folder="cifar10", classes=classes, splits={name: Split(tars=tars) for name in ("train", "test")})
+    teachers = {"cifar10_resnet56": manifest.teachers["cifar10_resnet56"].model_copy(update={"expected": None})}
+    changed = manifest.model_copy(update={"datasets": {"cifar10": small}, "teachers": teachers})
+    about = {"kind": "templates", "module": "layer3", "templates": 64, "iterations": 10}
+    recipe = load_recipe(ROOT / "pipelines/cifar10/resnet56_resnet20_letkd.yaml").model_copy(
+        update={
+            "data": make_recipe(data={"dataset": "cifar10"}).data,
+            "capture": make_recipe(capture={"decisions": {"last": about}, "views_per_group": None}).capture,
+            "objectives": {"letkd1": [Decisions(term="decisions", decisions="last")]},
+        }
+    )
+    roots = [tmp_path, real_data]
+    cache_teacher(recipe, changed, roots, tmp_path / "store", CPU)
+    store = open_store(tmp_path / "store")
+    teacher = load_teacher(recipe, changed, roots, 10, CPU)
+    stream = make_stream(
+        recipe,
+        training_images(recipe, changed, roots),
+        store,
+        0,
+        CPU,
+        groups=store.identity.groups,
+        decisions=["last"],
+    )
+    offline = stored_targets(store, recipe.objectives["letkd1"], CPU)
+    centroids = tables_on(store, "last", CPU)["centroids"]
+    for batch in list(stream.epoch(3))[:2]:
+        kept = offline(batch).decisions["last"]
+        _, (maps,) = teacher.logits_and_maps(batch.images, [TapPoint(module="layer3")])
+        truncated = decide(maps, centroids, top=4, temperature=1.0)
+        scores = torch.randn(len(batch.labels), 64, 8, 8, generator=torch.Generator().manual_seed(0))
+        of_store = decision_loss(scores, kept["id"], unpack_probs(kept["prob"])).item()
+        assert of_store == pytest.approx(decision_loss(scores, truncated.ids, truncated.probs).item(), abs=1e-4)
+        every = decide(maps, centroids, top=64, temperature=1.0)
+        dropped = truncated.dropped.mean().item()
+        of_all = decision_loss(scores, every.ids, every.probs).item()
+        reach = (scores.amax() - scores.amin()).item() + 2 * np.log(64)
+        assert abs(of_store - of_all) <= dropped * reach + 2 * np.sqrt(dropped) + 1e-4
+
+
 def per_location(scores, ids, probs):
     """`[B, H, W]`, by the very function that training uses."""
     batch, _, height, width = scores.shape
@@ -312,6 +359,11 @@ def test_capture_with_decisions_resumes_and_its_digest_covers_the_templates(
     assert statistics["last"]["vectors"] == 1438 * 16
     assert statistics["last"]["dead"] == 0
     assert 0 < statistics["last"]["utilisation"] <= 1
+    fidelity = store.manifest.fidelity.decisions
+    assert all(part["agreement"] > 0.999 for part in fidelity.values())
+    assert 0 < fidelity["last"]["mean_first_probability"] <= 1
+    assert 0 <= fidelity["last"]["mean_dropped"] <= fidelity["last"]["max_dropped"] < 1
+    assert "decisions 'last'" in (again / "README.md").read_text()
     assert statistics["first"]["components"] == 8  # the tap has 8 channels
 
 

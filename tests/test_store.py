@@ -71,7 +71,7 @@ def test_nothing_in_a_store_is_a_pickle(store_path):
 
 def test_the_card_and_the_manifest_tell_what_was_measured(store_path):
     manifest = open_store(store_path).manifest
-    assert manifest.fidelity.rows >= 200
+    assert 200 <= manifest.fidelity.rows < 300
     assert manifest.fidelity.top1_agreement == 1.0
     assert manifest.fidelity.max_error < 1e-4
     card = (store_path / "README.md").read_text()
@@ -345,6 +345,17 @@ def test_targets_that_are_not_the_teachers_keep_a_store_from_being_finished(
     with pytest.raises(StoreCorrupt, match=r"differs from the store by up to .*, codec and arithmetic explain"):
         cache_teacher(recipe, manifest, roots, path, CPU)
     assert not (path / "manifest.json").exists()
+
+
+def test_fidelity_is_measured_on_as_many_rows_as_asked_for(recipe, manifest, roots, tmp_path):
+    one_tar = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"tars": [2]}),
+            "capture": recipe.capture.model_copy(update={"fidelity_rows": 1000}),
+        }
+    )
+    finished = cache_teacher(one_tar, manifest, roots, tmp_path / "store", CPU)
+    assert finished.fidelity.rows >= 1000  # of 414 images with 9 views
 
 
 def test_stores_can_be_moved_and_need_not_be_writable(recipe_file, where, store_path, tmp_path):

@@ -20,6 +20,7 @@ def write_card(identity: StoreIdentity, manifest: StoreManifest) -> str:
         "digest": f"`sha256:{manifest.digest}`",
         "made with": ", ".join(f"{name} {version}" for name, version in identity.versions.items()),
     }
+    facts |= {f"decisions '{name}'": _decisions(identity, manifest, name) for name in identity.decisions}
     measured = {
         "rows asked again": f"{fidelity.rows:,}",
         "teacher top-1 on them, augmented": f"{fidelity.teacher_top1:.2f} %",
@@ -47,6 +48,16 @@ def write_card(identity: StoreIdentity, manifest: StoreManifest) -> str:
             *_table(measured),
             "",
         ]
+    )
+
+
+def _decisions(identity: StoreIdentity, manifest: StoreManifest, name: str) -> str:
+    about = identity.decisions[name]
+    statistics = next(entry.statistics for entry in manifest.tables if entry.decisions == name)
+    figures = statistics | manifest.fidelity.decisions.get(name, {})
+    return (
+        f"`{about.config.model_dump(mode='json')}` on a map of {about.channels} x {about.height} x {about.width}; "
+        + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
     )
 
 

@@ -141,6 +141,7 @@ class Fidelity(Strict):
     max_error_allowed: float
     kl: dict[str, float] = Field(description="mean KL(teacher || store) in nats, by temperature")
     total_variation: dict[str, float]
+    decisions: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
 class StoreManifest(Strict):

@@ -1,0 +1,125 @@
+"""How faithful a store is: the teacher is asked again about rows that are read back from disk as stage 2 reads them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kd.data import BlockLoader
+from offline_kd.errors import StoreCorrupt
+from offline_kd.objectives import kd
+from offline_kd.progress import progress
+from offline_kd.store.codec import decode, error_bound
+from offline_kd.store.reader import Store
+from offline_kd.store.schema import Fidelity
+from offline_kd.stream import Rows, join, tables_on
+from offline_kd.taps import TapPoint
+from offline_kd.teacher import Teacher
+from offline_kd.templates import SubclassDecisions, pack, unpack_probs
+from offline_kd.views import counter_hash, render
+
+FIDELITY_STREAM = 0x66696465  # first counter of the draws made here
+MAX_BLOCKS = 8
+TEMPERATURES = (1, 2, 4)
+# How far two runs of one network may differ, relative to the largest logit: other batch shapes, other kernels.
+ARITHMETIC = {"float32": 1e-3, "bfloat16": 5e-2}
+# Share of places where the likeliest template, or the sub-class, must be the same; near ties may fall either way.
+DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
+
+
+@torch.no_grad()
+def measure_fidelity(
+    store: Store, loader: BlockLoader, teacher: Teacher, num_rows: int, batch_size: int, device: torch.device
+) -> Fidelity:
+    """Run the teacher on at least `num_rows` stored rows (all, if there are fewer), joined and rendered as in stage 2.
+
+    Raises StoreCorrupt when a logit is further from the teacher's than codec and arithmetic explain, or when decisions
+    are not the teacher's.
+    """
+    identity = store.identity
+    points: list[TapPoint] = [about.config for about in identity.decisions.values()]
+    tables = {name: tables_on(store, name, device) for name in identity.decisions}
+    stored, live, labels = [], [], []
+    same: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
+    likeliest: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
+    with progress("fidelity", num_rows, "rows") as meter:
+        for rows in _sample(store, loader, num_rows):
+            for start in range(0, len(rows), batch_size):
+                part = rows.take(torch.arange(start, min(start + batch_size, len(rows))))
+                pixels = render(part.images.to(device), part.box.to(device), part.flip.to(device), identity.views.fill)
+                logits, maps = teacher.logits_and_maps(pixels, points)
+                live.append(logits.cpu())
+                stored.append(decode(identity.codec, part.targets))
+                labels.append(part.labels)
+                for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
+                    again = pack(about.config, features, part.labels.to(device), tables[name])
+                    array = "subclass" if isinstance(about.config, SubclassDecisions) else "id"
+                    kept = part.targets[f"decisions/{name}/{array}"].long()
+                    equal = kept == again[array].cpu()
+                    same[name].append((equal if array == "subclass" else equal[..., 0]).flatten())
+                    if f"decisions/{name}/prob" in part.targets:
+                        probs = unpack_probs(part.targets[f"decisions/{name}/prob"])
+                        likeliest[name].append(torch.stack([probs[..., 0].flatten(), 1 - probs.sum(-1).flatten()]))
+                meter.advance(len(part.labels))
+    z_t, z, y = torch.cat(live), torch.cat(stored), torch.cat(labels)
+    errors = (z - z_t).abs()
+    largest = max(1.0, z_t.abs().max().item())
+    allowed = error_bound(identity.codec, z_t.numpy()) + ARITHMETIC[identity.teacher.dtype] * largest
+    worst = int((errors.amax(dim=1) - torch.from_numpy(allowed)).argmax())
+    if errors[worst].max() > allowed[worst]:
+        raise StoreCorrupt(
+            f"{store.path}: the teacher run again on {len(z)} stored views differs from the store by up to "
+            f"{errors.max():.4g}, codec and arithmetic explain {allowed[worst]:.4g}. The targets are not those of this "
+            "teacher for these images: delete the store, check data and weights, and capture again."
+        )
+    decisions: dict[str, dict[str, float]] = {}
+    for name in identity.decisions:
+        decisions[name] = {"agreement": torch.cat(same[name]).float().mean().item()}
+        if decisions[name]["agreement"] < DECISION_AGREEMENT[identity.teacher.dtype]:
+            raise StoreCorrupt(
+                f"{store.path}: only {decisions[name]['agreement']:.2%} of the decisions '{name}' are those that the "
+                "teacher takes again: delete the store, check data and weights, and capture again."
+            )
+        if likeliest[name]:
+            first, dropped = torch.cat(likeliest[name], dim=1)
+            decisions[name] |= {"mean_first_probability": first.mean().item(), "mean_dropped": dropped.mean().item()}
+            decisions[name] |= {"max_dropped": dropped.max().item()}
+    return Fidelity(
+        rows=len(z),
+        teacher_top1=100 * (z.argmax(1) == y).float().mean().item(),
+        mean_top1_probability=z.softmax(1).amax(1).mean().item(),
+        top1_agreement=(z.argmax(1) == z_t.argmax(1)).float().mean().item(),
+        mean_error=errors.mean().item(),
+        max_error=errors.max().item(),
+        max_error_allowed=float(allowed.max()),
+        kl={f"{t}": kd(z, z_t, temperature=t).clamp(min=0).item() / t**2 for t in TEMPERATURES},
+        total_variation={
+            f"{t}": ((z / t).softmax(1) - (z_t / t).softmax(1)).abs().sum(1).mean().item() / 2 for t in TEMPERATURES
+        },
+        decisions=decisions,
+    )
+
+
+def _sample(store: Store, loader: BlockLoader, num_rows: int) -> Iterator[Rows]:
+    """Rows of up to MAX_BLOCKS evenly spaced blocks, with other views in every round, until there are enough."""
+    identity = store.identity
+    count = min(MAX_BLOCKS, identity.num_blocks)
+    blocks = [index * identity.num_blocks // count for index in range(count)]
+    each = -(-num_rows // count)
+    taken = 0
+    for turn in range(identity.views.num_views):
+        for number in blocks:
+            if taken >= num_rows:
+                return
+            first = counter_hash(FIDELITY_STREAM, number).item() % len(identity.groups)
+            group = (first + turn) % len(identity.groups)
+            block = loader[number]
+            draws = counter_hash(FIDELITY_STREAM, number, block.key_hash)
+            position = ((draws + np.uint64(turn // len(identity.groups))) % len(identity.groups[group])).astype(
+                np.int64
+            )
+            rows = join(store, block, group, position, list(identity.decisions))
+            rows = rows.take(torch.from_numpy(draws.argsort()[:each]))
+            taken += len(rows)
+            yield rows
