@@ -17,18 +17,7 @@ from torch import Tensor, nn
 
 from offline_kd.cache import ask_teacher, cache_teacher
 from offline_kd.data import BlockLoader, Sample, pack, read_tar
-from offline_kd.distill import (
-    AskTeacher,
-    Student,
-    Targets,
-    evaluation_images,
-    live_targets,
-    make_stream,
-    new_student,
-    stored_targets,
-    train_step,
-    training_images,
-)
+from offline_kd.distill import evaluation_images, make_stream, train_step, training_images
 from offline_kd.errors import RecipeError
 from offline_kd.evaluate import evaluate
 from offline_kd.manifest import Dataset, Manifest, Split, locate
@@ -41,6 +30,8 @@ from offline_kd.store.reader import Store, open_store
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.stream import Batch, Stream, tables_on
+from offline_kd.student import Student, new_student
+from offline_kd.targets import AskTeacher, Targets, live_targets, stored_targets
 from offline_kd.teacher import Teacher, load_teacher
 from offline_kd.terms import kd_layer_value, term_weight
 from offline_kd.views import PadCropFlip, ViewParameters, draw

@@ -8,8 +8,8 @@ import hashlib
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from offline_kd.data import BlockLoader
 from offline_kd.errors import RecipeError, StoreMismatch, TrainingError
 from offline_kd.evaluate import evaluate
 from offline_kd.files import flush_to_disk, write_atomically
-from offline_kd.kd_layer import WithKDLayer, find_map, insert_kd_layer
 from offline_kd.manifest import Manifest, Normalisation, file_sha256, fingerprint
 from offline_kd.models import build, normalise, parameter_count
 from offline_kd.objectives import dtkd_fallbacks
@@ -40,32 +39,14 @@ from offline_kd.recipe import (
     kd_layer_terms,
     needs_teacher,
 )
-from offline_kd.store.codec import decode
 from offline_kd.store.reader import Store, open_store
 from offline_kd.store.schema import plan_views_per_group
-from offline_kd.stream import Batch, Stream, decision_arrays, tables_on
-from offline_kd.taps import TapPoint
-from offline_kd.teacher import Teacher, load_teacher
-from offline_kd.templates import pack
+from offline_kd.stream import Batch, Stream
+from offline_kd.student import Student, new_student
+from offline_kd.targets import AskTeacher, Targets, live_targets, stored_targets
+from offline_kd.teacher import load_teacher
 from offline_kd.terms import kd_layer_value, term_value, term_weight
 from offline_kd.views import view_groups
-
-
-@dataclass(frozen=True)
-class Targets:
-    """What the teacher says of a batch, from the store or live."""
-
-    logits: Tensor | None = None  # [B, C]
-    decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by name in the recipe, then by array
-
-
-@dataclass(frozen=True)
-class Student:
-    network: nn.Module
-    kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
-
-
-AskTeacher = Callable[[Batch], Targets]
 
 
 @dataclass(frozen=True)
@@ -177,84 +158,6 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
         targets="none",
         store_digest="",
     )
-
-
-def new_student(
-    recipe: Recipe, loader: BlockLoader, seed: int, device: torch.device, terms: Sequence[AnyTerm] = ()
-) -> Student:
-    """The student of a recipe, freshly initialised, with the KD layers that `terms` put into it.
-
-    Raises ModelError for a KD layer behind a module that gives no map, RecipeError for one behind the same module as
-    another.
-    """
-    num_classes = len(loader.dataset.classes)
-    torch.manual_seed(seed)
-    network = build(recipe.student.model, num_classes, recipe.student.model_args).to(device)
-    wanted = kd_layer_terms(terms)
-    if not wanted:
-        return Student(network, {})
-    example = normalise(loader[0].images[:1].to(device), recipe.data.normalisation)
-    places = {term.after: find_map(network, term.after, example) for term in wanted}
-    if len(set(places.values())) < len(wanted):
-        raise RecipeError(
-            f"recipe '{recipe.name}': two KD layers behind one module: {[term.after for term in wanted]}."
-        )
-    layers: dict[str, WithKDLayer] = {}
-    # A layer behind a module changes the names of the modules inside it: the innermost come first.
-    for term in sorted(wanted, key=lambda term: places[term.after].count("."), reverse=True):
-        num_templates = recipe.decisions_of(term).num_templates(num_classes)
-        layers[term.after], _ = insert_kd_layer(
-            network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
-        )
-    return Student(network, layers)
-
-
-def stored_targets(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> AskTeacher:
-    """Targets from what `Stream` read of the store."""
-    codec = store.identity.codec
-    arrays = {term.decisions: decision_arrays(store, term.decisions) for term in kd_layer_terms(terms)}
-    tables = _subclass_tables(store, terms, device)
-
-    def targets(batch: Batch) -> Targets:
-        decided = {
-            name: {full.rsplit("/", 1)[-1]: batch.targets[full] for full in names} | tables.get(name, {})
-            for name, names in arrays.items()
-        }
-        return Targets(decode(codec, batch.targets), decided)
-
-    return targets
-
-
-def live_targets(
-    teacher: Teacher, recipe: Recipe, terms: Sequence[AnyTerm], store: Store | None, device: torch.device
-) -> AskTeacher:
-    """The same from the live teacher. Its decisions need the store's templates."""
-    names = sorted({term.decisions for term in kd_layer_terms(terms)})
-    if names and store is None:
-        raise RecipeError("decisions of the live teacher need templates: give --store beside --online.")
-    templates = {name: tables_on(store, name, device) for name in names} if store else {}
-    configs = {name: recipe.capture.decisions[name] for name in names}
-    tables = _subclass_tables(store, terms, device) if store else {}
-    points: list[TapPoint] = list(configs.values())
-
-    def targets(batch: Batch) -> Targets:
-        logits, maps = teacher.logits_and_maps(batch.images, points)
-        labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
-        decided = {
-            name: pack(config, features, labels, templates[name]) | tables.get(name, {})
-            for (name, config), features in zip(configs.items(), maps, strict=True)
-        }
-        return Targets(logits, decided)
-
-    return targets
-
-
-def _subclass_tables(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> dict[str, dict[str, Tensor]]:
-    return {
-        term.decisions: {"table": tables_on(store, term.decisions, device)["table"]}
-        for term in kd_layer_terms(terms)
-        if term.term == "subclass_decisions"
-    }
 
 
 def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
@@ -406,7 +309,7 @@ def fit(
                 meter.advance()
             means = (sums / stream.steps_per_epoch).tolist()  # waits for the device, so that the time is the epoch's
             seconds = time.perf_counter() - started
-            losses = {f"loss_{term.term}": mean for term, mean in zip(terms, means, strict=True)}
+            losses = dict(zip(_loss_names(terms), means, strict=True))
             for name, mean in losses.items():
                 if mean != mean or abs(mean) == float("inf"):
                     raise TrainingError(
@@ -429,6 +332,15 @@ def fit(
             )
             _save(out, identity, network, optimizer, epoch + 1, history)
     return _finish(out, recipe, student, history, stream.steps_per_epoch, seed, objective, targets, store_digest)
+
+
+def _loss_names(terms: Sequence[AnyTerm]) -> list[str]:
+    """`loss_TERM`, numbered from the second use of a term on."""
+    names: list[str] = []
+    for term in terms:
+        uses = sum(name.startswith(f"loss_{term.term}") for name in names)
+        names.append(f"loss_{term.term}" + (f"_{uses + 1}" if uses else ""))
+    return names
 
 
 def train_step(

@@ -57,10 +57,12 @@ def say(message: str) -> None:
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """A result, on standard output."""
-    table = Table(title=title, title_justify="left")
+    table = Table()
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 140
-    Console(width=width).print(table)
+    out = Console(width=width)
+    out.print(title, highlight=False, markup=False)
+    out.print(table)

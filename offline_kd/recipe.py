@@ -240,7 +240,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(path, ())
     for override in overrides:
         _override(content, override)
-    return parse(Recipe, content, where=str(path))
+    recipe = parse(Recipe, content, where=str(path))
+    for terms in recipe.objectives.values():
+        for term in kd_layer_terms(terms):
+            recipe.decisions_of(term)  # a wrong name should not wait until its turn comes
+    return recipe
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
         f"{recipe.training.epochs} epochs, {len(recipe.seeds)} seed(s)."
     ]
     write_report(out / "report.html", recipe.name, runs, notes)
-    show_table(f"{recipe.name}: {notes[0]}", COLUMNS, table_rows(summaries))
+    show_table(notes[0], COLUMNS, table_rows(summaries))
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
 
 

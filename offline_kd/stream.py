@@ -203,25 +203,26 @@ def _check_probes(
     offsets: NDArray[np.int64],
 ) -> None:
     """Render the probes of a store block again, as far as their samples are in this tar."""
-    at = {int(offset): int(index) for index, offset in zip(local, offsets, strict=True)}
-    for row, view, seen in zip(arrays["probe/row"], arrays["probe/view"], arrays["probe/pixels"], strict=True):
-        if int(row) not in at:
-            continue
-        box, flip = arrays["view/box"][row, view], arrays["view/flip"][row, view]
-        pixels = render(
-            block.images[at[int(row)]][None],
-            torch.from_numpy(box)[None],
-            torch.tensor([int(flip)]),
-            store.identity.views.fill,
-        )[0]
-        difference = np.abs(pixels.numpy().astype(int) - seen.astype(int))
-        if difference.any():
-            raise StoreCorrupt(
-                f"{store.path}: block {number}, sample '{block.keys[at[int(row)]]}': the stored view (box "
-                f"{box.tolist()}, flip {int(flip)}) renders to pixels that differ from those the teacher saw, by up to "
-                f"{difference.max()} of 255 in {np.count_nonzero(difference.any(axis=0))} places. Parameters and "
-                "targets do not belong together, or images are decoded differently here: capture the store again."
-            )
+    at = np.full(store.identity.rows_per_block, -1)
+    at[offsets] = local
+    here = at[arrays["probe/row"].astype(np.int64)] >= 0
+    if not here.any():
+        return
+    row, view = arrays["probe/row"][here].astype(np.int64), arrays["probe/view"][here].astype(np.int64)
+    box, flip = arrays["view/box"][row, view], arrays["view/flip"][row, view]
+    images = block.images[torch.from_numpy(at[row])]
+    pixels = render(images, torch.from_numpy(box), torch.from_numpy(flip), store.identity.views.fill).numpy()
+    seen = arrays["probe/pixels"][here]
+    wrong = np.flatnonzero((pixels != seen).any(axis=(1, 2, 3)))
+    if len(wrong):
+        first = wrong[0]
+        difference = np.abs(pixels[first].astype(int) - seen[first].astype(int))
+        raise StoreCorrupt(
+            f"{store.path}: block {number}, sample '{block.keys[at[row[first]]]}': the stored view (box "
+            f"{box[first].tolist()}, flip {int(flip[first])}) renders to pixels that differ from those the teacher "
+            f"saw, by up to {difference.max()} of 255 in {np.count_nonzero(difference.any(axis=0))} places. Parameters "
+            "and targets do not belong together, or images are decoded differently here: capture the store again."
+        )
 
 
 # ---- batching ------------------------------------------------------------------------------------------------------

@@ -15,22 +15,16 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from offline_kd import templates
 from offline_kd.cache import cache_teacher
 from offline_kd.data import pack, read_tar
-from offline_kd.distill import (
-    Targets,
-    distill,
-    live_targets,
-    make_stream,
-    new_student,
-    stored_targets,
-    training_images,
-)
+from offline_kd.distill import distill, make_stream, training_images
 from offline_kd.errors import DataError, RecipeError
 from offline_kd.manifest import Dataset, Split
 from offline_kd.objectives import decisions as decision_loss
 from offline_kd.recipe import Decisions, SubclassTerm, load_recipe
 from offline_kd.store.reader import open_store
 from offline_kd.stream import tables_on
+from offline_kd.student import new_student
 from offline_kd.taps import TapPoint
+from offline_kd.targets import Targets, live_targets, stored_targets
 from offline_kd.teacher import load_teacher
 from offline_kd.templates import (
     class_means,

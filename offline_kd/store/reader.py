@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -34,6 +34,8 @@ from offline_kd.store.schema import (
     table_specs,
     tables_ledger_name,
 )
+
+KEEP_BYTES = 2**28  # of decoded arrays, in each process
 
 Arrays = dict[str, NDArray[np.generic]]
 REDO = "delete ledger/{} and run the same `offline-kd cache-teacher` command again, or copy the store again."
@@ -65,6 +67,7 @@ class Store:
     ledger: list[LedgerEntry]
     tables: list[TablesEntry]
     manifest: StoreManifest | None
+    kept: dict[tuple[int, int, str], NDArray[np.generic]] = field(default_factory=dict, repr=False)
 
     @property
     def digest(self) -> str:
@@ -111,14 +114,19 @@ class Store:
 
         Raises StoreIncomplete for a missing object and StoreCorrupt for one that is not what was committed.
         """
-        entry = self.entries[block, group]
-        arrays: Arrays = {}
-        for name in names:
-            decoder = self.decoders[name]
-            content = self._verified(entry, decoder.spec.object_key(block, group))
-            chunk = decoder.decode(content, block, group)
-            arrays[name] = chunk[0, 0] if name.startswith("probe/") else chunk[: entry.rows]
-        return arrays
+        return {name: self._read_one(self.entries[block, group], block, group, name) for name in names}
+
+    def _read_one(self, entry: LedgerEntry, block: int, group: int, name: str) -> NDArray[np.generic]:
+        if (block, group, name) in self.kept:
+            return self.kept[block, group, name]
+        decoder = self.decoders[name]
+        content = self._verified(entry, decoder.spec.object_key(block, group))
+        chunk = decoder.decode(content, block, group)
+        array = chunk[0, 0] if name.startswith("probe/") else chunk[: entry.rows]
+        # Small stores are read once: a later epoch takes what was verified then.
+        if sum(one.nbytes for one in self.kept.values()) + array.nbytes <= KEEP_BYTES:
+            self.kept[block, group, name] = array
+        return array
 
     def read_tables(self, name: str) -> Arrays:
         """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names."""
