@@ -29,9 +29,9 @@ def test_one_command_makes_teacher_store_students_and_report(tmp_path):
     demo = yaml.safe_load((ROOT / "pipelines/digits.yaml").read_text())["objectives"]
     objectives = {name: terms for name, terms in demo.items() if "layer" not in name and name != "letkd2"}
     assert len(objectives) == 9
-    recipe = merged(RECIPE, {"name": "all", "seeds": [0, 1], "training": {"epochs": 1}})
-    recipe["objectives"] = objectives
-    recipe["capture"]["decisions"] = {"last": {"kind": "templates", "module": "body.5", "templates": 32}}
+    decisions = {"last": {"kind": "templates", "module": "body.5", "templates": 32}}
+    changes = {"name": "all", "seeds": [0, 1], "training": {"epochs": 1}, "capture": {"decisions": decisions}}
+    recipe = merged(RECIPE, changes) | {"objectives": objectives}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     options = ["--manifest", str(ROOT / "data_manifest.yaml"), "--out", "out", "--device", "cpu"]
     command = [sys.executable, "-m", "offline_kd.cli", "run", "recipe.yaml", *options]
