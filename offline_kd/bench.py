@@ -74,11 +74,12 @@ def bench(
         from_store = make_stream(recipe, loader, store, 0, device, decisions=wanted)
         plain = make_stream(recipe, loader, None, 0, device)
         batch_size = recipe.training.batch_size
-        images = [batch.images for batch in plain.epoch(0)]
+        images = torch.cat([batch.images for batch in plain.epoch(0)])
+        num_batches = -(-len(images) // batch_size)
 
         def ask_bare() -> None:
-            for part in images:
-                teacher.logits(part)
+            for start in range(0, len(images), teacher.batch_size):
+                teacher.logits(images[start : start + teacher.batch_size])
 
         def load_only() -> None:
             for _ in from_store.epoch(0):
@@ -113,7 +114,7 @@ def bench(
                     if device.type == "cuda":
                         torch.cuda.synchronize()
                     if round_number:  # the first round warms up
-                        seconds[part].append((time.perf_counter() - started) / (len(images) * batches))
+                        seconds[part].append((time.perf_counter() - started) / (num_batches * batches))
                 meter.advance()
     ratios = {
         "store step / ce step": ("store step", "ce step"),

@@ -196,8 +196,8 @@ def ask_teacher(
     labels = torch.from_numpy(block.labels).long().to(device)
     points: list[TapPoint] = [about.config for about in identity.decisions.values()]
     decided: dict[str, list[Tensor]] = {}
-    for start in range(0, total, recipe.capture.batch_size):
-        flat = torch.arange(start, min(start + recipe.capture.batch_size, total), device=device)
+    for start in range(0, total, teacher.batch_size):
+        flat = torch.arange(start, min(start + teacher.batch_size, total), device=device)
         sample, view = flat // num_views, flat % num_views
         pixels = render(images[sample], box[sample, view], flip[sample, view], identity.views.fill)
         answer, maps = teacher.logits_and_maps(pixels, points)
@@ -255,7 +255,7 @@ def commit_missing_tables(
     missing = [name for name in identity.decisions if committed_tables(path, name) is None]
     if missing:
         scratch = path / f"scratch-{os.getpid()}"
-        fitted = fit_tables(teacher, identity, missing, loader, scratch, recipe.capture.batch_size, device)
+        fitted = fit_tables(teacher, identity, missing, loader, scratch, device)
         for name, (arrays, statistics) in fitted.items():
             commit_tables(path, identity, name, arrays, statistics)
     entries = [entry for name in identity.decisions if (entry := committed_tables(path, name))]
@@ -306,7 +306,7 @@ def finish(path: Path, recipe: Recipe, loader: BlockLoader, teacher: Teacher, de
     ]
     tables = [one for name in identity.decisions if (one := committed_tables(path, name))]
     store = Store(path, identity, ledger, tables, None)
-    fidelity = measure_fidelity(store, loader, teacher, recipe.capture.fidelity_rows, recipe.capture.batch_size, device)
+    fidelity = measure_fidelity(store, loader, teacher, recipe.capture.fidelity_rows, device)
     vouched = [entry.objects for entry in ledger] + [entry.objects for entry in tables]
     objects = {key: stored.bytes for part in vouched for key, stored in part.items()}
     manifest = StoreManifest(

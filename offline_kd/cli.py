@@ -1,8 +1,8 @@
 """The command line: parse, call one function, print. The only place that turns expected failures into messages."""
 
+import ctypes
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -108,6 +108,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks for the next step instead of giving them back to the system.
+
+    Otherwise every large activation is mapped, and its pages are zeroed, anew in every step: a student with 4,096
+    templates trains 2.9 times slower on a CPU. Other C libraries have no such setting.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # names of glibc's malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+
+
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="offline-kd")
 def main() -> None:
@@ -116,6 +129,7 @@ def main() -> None:
     \b
     offline-kd run pipelines/digits.yaml --out runs/digits
     """
+    keep_freed_memory()
 
 
 @main.command("run")
@@ -479,5 +493,4 @@ def bench_command(
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.exit(main())

@@ -30,7 +30,7 @@ DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
 
 @torch.no_grad()
 def measure_fidelity(
-    store: Store, loader: BlockLoader, teacher: Teacher, num_rows: int, batch_size: int, device: torch.device
+    store: Store, loader: BlockLoader, teacher: Teacher, num_rows: int, device: torch.device
 ) -> Fidelity:
     """Run the teacher on at least `num_rows` stored rows (all, if there are fewer), joined and rendered as in stage 2.
 
@@ -45,8 +45,8 @@ def measure_fidelity(
     likeliest: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
     with progress("fidelity", num_rows, "rows") as meter:
         for rows in _sample(store, loader, num_rows):
-            for start in range(0, len(rows), batch_size):
-                part = rows.take(torch.arange(start, min(start + batch_size, len(rows))))
+            for start in range(0, len(rows), teacher.batch_size):
+                part = rows.take(torch.arange(start, min(start + teacher.batch_size, len(rows))))
                 pixels = render(part.images.to(device), part.box.to(device), part.flip.to(device), identity.views.fill)
                 logits, maps = teacher.logits_and_maps(pixels, points)
                 live.append(logits.cpu())

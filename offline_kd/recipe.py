@@ -177,7 +177,7 @@ class Capture(Strict):
     codec: Codec = Float16(name="f16")
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
-    batch_size: int = Field(256, ge=1)
+    batch_size: int | None = Field(None, ge=1, description="of the teacher; no effect on what is stored")
     fidelity_rows: int = Field(1000, ge=1, description="rows on which the teacher is run again to finish the store")
 
 

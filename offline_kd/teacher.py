@@ -15,6 +15,9 @@ from offline_kd.models import build, find_weights, load_weights, normalise
 from offline_kd.recipe import Recipe
 from offline_kd.taps import TapPoint, tapped
 
+# On a CPU, activations should stay in its cache: ResNet-56 is a quarter slower with 256 images than with 64.
+DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 512}
+
 
 @dataclass(frozen=True)
 class Teacher:
@@ -27,6 +30,7 @@ class Teacher:
     expected: ExpectedAccuracy | None
     licence: str
     network: nn.Module
+    batch_size: int
 
     @torch.no_grad()  # not inference_mode: DTKD keeps what it needs of these logits for its backward pass
     def logits(self, images: Tensor) -> Tensor:
@@ -81,6 +85,7 @@ def load_teacher(
         expected=wanted.expected or (known.expected if known else None),
         licence=wanted.licence or (known.licence if known else ""),
         network=network,
+        batch_size=recipe.capture.batch_size or DEFAULT_BATCH_SIZE[device.type],
     )
 
 
@@ -94,7 +99,7 @@ def gate(
     expected = teacher.expected
     dataset, split = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
     loader = BlockLoader(manifest.dataset(dataset), manifest.split(dataset, split), roots, keep_bytes=0)
-    measured = evaluate(teacher.logits, loader, recipe.capture.batch_size, device, title="teacher gate").top1
+    measured = evaluate(teacher.logits, loader, teacher.batch_size, device, title="teacher gate").top1
     if expected and abs(measured - expected.top1) > expected.tolerance:
         raise TeacherError(
             f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured:.2f} %, expected "

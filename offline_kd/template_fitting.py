@@ -45,7 +45,6 @@ def fit_tables(
     names: Sequence[str],
     loader: BlockLoader,
     scratch: Path,
-    batch_size: int,
     device: torch.device,
 ) -> dict[str, tuple[Arrays, dict[str, float]]]:
     """Templates of every decision in `names`: arrays by full name, and statistics.
@@ -54,7 +53,7 @@ def fit_tables(
     """
     scratch.mkdir(exist_ok=True)
     try:
-        vectors, rows = _collect(teacher, identity, names, loader, scratch, batch_size, device)
+        vectors, rows = _collect(teacher, identity, names, loader, scratch, device)
         fitted = {}
         for name in names:
             about = identity.decisions[name]
@@ -75,7 +74,6 @@ def _collect(
     names: Sequence[str],
     loader: BlockLoader,
     scratch: Path,
-    batch_size: int,
     device: torch.device,
 ) -> tuple[dict[str, Vectors], dict[str, NDArray[np.int64]]]:
     """Feature vectors `[n, D]` by name, and `[images, 2]` store row and label of the images they come from."""
@@ -88,8 +86,8 @@ def _collect(
         meter = stack.enter_context(progress("features", total, "images"))
         for number, block in enumerate(loader):
             chance = counter_uniform(SAMPLE_STREAM, block.key_hash)
-            for start in range(0, len(block), batch_size):
-                images = block.images[start : start + batch_size].to(device)
+            for start in range(0, len(block), teacher.batch_size):
+                images = block.images[start : start + teacher.batch_size].to(device)
                 _, maps = teacher.logits_and_maps(images, points)
                 for name, one, features, file in zip(names, about, maps, files, strict=True):
                     if tuple(features.shape[1:]) != (one.channels, one.height, one.width):

@@ -23,7 +23,6 @@ from offline_kd.views import counter_hash
 KMEANS_STREAM = 0x6B6D65616E73  # first counter of the draws made here
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # distances held at a time; on a CPU they should stay in its cache
 TOLERANCE = 1e-4  # Lloyd stops when the centroids move less than this share of the data's variance
-NEGLIGIBLE = 1e-9  # mass of far templates that is not summed up
 
 NEAREST = 8  # vectors that are remembered of each template
 PROB_LEVELS = 65534  # stored probabilities are multiples of 1 / PROB_LEVELS; 65535 marks an empty row
@@ -253,8 +252,10 @@ def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float)
     centroids = centroids.to(x.dtype)
     half_squares = centroids.square().sum(dim=1) / 2
     size = max(CHUNK_ELEMENTS[x.device.type] // len(centroids), 64)
+    # Two buffers for all chunks: fresh memory for every chunk takes longer to map than to fill.
+    workspace = x.new_empty(2, min(size, len(x)), len(centroids))
     parts = [
-        _decide(x[start : start + size], centroids, half_squares, min(top, len(centroids)), temperature)
+        _decide(x[start : start + size], centroids, half_squares, min(top, len(centroids)), temperature, workspace)
         for start in range(0, len(x), size)
     ]
     ids, probs, dropped = (
@@ -264,39 +265,37 @@ def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float)
 
 
 def _decide(
-    x: Tensor, centroids: Tensor, half_squares: Tensor, top: int, temperature: float
+    x: Tensor, centroids: Tensor, half_squares: Tensor, top: int, temperature: float, workspace: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    closeness = torch.addmm(-half_squares, x, centroids.T)  # |x|^2 / 2 - distance / 2
+    closeness, shares = workspace[:, : len(x)]  # [n, K] each
+    scale = 2 * temperature  # closeness: temperature * (|x|^2 - distance), the exponent but for a constant of the row
+    torch.addmm(half_squares, x, centroids.T, beta=-scale, alpha=scale, out=closeness)
     # Expanded squares lose digits: take some candidates more, and measure their distances again, exactly.
-    num_candidates = min(top + 4, len(centroids))
-    candidate_closeness, candidates = _largest(closeness, num_candidates)
+    candidates = _largest(closeness, min(top + 4, len(centroids)))
     exact = -temperature * (x[:, None] - centroids[candidates]).square().sum(dim=2)  # [n, candidates]
     exact, order = exact.sort(dim=1, descending=True, stable=True)
-    log_kept = torch.logsumexp(exact[:, :top], dim=1)
-    log_dropped = torch.logsumexp(exact[:, top:], dim=1)  # -inf where nothing is left over
-    if num_candidates < len(centroids):
-        gap = 2 * temperature * (candidate_closeness[:, 0] - candidate_closeness[:, -1])
-        matters = (gap < np.log(len(centroids) / NEGLIGIBLE)).nonzero()[:, 0]
-        if len(matters):
-            others = closeness[matters].scatter(1, candidates[matters], -torch.inf)
-            log_others = torch.logsumexp(2 * temperature * others, dim=1)
-            log_others = log_others - temperature * x[matters].square().sum(dim=1)
-            log_dropped[matters] = torch.logaddexp(log_dropped[matters], log_others)
-    log_total = torch.logaddexp(log_kept, log_dropped)
+    # The share of the others is small, so that their expanded squares are good enough. softmax is one fused pass over
+    # all templates; logsumexp takes eight times as long, most of it on exponentials that underflow.
+    torch.softmax(closeness, dim=1, out=shares)
+    others = (1 - shares.gather(1, candidates).sum(dim=1)).clamp(min=0)
+    log_total = torch.logsumexp(exact, dim=1) - torch.log1p(-others)
     probs = (exact[:, :top] - log_total[:, None]).exp()
-    return candidates.gather(1, order[:, :top]), probs, (log_dropped - log_total).exp()
+    dropped = (exact[:, top:] - log_total[:, None]).exp().sum(dim=1) + others
+    return candidates.gather(1, order[:, :top]), probs, dropped
 
 
-def _largest(values: Tensor, num: int) -> tuple[Tensor, Tensor]:
-    """`topk` along rows, by way of the largest of each group of 64: much faster on a CPU for thousands of columns."""
+def _largest(values: Tensor, num: int) -> Tensor:
+    """Columns `[n, num]` of the largest values of every row.
+
+    On a CPU, by way of the largest of each group of 64: the `num` largest lie in the `num` groups of largest maxima.
+    """
     rows, columns = values.shape
-    if columns % 64 or columns < 64 * num or values.is_cuda:
-        return values.topk(num, dim=1)
+    if columns % 64 or columns < 128 * num or values.is_cuda:
+        return values.topk(num, dim=1).indices
     grouped = values.view(rows, columns // 64, 64)
-    groups = grouped.amax(dim=2).topk(num, dim=1).indices  # the num largest lie in the num groups of largest maxima
-    members = grouped.gather(1, groups[:, :, None].expand(-1, -1, 64)).flatten(1)
-    largest, place = members.topk(num, dim=1)
-    return largest, groups.gather(1, place // 64) * 64 + place % 64
+    groups = grouped.amax(dim=2).topk(num, dim=1).indices
+    place = grouped.gather(1, groups[:, :, None].expand(-1, -1, 64)).flatten(1).topk(num, dim=1).indices
+    return groups.gather(1, place // 64) * 64 + place % 64
 
 
 # ---- sub-classes ---------------------------------------------------------------------------------------------------

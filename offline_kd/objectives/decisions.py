@@ -20,11 +20,9 @@ def decisions(scores: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
     """
     probs = probs.to(scores.dtype)
     probs = probs / probs.sum(dim=-1, keepdim=True)
-    # Gathering m raw scores and one log-sum-exp spares the log-softmax of all K.
-    chosen = scores.gather(1, ids.long().permute(0, 3, 1, 2))  # [B, m, H, W]
-    log_q = chosen - torch.logsumexp(scores, dim=1, keepdim=True)
-    entropy = torch.special.xlogy(probs, probs).sum(dim=-1)
-    return (entropy - (probs.permute(0, 3, 1, 2) * log_q).sum(dim=1)).mean()
+    # Over the last axis log-softmax is one fused pass; KD layers give channels-last maps, so this copies nothing.
+    log_q = F.log_softmax(scores.permute(0, 2, 3, 1), dim=-1).gather(-1, ids.long())
+    return (torch.special.xlogy(probs, probs) - probs * log_q).sum(dim=-1).mean()
 
 
 def subclass_decisions(scores: Tensor, ids: Tensor, table: Tensor) -> Tensor:
