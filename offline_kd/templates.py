@@ -25,7 +25,9 @@ CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # distances held at a time; on a
 TOLERANCE = 1e-4  # Lloyd stops when the centroids move less than this share of the data's variance
 
 NEAREST = 8  # vectors that are remembered of each template
-PROB_LEVELS = 65534  # stored probabilities are multiples of 1 / PROB_LEVELS; 65535 marks an empty row
+PROB_LEVELS = (
+    2**14 - 1
+)  # stored probabilities are multiples of 1 / PROB_LEVELS; two more bits cost 64 bytes for an 8x8 map
 
 Vectors = NDArray[np.float32]  # [n, D], a memory map where there are many
 

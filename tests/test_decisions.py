@@ -39,7 +39,7 @@ from offline_kd.templates import (
 )
 from offline_kd.terms import kd_layer_value
 
-GOLDEN = np.load(Path(__file__).parent / "fixtures" / "golden_losses.npz", allow_pickle=False)
+GOLDEN = np.load(Path(__file__).parent / "fixtures" / "losses.npz", allow_pickle=False)
 LDA = next(case["id"] for case in json.loads(str(GOLDEN["index"])) if case["method"] == "lda_decisions")
 
 
@@ -131,9 +131,9 @@ def test_what_is_packed_comes_back():
     )
     packed = pack_decisions(chosen)
     probs = unpack_probs(packed["prob"])
-    assert (probs - chosen.probs).abs().max() < 1e-5
+    assert (probs - chosen.probs).abs().max() < 3.1e-5
     assert (packed["id"] == chosen.ids).logical_or(packed["prob"] == 0).all()
-    assert packed["prob"].max() <= 65534
+    assert packed["prob"].max() <= 2**14 - 1
     torch.testing.assert_close(packed["dropped"], chosen.dropped.flatten(1).amax(1))
 
 

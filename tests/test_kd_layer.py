@@ -17,7 +17,7 @@ from offline_kd.objectives import decisions, subclass_decisions
 from offline_kd.taps import TapPoint, feature_maps, fold_tokens, tapped
 from offline_kd.templates import decide, project, subclass_ids
 
-GOLDEN = np.load(Path(__file__).parent / "fixtures" / "golden_losses.npz", allow_pickle=False)
+GOLDEN = np.load(Path(__file__).parent / "fixtures" / "losses.npz", allow_pickle=False)
 INDEX = json.loads(str(GOLDEN["index"]))
 PENULTIMATE = [case for case in INDEX if case["method"] == "kdlayer_penult"]
 INTERMEDIATE = [case for case in INDEX if case["method"] == "kdlayer_inter"]

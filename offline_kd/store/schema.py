@@ -271,7 +271,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         top = ("rank", about.config.top)
         specs.append(per_view(f"decisions/{name}/id", "<u2", 65535, "template, likeliest first", *places, top))
         if about.config.top > 1:
-            specs.append(per_view(f"decisions/{name}/prob", "<u2", 65535, "probability * 65534", *places, top))
+            specs.append(per_view(f"decisions/{name}/prob", "<u2", 65535, "probability * 16383", *places, top))
         specs.append(per_view(f"decisions/{name}/dropped", "<f4", np.nan, "largest mass that was not kept"))
     return specs
 
