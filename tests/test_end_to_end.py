@@ -171,4 +171,6 @@ def test_real_photographs_and_a_real_teacher_go_through_the_command_line(real_da
     options = ("--store", tmp_path / "store", "--objective", "kd", "--out", tmp_path / "run")
     result = invoke("distill", recipe, *options, *where)
     assert result.exit_code == 0, result.output
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] > 30
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["store_digest"] == facts["digest"].removeprefix("sha256:")
+    assert result["top1"] > 20  # chance is 10; 79 steps from scratch have given 26 to 30
