@@ -12,11 +12,11 @@ from conftest import CPU, ROOT, invoke, make_recipe, refused
 from sklearn.cluster import KMeans as Reference
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from offline_kd import templates
+from offline_kd import cache, templates
 from offline_kd.cache import cache_teacher
 from offline_kd.data import pack, read_tar
 from offline_kd.distill import distill, make_stream, training_images
-from offline_kd.errors import DataError, RecipeError
+from offline_kd.errors import DataError, RecipeError, StoreCorrupt
 from offline_kd.manifest import Dataset, Split
 from offline_kd.objectives import decisions as decision_loss
 from offline_kd.recipe import Decisions, SubclassTerm, load_recipe
@@ -359,6 +359,21 @@ def test_capture_with_decisions_resumes_and_its_digest_covers_the_templates(
     assert 0 <= fidelity["last"]["mean_dropped"] <= fidelity["last"]["max_dropped"] < 1
     assert "decisions 'last'" in (again / "README.md").read_text()
     assert statistics["first"]["components"] == 8  # the tap has 8 channels
+
+
+def test_decisions_that_are_not_the_teachers_keep_a_store_from_being_finished(
+    letkd, letkd_store, manifest, roots, tmp_path, monkeypatch
+):
+    """A faulty writer that shifts decisions by one sample: every checksum is right, the teacher disagrees."""
+    honest = cache.pack
+
+    def shifted(*arguments):
+        return {name: values.roll(1, dims=0) for name, values in honest(*arguments).items()}
+
+    monkeypatch.setattr(cache, "pack", shifted)
+    with pytest.raises(StoreCorrupt, match=r"of the decisions '.*' are those that the teacher takes again"):
+        cache_teacher(letkd, manifest, roots, tmp_path / "store", CPU)
+    assert not (tmp_path / "store" / "manifest.json").exists()
 
 
 def test_damaged_templates_are_found(letkd_file, letkd_store, where, tmp_path):

@@ -173,4 +173,4 @@ def test_real_photographs_and_a_real_teacher_go_through_the_command_line(real_da
     assert result.exit_code == 0, result.output
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["store_digest"] == facts["digest"].removeprefix("sha256:")
-    assert result["top1"] > 20  # chance is 10; 79 steps from scratch have given 26 to 30
+    assert result["top1"] > 20  # chance is 10; KD has given 29.8, and 25.5 at the rate 0.05
