@@ -26,8 +26,9 @@ from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_
 from offline_kd.progress import progress
 from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
+from offline_kd.store.place import Folder
 from offline_kd.store.reader import Store, open_store
-from offline_kd.store.schema import StoreIdentity
+from offline_kd.store.schema import StoreIdentity, parts_of
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.stream import Batch, Stream, tables_on
 from offline_kd.student import Student, new_student
@@ -70,9 +71,8 @@ def bench(
         store = open_store(folder / "store")
         views = store.identity.groups[0].stop
 
-        wanted = sorted({term.decisions for term in kd_layer_terms(terms)})
-        from_store = make_stream(recipe, loader, store, 0, device, decisions=wanted)
-        plain = make_stream(recipe, loader, None, 0, device)
+        from_store = make_stream(recipe, loader, [store], terms, 0, device)
+        plain = make_stream(recipe, loader, [], [], 0, device)
         batch_size = recipe.training.batch_size
         images = torch.cat([batch.images for batch in plain.epoch(0)])
         num_batches = -(-len(images) // batch_size)
@@ -88,7 +88,7 @@ def bench(
         parts: dict[str, tuple[Callable[[], None], int]] = {
             "ce step": (_training(recipe, loader, plain, [CE(term="ce")], None, device), 1),
             "store step": (
-                _training(recipe, loader, from_store, terms, stored_targets(store, terms, device), device),
+                _training(recipe, loader, from_store, terms, stored_targets([store], terms, device), device),
                 1,
             ),
             "online step": (
@@ -213,15 +213,16 @@ def _stage_1(
     undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0)
 
     def work() -> None:
-        path = folder / "stage-1"
-        create_or_resume(path, identity)
+        place = Folder(folder / "stage-1")
+        create_or_resume(place, identity)
         block = undecoded[0]
         parameters = draw(recipe.views, block.key_hash, identity.dataset.height, identity.dataset.width)
         end = identity.groups[0].stop
         chosen = ViewParameters(parameters.box[:, :end], parameters.flip[:, :end])
-        arrays = ask_teacher(teacher, recipe, identity, tables, block, chosen, 0, 0, device)
-        commit(path, identity, 0, 0, arrays, tar=block.name, tar_sha256=block.sha256)
-        shutil.rmtree(path)
+        arrays = ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)
+        part, views = parts_of(identity)[""], identity.groups[0]
+        commit(place, part, 0, 0, views, arrays, tar=block.name, tar_sha256=block.sha256)
+        shutil.rmtree(place.path)
 
     return work
 
@@ -232,7 +233,7 @@ def _losses_alone(
     """Forward and backward of the losses on KD-layer scores, without the student and its KD layers."""
     student = new_student(recipe, loader, 0, device, terms)
     student.network.train()
-    ask = stored_targets(store, terms, device)
+    ask = stored_targets([store], terms, device)
     batches = [(batch, ask(batch)) for batch in stream.epoch(0)]
     layer_terms = kd_layer_terms(terms)
     inputs = []
@@ -280,7 +281,7 @@ def measure_drift(
 
     def train(terms: Sequence[AnyTerm], store: Store | None, ask: AskTeacher, order: int = 0) -> nn.Module:
         student = new_student(recipe, loader, recipe.seeds[0], device)
-        stream = make_stream(recipe, loader, store, recipe.seeds[0] + order, device)
+        stream = make_stream(recipe, loader, [store] if store else [], terms, recipe.seeds[0] + order, device)
         _train(recipe, student, stream, terms, ask, steps)
         return student.network
 
@@ -303,7 +304,7 @@ def measure_drift(
             store = open_store(path)
             for name, terms in objectives.items():
                 drifts[name][codec_name] = measure(
-                    train(terms, store, stored_targets(store, terms, device)), live[name]
+                    train(terms, store, stored_targets([store], terms, device)), live[name]
                 )
     for name, terms in objectives.items():
         drifts[name]["other order"] = measure(train(terms, None, from_teacher, order=1), live[name])

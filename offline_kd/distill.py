@@ -34,16 +34,17 @@ from offline_kd.recipe import (
     KDLayerTerm,
     Recipe,
     SubclassTerm,
+    TeacherStore,
     Training,
     dump_recipe,
-    kd_layer_terms,
     needs_teacher,
 )
+from offline_kd.store.downloads import DEFAULT_BYTES
 from offline_kd.store.reader import Store, open_store
 from offline_kd.store.schema import plan_views_per_group
 from offline_kd.stream import Batch, Stream
 from offline_kd.student import Student, new_student
-from offline_kd.targets import AskTeacher, Targets, live_targets, stored_targets
+from offline_kd.targets import AskTeacher, Mix, Targets, decisions_by_store, live_targets, stored_targets
 from offline_kd.teacher import load_teacher
 from offline_kd.terms import kd_layer_value, term_value, term_weight
 from offline_kd.views import view_groups
@@ -82,32 +83,43 @@ def distill(
     *,
     objective: str | None = None,
     seed: int | None = None,
-    store_path: Path | None = None,
+    stores: Sequence[str] = (),
     online: bool = False,
+    download_bytes: int = DEFAULT_BYTES,
 ) -> Result:
-    """Train the student of a recipe into the run directory `out`, from a store or with the live teacher.
+    """Train the student of a recipe into the run directory `out`, from stores or with the live teacher.
 
-    Raises StoreMismatch when the store was not made for this recipe's data, views and teacher.
+    Args:
+        stores: folders, URLs or manifest names; by default what the recipe says.
+        download_bytes: how much of remote stores is kept on the local disk.
+
+    Raises StoreMismatch when a store was not made for this recipe's data, views and teacher.
     """
     name, terms = recipe.objective(objective)
     seed = recipe.seeds[0] if seed is None else seed
     loader = training_images(recipe, manifest, roots)
-    store = open_store(store_path) if store_path else None
-    if needs_teacher(terms) and store is None and not online:
+    opened, mix = open_stores(recipe, manifest, stores, download_bytes)
+    if needs_teacher(terms) and not opened and not online:
         raise RecipeError(f"objective '{name}' needs a teacher: give --store, or --online for the live teacher.")
-    if store is not None:
-        check_store(store, recipe, manifest, loader)
+    if online and len(opened) > 1:
+        raise RecipeError("--online asks the recipe's own teacher: give one --store beside it at most.")
+    for store in opened:
+        check_store(store, recipe, loader)
+        store.check_sizes()
+    if len(opened) == 1:
+        check_teacher(opened[0], recipe, manifest)
+    check_groups(opened)
     student = new_student(recipe, loader, seed, device, terms)
     ask = None
     if needs_teacher(terms):
         if online:
             teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
-            ask = live_targets(teacher, recipe, terms, store, device)
-        elif store is not None:
-            ask = stored_targets(store, terms, device)
-    groups = store.identity.groups if store else None
-    wanted = [] if online else sorted({term.decisions for term in kd_layer_terms(terms)})
-    stream = make_stream(recipe, loader, None if online else store, seed, device, groups=groups, decisions=wanted)
+            ask = live_targets(teacher, recipe, terms, opened[0] if opened else None, device)
+        else:
+            ask = stored_targets(opened, terms, device, mix)
+    groups = groups_for(opened[0], recipe) if opened else None
+    read = [] if online else opened
+    stream = make_stream(recipe, loader, read, terms, seed, device, groups=groups)
     return fit(
         recipe=recipe,
         student=student,
@@ -121,8 +133,30 @@ def distill(
         seed=seed,
         objective=name,
         targets="none" if ask is None else "online" if online else "store",
-        store_digest=store.digest if store else "",
+        store_digest="+".join(store.digest for store in opened),
     )
+
+
+def open_stores(
+    recipe: Recipe, manifest: Manifest, references: Sequence[str], download_bytes: int = DEFAULT_BYTES
+) -> tuple[list[Store], Mix]:
+    """The stores that a run learns from, and how their teachers are mixed."""
+    if references or recipe.store is None:
+        wanted = [TeacherStore(store=reference) for reference in references]
+    else:
+        wanted = [TeacherStore(store=recipe.store)] if isinstance(recipe.store, str) else recipe.store
+    opened = []
+    for one in wanted:
+        where = manifest.store(one.store)
+        opened.append(
+            open_store(where.location, targets=where.targets, digest=where.digest, download_bytes=download_bytes)
+        )
+    return opened, Mix([one.weight for one in wanted], recipe.mix)
+
+
+def groups_for(store: Store, recipe: Recipe) -> list[range]:
+    """The view groups of a store that a recipe uses: the first ones, if the store holds more views."""
+    return [group for group in store.identity.groups if group.stop <= recipe.views.num_views]
 
 
 def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out: Path, device: torch.device) -> Result:
@@ -148,7 +182,7 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
         student=Student(network, {}),
         training=recipe.teacher.training,
         terms=[CE(term="ce")],
-        stream=make_stream(plain, loader, None, recipe.seeds[0], device),
+        stream=make_stream(plain, loader, [], [], recipe.seeds[0], device),
         evaluation=evaluation_images(recipe, manifest, roots),
         ask=None,
         out=out,
@@ -174,14 +208,17 @@ def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path])
 def make_stream(
     recipe: Recipe,
     loader: BlockLoader,
-    store: Store | None,
+    stores: Sequence[Store],
+    terms: Sequence[AnyTerm],
     seed: int,
     device: torch.device,
     groups: list[range] | None = None,
-    decisions: Sequence[str] = (),
 ) -> Stream:
-    """The batches of a run. Without a store, views are grouped as stage 1 would group them, so that a run with the live
-    teacher sees the same views in the same order."""
+    """The batches of a run, with what its terms want of the stores.
+
+    Without a store, views are grouped as stage 1 would group them, so that a run with the live teacher sees the same
+    views in the same order.
+    """
     if groups is None:
         per_group = plan_views_per_group(
             recipe.views,
@@ -194,18 +231,18 @@ def make_stream(
         loader,
         recipe.views,
         groups,
-        store,
+        stores,
         seed=seed,
         batch_size=recipe.training.batch_size,
         pool_blocks=recipe.training.pool_blocks,
         labelled_fraction=recipe.data.labelled_fraction,
         workers=recipe.data.workers,
-        decisions=decisions,
+        decisions=decisions_by_store(stores, terms),
         device=device,
     )
 
 
-def check_store(store: Store, recipe: Recipe, manifest: Manifest, loader: BlockLoader) -> None:
+def check_store(store: Store, recipe: Recipe, loader: BlockLoader) -> None:
     """Make sure that a store was made for what the recipe describes; raises StoreMismatch with both values.
 
     The tars may be other ones (a part of the dataset, or packed anew): the join checks every sample by key and bytes.
@@ -214,28 +251,50 @@ def check_store(store: Store, recipe: Recipe, manifest: Manifest, loader: BlockL
     classes, known = identity.dataset.classes, loader.dataset.classes
     if len(classes) != len(known):
         raise StoreMismatch(
-            f"{store.path}: has targets for {len(classes)} classes, dataset '{recipe.data.dataset}' has {len(known)}. "
+            f"{store.place}: has targets for {len(classes)} classes, dataset '{recipe.data.dataset}' has {len(known)}. "
             "Use the dataset the store was made from, or capture it again."
         )
     if classes != known:
         index = next(index for index, pair in enumerate(zip(classes, known, strict=True)) if pair[0] != pair[1])
         raise StoreMismatch(
-            f"{store.path}: class {index} is '{classes[index]}', in dataset '{recipe.data.dataset}' it is "
+            f"{store.place}: class {index} is '{classes[index]}', in dataset '{recipe.data.dataset}' it is "
             f"'{known[index]}'. The class order differs: correct the manifest, or capture it again."
         )
-    if identity.views != recipe.views:
+    here, wanted_views = identity.views.model_dump(mode="json"), recipe.views.model_dump(mode="json")
+    if {**here, "count": 0} != {**wanted_views, "count": 0}:
         raise StoreMismatch(
-            f"{store.path}: holds the views {identity.views.model_dump(mode='json')}, the recipe says "
-            f"{recipe.views.model_dump(mode='json')}. Correct the recipe's views, or capture another store."
+            f"{store.place}: holds the views {here}, the recipe says {wanted_views}. "
+            "Correct the recipe's views, or capture another store."
+        )
+    if recipe.views.num_views > identity.views.num_views or recipe.views.num_views % identity.views_per_group:
+        raise StoreMismatch(
+            f"{store.place}: holds {identity.views.num_views} views of every image in groups of "
+            f"{identity.views_per_group}, the recipe says {recipe.views.num_views}. Use so many whole groups: --set "
+            f"views.count={identity.views.num_views}; or add views to the store: `offline-kd cache-teacher`."
         )
     for name, about in identity.decisions.items():
         wanted = recipe.capture.decisions.get(name)
         if wanted is not None and wanted != about.config:
             raise StoreMismatch(
-                f"{store.path}: decisions '{name}' were made with {about.config.model_dump(mode='json')}, the recipe "
+                f"{store.place}: decisions '{name}' were made with {about.config.model_dump(mode='json')}, the recipe "
                 f"says {wanted.model_dump(mode='json')}. Correct capture.decisions, or capture another store."
             )
-    weights = recipe.teacher.weights
+
+
+def check_groups(stores: Sequence[Store]) -> None:
+    """Stores that are mixed must group their views alike; raises StoreMismatch with both values."""
+    for store in stores[1:]:
+        if store.identity.views_per_group != stores[0].identity.views_per_group:
+            raise StoreMismatch(
+                f"{store.place}: stores views in groups of {store.identity.views_per_group}, {stores[0].place} in "
+                f"groups of {stores[0].identity.views_per_group}. To mix them, capture one of them again with the "
+                "other's capture.views_per_group."
+            )
+
+
+def check_teacher(store: Store, recipe: Recipe, manifest: Manifest) -> None:
+    """Make sure that a store is of the teacher that the recipe names, if it does; raises StoreMismatch."""
+    identity, weights = store.identity, recipe.teacher.weights
     if weights is not None:
         known_weights = manifest.teachers.get(weights)
         sha256 = known_weights.weights.sha256 if known_weights else ""
@@ -243,7 +302,7 @@ def check_store(store: Store, recipe: Recipe, manifest: Manifest, loader: BlockL
             sha256 = file_sha256(Path(weights))
         if sha256 not in ("", identity.teacher.weights_sha256):
             raise StoreMismatch(
-                f"{store.path}: was made by teacher '{identity.teacher.name}' with weights "
+                f"{store.place}: was made by teacher '{identity.teacher.name}' with weights "
                 f"{identity.teacher.weights_sha256}, the recipe's teacher '{weights}' has {sha256}. "
                 "Correct teacher.weights, or capture this teacher's store."
             )

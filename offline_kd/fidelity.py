@@ -69,7 +69,7 @@ def measure_fidelity(
     worst = int((errors.amax(dim=1) - torch.from_numpy(allowed)).argmax())
     if errors[worst].max() > allowed[worst]:
         raise StoreCorrupt(
-            f"{store.path}: the teacher run again on {len(z)} stored views differs from the store by up to "
+            f"{store.place}: the teacher run again on {len(z)} stored views differs from the store by up to "
             f"{errors.max():.4g}, codec and arithmetic explain {allowed[worst]:.4g}. The targets are not those of this "
             "teacher for these images: delete the store, check data and weights, and capture again."
         )
@@ -78,7 +78,7 @@ def measure_fidelity(
         decisions[name] = {"agreement": torch.cat(same[name]).float().mean().item()}
         if decisions[name]["agreement"] < DECISION_AGREEMENT[identity.teacher.dtype]:
             raise StoreCorrupt(
-                f"{store.path}: only {decisions[name]['agreement']:.2%} of the decisions '{name}' are those that the "
+                f"{store.place}: only {decisions[name]['agreement']:.2%} of the decisions '{name}' are those that the "
                 "teacher takes again: delete the store, check data and weights, and capture again."
             )
         if likeliest[name]:

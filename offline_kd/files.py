@@ -1,6 +1,7 @@
 """Durable files: what is there is whole."""
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -8,11 +9,13 @@ def write_atomically(file: Path, content: str | bytes) -> None:
     """Write `file` under a temporary name, flush it to disk, then rename it into place."""
     partial = _write_partial(file, content)
     os.replace(partial, file)
-    flush_to_disk(file)
+    _flush(file.parent)
 
 
-def create_exclusively(file: Path, content: str) -> bool:
+def create_exclusively(file: Path, content: str | bytes) -> bool:
     """Create `file` with its whole content at once, unless it exists; returns whether it was created here."""
+    if file.exists():
+        return False
     partial = _write_partial(file, content)
     try:
         os.link(partial, file)
@@ -20,22 +23,30 @@ def create_exclusively(file: Path, content: str) -> bool:
         return False
     finally:
         partial.unlink()
-    flush_to_disk(file)
+    _flush(file.parent)
     return True
 
 
 def flush_to_disk(path: Path) -> None:
     """fsync a file, and the folder that names it."""
-    for target in (path, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    _flush(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_partial(file: Path, content: str | bytes) -> Path:
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    flush_to_disk(partial)
+    partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        _flush(partial)
+    except OSError:
+        partial.unlink(missing_ok=True)  # a full disk should not be filled further
+        raise
     return partial

@@ -43,7 +43,7 @@ def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path
     hashes, rows = store.row_index
     place = int(np.searchsorted(hashes, np.uint64(hash_key(key))))
     if place == len(hashes) or hashes[place] != hash_key(key):
-        raise DataError(f"{store.path}: holds no sample '{key}'. Keys look like '{_some_key(store, folder, roots)}'.")
+        raise DataError(f"{store.place}: holds no sample '{key}'. Keys look like '{_some_key(store, folder, roots)}'.")
     number, row = divmod(int(rows[place]), store.identity.rows_per_block)
     images = _Images(store, folder, roots)
     block = images.block(number)

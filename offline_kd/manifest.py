@@ -7,7 +7,9 @@ A file is named relative to a data root. The roots are, in this order: those giv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -24,7 +26,7 @@ Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class Strict(BaseModel):
     """A description that refuses unknown fields and does not change after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Tar(Strict):
@@ -91,15 +93,47 @@ class Teacher(Strict):
     licence: str = ""
 
 
+class SharedStore(Strict):
+    """A teacher store of the team: a folder or URL, and what it must be."""
+
+    location: str
+    digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class StoreReference:
+    """Where a store is, whose targets of it are meant ('': the first teacher's), and its sha256 if that was said."""
+
+    location: str
+    targets: str
+    digest: str | None
+
+
 class Manifest(Strict):
     manifest_version: int = Field(1, ge=1, le=1)
     datasets: dict[str, Dataset] = {}
     teachers: dict[str, Teacher] = {}
     files: dict[str, Weights] = Field({}, description="other weights that a team shares")
+    stores: dict[str, SharedStore] = Field({}, description="teacher stores that a team shares")
 
     def weights(self, name: str) -> Weights | None:
         """The weights file of that name, a teacher's or another."""
         return self.teachers[name].weights if name in self.teachers else self.files.get(name)
+
+    def store(self, reference: str) -> StoreReference:
+        """What `NAME`, a folder or a URL, with `#TARGETS` and `@sha256:DIGEST` behind it or not, refers to."""
+        address, pinned, digest = reference.partition("@sha256:")
+        address, _, targets = address.partition("#")
+        if pinned and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise RecipeError(f"store '{reference}': '{digest[:80]}' is no sha256. See `offline-kd store info`.")
+        known = self.stores.get(address)
+        if known is None:
+            return StoreReference(address, targets, digest or None)
+        if digest not in ("", known.digest.removeprefix("sha256:")):
+            raise RecipeError(
+                f"store '{address}': the recipe wants sha256:{digest}, the manifest says {known.digest}. Correct one."
+            )
+        return StoreReference(known.location, targets, known.digest.removeprefix("sha256:"))
 
     def dataset(self, name: str) -> Dataset:
         if name not in self.datasets:

@@ -186,12 +186,23 @@ class StudentNetwork(Strict):
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
 
 
+class TeacherStore(Strict):
+    """One of several stores, or of several teachers of one store, that a student learns from."""
+
+    store: str = Field(description="folder, URL or manifest name; `#TARGETS` and `@sha256:DIGEST` may follow")
+    weight: Positive = 1.0
+
+
 class Recipe(Strict):
     name: Name
     data: Data
     teacher: TeacherNetwork
     views: Views = NoAugmentation()
     capture: Capture = Capture()
+    store: str | Annotated[list[TeacherStore], Field(min_length=1)] | None = Field(
+        None, description="where stage 2 finds targets, unless --store says so; several are mixed by weight"
+    )
+    mix: Literal["probability", "logit"] = Field("probability", description="what is averaged over several teachers")
     student: StudentNetwork
     training: Training
     objectives: dict[Name, Objective] = Field(min_length=1)

@@ -46,6 +46,7 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
     if any(needs_teacher(terms) for terms in recipe.objectives.values()):
         say("asking the teacher about every view")
         store = cache_teacher(recipe, manifest, roots, out / "store", device)
+        assert store is not None
         say(f"store: {store.total_bytes:,} bytes, digest sha256:{store.digest}")
     for objective, terms in recipe.objectives.items():
         for seed in recipe.seeds:
@@ -58,7 +59,7 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
                 device,
                 objective=objective,
                 seed=seed,
-                store_path=out / "store" if needs_teacher(terms) else None,
+                stores=[str(out / "store")] if needs_teacher(terms) else [],
             )
             say(f"{objective}, seed {seed}: top-1 {result.top1:.2f} %, {result.seconds_per_epoch:.2f} s per epoch")
             folders.append(folder)

@@ -6,8 +6,10 @@ rendered again. Reading and joining happen per tar, in worker processes if there
 rendering happen afterwards in the training process, so the batches do not depend on the number of workers.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from offline_kd.templates import SubclassDecisions
 from offline_kd.views import AnyViews, counter_hash, counter_uniform, draw, render, view_of_epoch
 
 # First counters of the draws made here, so that they are independent of each other and of those of views.py.
+READ_AHEAD = 4  # tars, from a remote store
 BLOCK_STREAM, ROW_STREAM, LABEL_STREAM = 0x626C6F636B, 0x726F77, 0x6C6162656C
 
 
@@ -88,6 +91,41 @@ def join(
         StoreMismatch: a sample is not in the store, or is there with other image bytes or another label.
         StoreCorrupt: stored probe pixels are not what the stored parameters render.
     """
+    return join_all([store], block, group, position, [decisions])
+
+
+def join_all(
+    stores: Sequence[Store],
+    block: ImageBlock,
+    group: int,
+    position: NDArray[np.int64],
+    decisions: Sequence[Sequence[str]],
+) -> Rows:
+    """The same from several stores; targets of the second one have `1:` before their names, and so on.
+
+    Raises StoreMismatch, too, when the stores mean different crops by one view.
+    """
+    first, *others = [
+        _join_one(store, block, group, position, wanted) for store, wanted in zip(stores, decisions, strict=True)
+    ]
+    targets = dict(first.targets)
+    for number, (store, rows) in enumerate(zip(stores[1:], others, strict=True), start=1):
+        different = (rows.box != first.box).any(dim=1) | (rows.flip != first.flip)
+        if different.any():
+            index = int(different.nonzero()[0])
+            raise StoreMismatch(
+                f"{store.place}: view {store.identity.groups[group][int(position[index])]} of sample "
+                f"'{block.keys[index]}' is box {rows.box[index].tolist()}, flip {int(rows.flip[index])}, in "
+                f"{stores[0].place} it is {first.box[index].tolist()}, {int(first.flip[index])}. Stores that are mixed "
+                "must hold the same views: capture both with the same views (kind, seed and views_per_group)."
+            )
+        targets |= {f"{number}:{name}": array for name, array in rows.targets.items()}
+    return replace(first, targets=targets)
+
+
+def _join_one(
+    store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str]
+) -> Rows:
     names = ["image_crc", "label", "view/box", "view/flip", "probe/row", "probe/view", "probe/pixels"]
     names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
     names += [name for one in decisions for name in decision_arrays(store, one)]
@@ -130,7 +168,7 @@ def decision_arrays(store: Store, name: str) -> list[str]:
     """The arrays that a loss on these decisions reads; raises StoreMismatch when the store has none of that name."""
     if name not in store.identity.decisions:
         raise StoreMismatch(
-            f"{store.path}: holds no decisions '{name}', which the objective asks for."
+            f"{store.place}: holds no decisions '{name}', which the objective asks for."
             f"{did_you_mean(name, store.identity.decisions)} Capture them with capture.decisions in the recipe."
         )
     config = store.identity.decisions[name].config
@@ -167,7 +205,7 @@ def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:
     if len(absent):
         raise StoreMismatch(
             f"{block.name}: sample '{block.keys[absent[0]]}' (and {len(absent) - 1} more) is not in the store "
-            f"{store.path}, which was made from {store.identity.dataset.name}/{store.identity.dataset.split}. "
+            f"{store.place}, which was made from {store.identity.dataset.name}/{store.identity.dataset.split}. "
             "Use the dataset the store was made from, or a part of it."
         )
     return rows[place]
@@ -180,18 +218,18 @@ def _check_samples(store: Store, block: ImageBlock, found: Arrays) -> None:
         raise StoreMismatch(
             f"{block.name}: the image of sample '{block.keys[first]}' (and {len(changed) - 1} more) has crc32c "
             f"{block.image_crc[first]:08x}, the one the teacher saw had {found['image_crc'][first]:08x} (store "
-            f"{store.path}). The images were changed since: use the original dataset, or capture it again."
+            f"{store.place}). The images were changed since: use the original dataset, or capture it again."
         )
     relabelled = np.flatnonzero(found["label"] != block.labels)
     if len(relabelled):
         first = relabelled[0]
         raise StoreMismatch(
             f"{block.name}: sample '{block.keys[first]}' (and {len(relabelled) - 1} more) has label "
-            f"{block.labels[first]}, in the store {store.path} it has {found['label'][first]}. "
+            f"{block.labels[first]}, in the store {store.place} it has {found['label'][first]}. "
             "The labels were changed since: use the original dataset, or capture it again."
         )
     if (found["view/flip"].astype(int) > 1).any():
-        raise StoreCorrupt(f"{store.path}: a view that was never written is in use. Copy or capture the store again.")
+        raise StoreCorrupt(f"{store.place}: a view that was never written is in use. Copy or capture the store again.")
 
 
 def _check_probes(
@@ -218,7 +256,7 @@ def _check_probes(
         first = wrong[0]
         difference = np.abs(pixels[first].astype(int) - seen[first].astype(int))
         raise StoreCorrupt(
-            f"{store.path}: block {number}, sample '{block.keys[at[row[first]]]}': the stored view (box "
+            f"{store.place}: block {number}, sample '{block.keys[at[row[first]]]}': the stored view (box "
             f"{box[first].tolist()}, flip {int(flip[first])}) renders to pixels that differ from those the teacher "
             f"saw, by up to {difference.max()} of 255 in {np.count_nonzero(difference.any(axis=0))} places. Parameters "
             "and targets do not belong together, or images are decoded differently here: capture the store again."
@@ -236,20 +274,20 @@ class _Pool(Dataset[Rows]):
         loader: BlockLoader,
         views: AnyViews,
         groups: list[range],
-        store: Store | None,
-        decisions: Sequence[str],
+        stores: Sequence[Store],
+        decisions: Sequence[Sequence[str]],
         seed: int,
     ) -> None:
-        self.loader, self.views, self.groups, self.store, self.seed = loader, views, groups, store, seed
+        self.loader, self.views, self.groups, self.stores, self.seed = loader, views, groups, stores, seed
         self.decisions = decisions
 
     def __getitem__(self, place: tuple[int, int]) -> Rows:
         epoch, number = place
         block = self.loader[number]
         group, position = view_of_epoch(self.seed, block.key_hash, epoch, self.groups)
-        if self.store is None:
+        if not self.stores:
             return without_store(self.views, self.groups, block, group, position)
-        return join(self.store, block, group, position, self.decisions)
+        return join_all(self.stores, block, group, position, self.decisions)
 
 
 class Stream:
@@ -260,7 +298,8 @@ class Stream:
 
     Args:
         groups: the view groups that decide which view an epoch shows: the store's.
-        store: targets come from here; None for plain training and for a live teacher.
+        stores: targets come from these; none for plain training and for a live teacher.
+        decisions: names of the decisions that are wanted of each store.
         labelled_fraction: share of the samples, chosen by key, whose label a batch shows.
     """
 
@@ -269,22 +308,23 @@ class Stream:
         loader: BlockLoader,
         views: AnyViews,
         groups: list[range],
-        store: Store | None,
+        stores: Sequence[Store],
         *,
         seed: int,
         batch_size: int,
         pool_blocks: int,
         labelled_fraction: float = 1.0,
         workers: int = 0,
-        decisions: Sequence[str] = (),
+        decisions: Sequence[Sequence[str]] = (),
         device: torch.device,
     ) -> None:
         self.loader, self.seed, self.batch_size, self.pool_blocks = loader, seed, batch_size, pool_blocks
         self.labelled_fraction, self.device = labelled_fraction, device
         self.fill = views.fill
         self.places: list[tuple[int, int]] = []  # what the loader fetches next; replaced for every epoch
-        self.pool = _Pool(loader, views, groups, store, decisions, seed)
+        self.pool = _Pool(loader, views, groups, stores, decisions, seed)
         self.rows_loader: DataLoader[Rows] | None = None
+        self.is_remote = any(store.place.is_remote for store in stores)
         if workers:
             self.rows_loader = DataLoader(
                 self.pool,
@@ -292,6 +332,8 @@ class Stream:
                 sampler=self.places,
                 num_workers=workers,
                 persistent_workers=True,
+                # The client of object stores has threads of its own, which do not survive a fork: children would hang.
+                multiprocessing_context="spawn" if self.is_remote else None,
             )
 
     @property
@@ -303,7 +345,7 @@ class Stream:
         """All samples once. A last batch of one sample, which batch normalisation cannot use, joins the one before."""
         order = counter_hash(BLOCK_STREAM, self.seed, epoch, np.arange(len(self.loader), dtype=np.uint64)).argsort()
         self.places[:] = [(epoch, int(number)) for number in order]
-        blocks = iter(self.rows_loader) if self.rows_loader else (self.pool[place] for place in self.places)
+        blocks = iter(self.rows_loader) if self.rows_loader else self._in_this_process()
         left: Rows | None = None  # rows of the pool before that did not fill a batch
         for first in range(0, len(order), self.pool_blocks):
             is_last = first + self.pool_blocks >= len(order)
@@ -320,6 +362,19 @@ class Stream:
                 yield self._render(pool.take(torch.arange(start, stop)))
                 start = stop
             left = pool.take(torch.arange(start, len(pool)))
+
+    def _in_this_process(self) -> Iterator[Rows]:
+        """The places' rows. From a remote store they are fetched ahead, while the student trains on those before."""
+        if not self.is_remote:
+            yield from (self.pool[place] for place in self.places)
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
+            waiting = deque(ahead.submit(self.pool.__getitem__, place) for place in self.places[:READ_AHEAD])
+            for place in [*self.places[READ_AHEAD:], *[None] * len(waiting)]:
+                rows = waiting.popleft().result()
+                if place is not None:
+                    waiting.append(ahead.submit(self.pool.__getitem__, place))
+                yield rows
 
     def _render(self, rows: Rows) -> Batch:
         known = counter_uniform(LABEL_STREAM, rows.key_hash) < self.labelled_fraction

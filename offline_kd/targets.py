@@ -1,14 +1,16 @@
 """What the teacher says of a batch: read from the store, or asked live."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from offline_kd.errors import RecipeError
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
-from offline_kd.store.codec import decode
+from offline_kd.recipe import DTKD, AnyTerm, Recipe, kd_layer_terms
+from offline_kd.store.codec import codec_arrays, decode
 from offline_kd.store.reader import Store
 from offline_kd.stream import Batch, decision_arrays, tables_on
 from offline_kd.taps import TapPoint
@@ -27,18 +29,74 @@ class Targets:
 AskTeacher = Callable[[Batch], Targets]
 
 
-def stored_targets(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> AskTeacher:
-    """Targets from what `Stream` read of the store."""
-    codec = store.identity.codec
-    arrays = {term.decisions: decision_arrays(store, term.decisions) for term in kd_layer_terms(terms)}
-    tables = _subclass_tables(store, terms, device)
+@dataclass(frozen=True)
+class Mix:
+    """How the logits of several teachers become one teacher's."""
+
+    weights: Sequence[float] = (1.0,)  # by store; they are made to sum to 1
+    space: Literal["probability", "logit"] = "probability"
+
+
+def mix_logits(logits: Sequence[Tensor], mix: Mix) -> Tensor:
+    """`[B, C]` logits of the mixture of teachers that say `[B, C]` each.
+
+    In logit space their weighted mean. In probability space log of the weighted mean of softmax(z): exact at T = 1,
+    with no offset of its own, which is why DTKD cannot use it.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    total = sum(mix.weights)
+    shares = [weight / total for weight in mix.weights]
+    if mix.space == "logit":
+        return sum((share * z for share, z in zip(shares, logits, strict=True)), torch.zeros_like(logits[0]))
+    scaled = [z.log_softmax(dim=-1) + math.log(share) for share, z in zip(shares, logits, strict=True)]
+    return torch.stack(scaled).logsumexp(dim=0)
+
+
+def decisions_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> list[list[str]]:
+    """Which decisions the terms want of which store: of the first that has them.
+
+    Raises StoreMismatch when none has decisions of that name.
+    """
+    wanted: list[list[str]] = [[] for _ in stores]
+    if not stores:
+        return wanted
+    for name in sorted({term.decisions for term in kd_layer_terms(terms)}):
+        owner = next((index for index, store in enumerate(stores) if name in store.identity.decisions), 0)
+        decision_arrays(stores[owner], name)
+        wanted[owner].append(name)
+    return wanted
+
+
+def stored_targets(
+    stores: Sequence[Store], terms: Sequence[AnyTerm], device: torch.device, mix: Mix = Mix()
+) -> AskTeacher:
+    """Targets from what `Stream` read of the stores.
+
+    Raises RecipeError for DTKD on teachers that are mixed as probabilities.
+    """
+    if len(stores) > 1 and mix.space == "probability" and any(isinstance(term, DTKD) for term in terms):
+        raise RecipeError("DTKD needs the offset of the logits, which a mixture of probabilities lacks: `mix: logit`.")
+    arrays: dict[str, tuple[str, list[str]]] = {}
+    tables: dict[str, dict[str, Tensor]] = {}
+    prefixes = ["", *(f"{number}:" for number in range(1, len(stores)))]
+    for store, prefix, names in zip(stores, prefixes, decisions_by_store(stores, terms), strict=True):
+        arrays |= {name: (prefix, decision_arrays(store, name)) for name in names}
+        tables |= _subclass_tables(store, [term for term in kd_layer_terms(terms) if term.decisions in names], device)
 
     def targets(batch: Batch) -> Targets:
         decided = {
-            name: {full.rsplit("/", 1)[-1]: batch.targets[full] for full in names} | tables.get(name, {})
-            for name, names in arrays.items()
+            name: {full.rsplit("/", 1)[-1]: batch.targets[prefix + full] for full in full_names} | tables.get(name, {})
+            for name, (prefix, full_names) in arrays.items()
         }
-        return Targets(decode(codec, batch.targets), decided)
+        logits = [
+            decode(
+                store.identity.codec,
+                {name: batch.targets[prefix + name] for name in codec_arrays(store.identity.codec)},
+            )
+            for store, prefix in zip(stores, prefixes, strict=True)
+        ]
+        return Targets(mix_logits(logits, mix), decided)
 
     return targets
 

@@ -238,8 +238,8 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
     teacher = load_teacher(letkd, manifest, roots, 10, CPU)
     terms = letkd.objectives["letkd2"]
     groups = store.identity.groups
-    stream = make_stream(letkd, loader, store, 0, CPU, groups=groups, decisions=["first", "last"])
-    offline, online = stored_targets(store, terms, CPU), live_targets(teacher, letkd, terms, store, CPU)
+    stream = make_stream(letkd, loader, [store], terms, 0, CPU, groups=groups)
+    offline, online = stored_targets([store], terms, CPU), live_targets(teacher, letkd, terms, store, CPU)
     centroids = tables_on(store, "last", CPU)["centroids"]
     for epoch in range(0, 9, 4):
         for batch in stream.epoch(epoch):
@@ -285,13 +285,13 @@ def test_decisions_of_a_real_teacher_on_photographs_come_back(real_data, manifes
     stream = make_stream(
         recipe,
         training_images(recipe, changed, roots),
-        store,
+        [store],
+        recipe.objectives["letkd1"],
         0,
         CPU,
         groups=store.identity.groups,
-        decisions=["last"],
     )
-    offline = stored_targets(store, recipe.objectives["letkd1"], CPU)
+    offline = stored_targets([store], recipe.objectives["letkd1"], CPU)
     centroids = tables_on(store, "last", CPU)["centroids"]
     for batch in list(stream.epoch(3))[:2]:
         kept = offline(batch).decisions["last"]
@@ -349,11 +349,11 @@ def test_capture_with_decisions_resumes_and_its_digest_covers_the_templates(
     store = open_store(again)
     assert store.digest == open_store(letkd_store).digest
     assert not list(again.glob("scratch-*"))
-    statistics = {entry.decisions: entry.statistics for entry in store.tables}
+    statistics = {name: store.tables_statistics(name) for name in letkd.capture.decisions}
     assert statistics["last"]["vectors"] == 1438 * 16
     assert statistics["last"]["dead"] == 0
     assert 0 < statistics["last"]["utilisation"] <= 1
-    fidelity = store.manifest.fidelity.decisions
+    fidelity = store.manifest.fidelity[""].decisions
     assert all(part["agreement"] > 0.999 for part in fidelity.values())
     assert 0 < fidelity["last"]["mean_first_probability"] <= 1
     assert 0 <= fidelity["last"]["mean_dropped"] <= fidelity["last"]["max_dropped"] < 1
@@ -390,12 +390,7 @@ def test_damaged_templates_are_found(letkd_file, letkd_store, where, tmp_path):
 
 def test_decision_arrays_are_small(letkd_store):
     """Near the entropy floor: 16 places of log2(48) bits are 11.2 bytes."""
-    store = open_store(letkd_store)
-    rows = 1438 * 9
-    sizes = {}
-    for entry in store.ledger:
-        for key, one in entry.objects.items():
-            sizes[key.split("/c/")[0]] = sizes.get(key.split("/c/")[0], 0) + one.bytes
+    sizes, rows = open_store(letkd_store).manifest.bytes_by_array, 1438 * 9
     assert sizes["decisions/hard/id"] / rows < 4 * np.log2(48) / 8 * 1.2
     assert "decisions/hard/prob" not in sizes
 
@@ -468,7 +463,7 @@ def test_kd_layers_inside_and_behind_a_stage_go_together(letkd, manifest, roots)
 def test_an_unsupervised_kd_layer_is_a_weight_of_zero(letkd, letkd_store, manifest, roots, tmp_path):
     terms = [letkd.objectives["letkd1"][0], letkd.objectives["letkd1"][1].model_copy(update={"weight": 0.0})]
     free = letkd.model_copy(update={"objectives": {"free": terms}})
-    result = distill(free, manifest, roots, tmp_path / "run", CPU, store_path=letkd_store)
+    result = distill(free, manifest, roots, tmp_path / "run", CPU, stores=[str(letkd_store)])
     assert result.kd_layer_parameters > 0
     assert Targets().decisions == {}
 

@@ -104,7 +104,7 @@ def test_another_run_is_not_mixed_into_a_run_directory(recipe_file, where, store
 
 def test_seeds_change_the_student_and_nothing_else_does(recipe, manifest, roots, store_path, tmp_path):
     students = [
-        distill(recipe, manifest, roots, tmp_path / str(run), CPU, objective="kd", seed=seed, store_path=store_path)
+        distill(recipe, manifest, roots, tmp_path / str(run), CPU, objective="kd", seed=seed, stores=[str(store_path)])
         for run, seed in enumerate((0, 0, 1))
     ]
     assert students[0].student_sha256 == students[1].student_sha256 != students[2].student_sha256

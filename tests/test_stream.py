@@ -59,7 +59,7 @@ def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teache
     assert at == len(pixels)
 
     teacher = load_teacher(recipe, manifest, roots, 10, CPU)
-    stream = make_stream(recipe, loader, store, 5, CPU, groups=store.identity.groups)
+    stream = make_stream(recipe, loader, [store], [], 5, CPU, groups=store.identity.groups)
     used = set()
     for epoch in range(NUM_VIEWS):
         for batch in stream.epoch(epoch):
@@ -76,8 +76,8 @@ def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teache
 def test_a_run_without_the_store_has_the_same_views_in_the_same_order(recipe, manifest, roots, store_path):
     store = open_store(store_path)
     loader = training_images(recipe, manifest, roots)
-    with_store = make_stream(recipe, loader, store, 3, CPU, groups=store.identity.groups)
-    without = make_stream(recipe, loader, None, 3, CPU)
+    with_store = make_stream(recipe, loader, [store], [], 3, CPU, groups=store.identity.groups)
+    without = make_stream(recipe, loader, [], [], 3, CPU)
     for epoch in (0, 4, 11):
         for one, other in zip(with_store.epoch(epoch), without.epoch(epoch), strict=True):
             assert torch.equal(one.images, other.images)
@@ -89,9 +89,9 @@ def test_a_run_without_the_store_has_the_same_views_in_the_same_order(recipe, ma
 def test_batches_do_not_depend_on_the_number_of_workers(recipe, manifest, roots, store_path, workers):
     store = open_store(store_path)
     loader = training_images(recipe, manifest, roots)
-    alone = make_stream(recipe, loader, store, 1, CPU, groups=store.identity.groups)
+    alone = make_stream(recipe, loader, [store], [], 1, CPU, groups=store.identity.groups)
     helped_recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
-    helped = make_stream(helped_recipe, loader, store, 1, CPU, groups=store.identity.groups)
+    helped = make_stream(helped_recipe, loader, [store], [], 1, CPU, groups=store.identity.groups)
     for one, other in zip(all_batches(alone, (0, 1)), all_batches(helped, (0, 1)), strict=True):
         assert torch.equal(one.images, other.images)
         assert all(torch.equal(one.targets[name], other.targets[name]) for name in one.targets)
@@ -134,7 +134,7 @@ def test_every_epoch_has_every_sample_once_in_full_batches(sizes, batch_size, po
         MadeUp(sizes),
         views,
         view_groups(views.num_views, 6),
-        None,
+        [],
         seed=seed,
         batch_size=batch_size,
         pool_blocks=pool_blocks,
@@ -155,7 +155,7 @@ def test_every_epoch_has_every_sample_once_in_full_batches(sizes, batch_size, po
 def test_order_changes_with_epoch_and_seed(recipe, manifest, roots):
     loader = training_images(recipe, manifest, roots)
     orders = {
-        tuple(np.concatenate([batch.key_hash for batch in make_stream(recipe, loader, None, seed, CPU).epoch(epoch)]))
+        tuple(np.concatenate([batch.key_hash for batch in make_stream(recipe, loader, [], [], seed, CPU).epoch(epoch)]))
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -167,7 +167,7 @@ def test_hidden_labels_are_the_same_samples_in_every_epoch_and_for_every_seed(re
     loader = training_images(few, manifest, roots)
     shown = []
     for seed, epoch in ((0, 0), (0, 3), (1, 0)):
-        batches = list(make_stream(few, loader, None, seed, CPU).epoch(epoch))
+        batches = list(make_stream(few, loader, [], [], seed, CPU).epoch(epoch))
         labels, keys = torch.cat([batch.labels for batch in batches]), np.concatenate([b.key_hash for b in batches])
         shown.append({int(key) for key in keys[(labels >= 0).numpy()]})
     assert shown[0] == shown[1] == shown[2]
@@ -190,7 +190,7 @@ def loader_of(folder: Path, parts: list[list[Sample]]) -> BlockLoader:
 
 def rows_by_key(recipe, loader, store, epoch=2):
     rows = {}
-    for batch in make_stream(recipe, loader, store, 0, CPU, groups=store.identity.groups).epoch(epoch):
+    for batch in make_stream(recipe, loader, [store], [], 0, CPU, groups=store.identity.groups).epoch(epoch):
         logits = decode(store.identity.codec, batch.targets)
         for row, key in enumerate(batch.key_hash.tolist()):
             rows[key] = (batch.images[row], int(batch.labels[row]), logits[row])
@@ -214,7 +214,7 @@ def test_a_resharded_reordered_part_of_the_dataset_gets_the_right_rows(
 
 def first_epoch(recipe, loader, store_path):
     store = open_store(store_path)
-    list(make_stream(recipe, loader, store, 0, CPU, groups=store.identity.groups).epoch(0))
+    list(make_stream(recipe, loader, [store], [], 0, CPU, groups=store.identity.groups).epoch(0))
 
 
 def test_another_dataset_with_the_same_keys_is_refused(recipe, data_root, store_path, tmp_path):

@@ -1,27 +1,149 @@
-"""The card of a store: what a person needs to know before using it, as Markdown."""
+"""The card of a store, as Markdown and as a page by itself: what a teammate needs to decide whether to use it.
 
-from offline_kd.store.schema import StoreIdentity, StoreManifest
+Everything in it comes from the store, and every name in it is escaped: stores are shared.
+"""
+
+import base64
+import html
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from offline_kd.store.codec import codec_arrays, decode
+from offline_kd.store.reader import Store
+from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
+from offline_kd.templates import SubclassDecisions
+
+MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
+BINS = 15
+LOGIT_TERMS = ("kd", "ttm", "wttm", "dtkd", "dkd", "dist", "nkd")
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
+td { padding: .25rem .8rem .25rem 0; vertical-align: top;
+border-bottom: 1px solid #ddd; overflow-wrap: anywhere; } td:first-child { width: 15rem; color: #555; }
+.views { display: flex; flex-wrap: wrap; gap: .8rem; } .views figure { margin: 0; width: 7rem; font-size: 12px; }
+.views img { width: 7rem; height: 7rem; object-fit: contain; image-rendering: pixelated; background: #eee; }
+figure { margin: 1rem 0; } figcaption { color: #555; } .plots img { max-width: 100%; }
+"""
 
 
-def write_card(identity: StoreIdentity, manifest: StoreManifest) -> str:
-    """`README.md` of a finished store."""
-    teacher, dataset, fidelity = identity.teacher, identity.dataset, manifest.fidelity
+@dataclass(frozen=True)
+class Answers:
+    """What the teacher said about a sample of the rows."""
+
+    confidence: NDArray[np.float32]  # [n] largest probability
+    correct: NDArray[np.bool_]  # [n]
+    labels: NDArray[np.int64]  # [n]
+    examples: list[tuple[NDArray[np.uint8], str]]  # view `[H, W, 3]` and caption
+
+
+def served_terms(store: Store) -> list[str]:
+    """The terms of objectives that the store has targets for."""
+    held = store.manifest.held if store.manifest else None
+    terms = list(LOGIT_TERMS) if held is None or held.has("logits/") else []
+    if held is None or held.has("decisions/"):
+        for name, about in store.identity.decisions.items():
+            kind = "subclass_decisions" if isinstance(about.config, SubclassDecisions) else "decisions"
+            terms.append(f"{kind}({name})")
+    return terms
+
+
+def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str, bytes]:
+    """`README.md` and `index.html` of a finished store, from the store as seen for the targets of every teacher."""
+    identity = stores[""].identity
+    sections = [
+        (
+            _title(store, targets),
+            _facts(store, manifest.fidelity.get(targets)),
+            _measured(manifest.fidelity.get(targets)),
+        )
+        for targets, store in stores.items()
+    ]
+    common = _common(identity, manifest)
+    markdown = [
+        f"# Teacher store: {_plain(identity.name)}",
+        "",
+        "Raw teacher logits for stored augmentations of every image, made by `offline-kd cache-teacher`.",
+        "Train from it with `offline-kd distill RECIPE --store THIS_FOLDER --out RUN`;",
+        'look at it with `zarr.open("targets.zarr")`, whose arrays describe themselves. index.html has pictures.',
+        "",
+        *_table(common),
+        "",
+    ]
+    page = [f"<h1>Teacher store: {html.escape(identity.name)}</h1>", _html_table(common)]
+    for (title, facts, measured), store in zip(sections, stores.values(), strict=True):
+        markdown += [f"## {_plain(title)}", "", *_table(facts), "", "### Fidelity", ""]
+        markdown += ["The teacher was run again on rows read back from this store:", "", *_table(measured), ""]
+        page += [f"<h2>{html.escape(title)}</h2>", _html_table(facts)]
+        page += ["<p>The teacher was run again on rows read back from this store:</p>", _html_table(measured)]
+        page += [_pictures(store)]
+    sizes = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{size:,}</td><td>{size / max(manifest.total_bytes, 1):.1%}</td></tr>"
+        for name, size in sorted(manifest.bytes_by_array.items(), key=lambda one: -one[1])
+    )
+    page += [f"<h2>Bytes by array</h2><table>{sizes}</table>"]
+    content = (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        # No script, no request: a card from somebody else can do nothing, even if an escape were missing.
+        '<meta http-equiv="Content-Security-Policy" '
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
+        f"<title>{html.escape(identity.name)}</title><style>{STYLE}</style></head><body>\n"
+        + "\n".join(page)
+        + "\n</body></html>\n"
+    )
+    return {"README.md": "\n".join(markdown).encode(), "index.html": content.encode()}
+
+
+def _title(store: Store, targets: str) -> str:
+    return f"Teacher {store.identity.teacher.name}" + (f" (targets '{targets}')" if targets else "")
+
+
+def _common(identity: StoreIdentity, manifest: StoreManifest) -> dict[str, str]:
+    dataset = identity.dataset
     rows = sum(tar.count for tar in dataset.tars)
-    num_views = identity.views.num_views
-    facts = {
-        "teacher": f"{teacher.name} ({teacher.model}), weights sha256 `{teacher.weights_sha256}`",
-        "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, measured before the capture",
+    return {
         "dataset": f"{dataset.name}/{dataset.split}: {rows:,} images of {dataset.width}x{dataset.height} in "
-        f"{len(dataset.tars)} tars, {len(dataset.classes)} classes",
-        "views": f"{num_views} of {identity.views.num_distinct} per image: `{identity.views.model_dump(mode='json')}`",
-        "codec": f"`{identity.codec.model_dump(mode='json')}`",
-        "size": f"{manifest.total_bytes:,} bytes, {manifest.total_bytes / (rows * num_views):.1f} per row",
-        "licence": f"dataset: {dataset.licence or 'not stated'}; teacher: {teacher.licence or 'not stated'}",
+        f"{len(dataset.tars)} tars, {len(dataset.classes)} classes; licence: {dataset.licence or 'not stated'}",
+        "views": f"{identity.views.num_views} of {identity.views.num_distinct} per image: "
+        f"`{identity.views.model_dump(mode='json')}`",
+        "size": f"{manifest.total_bytes:,} bytes, "
+        f"{manifest.total_bytes / (rows * identity.views.num_views):.1f} per row",
         "digest": f"`sha256:{manifest.digest}`",
         "made with": ", ".join(f"{name} {version}" for name, version in identity.versions.items()),
     }
-    facts |= {f"decisions '{name}'": _decisions(identity, manifest, name) for name in identity.decisions}
-    measured = {
+
+
+def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
+    identity = store.identity
+    teacher = identity.teacher
+    facts = {
+        "teacher": f"{teacher.name} ({teacher.model}, {teacher.dtype}), weights sha256 `{teacher.weights_sha256}`",
+        "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, measured before the capture",
+        "codec": f"`{identity.codec.model_dump(mode='json')}`",
+        "serves": ", ".join(served_terms(store)),
+        "licence": teacher.licence or "not stated",
+    }
+    for name, about in identity.decisions.items():
+        figures = store.tables_statistics(name) | (fidelity.decisions.get(name, {}) if fidelity else {})
+        facts[f"decisions '{name}'"] = (
+            f"`{about.config.model_dump(mode='json')}` on a map of {about.channels} x {about.height} x {about.width}; "
+            + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
+        )
+    return facts
+
+
+def _measured(fidelity: Fidelity | None) -> dict[str, str]:
+    if fidelity is None:
+        return {"rows asked again": "0: `offline-kd store verify STORE --teacher 1000` asks this teacher"}
+    return {
         "rows asked again": f"{fidelity.rows:,}",
         "teacher top-1 on them, augmented": f"{fidelity.teacher_top1:.2f} %",
         "mean top-1 probability": f"{fidelity.mean_top1_probability:.3f}",
@@ -31,36 +153,134 @@ def write_card(identity: StoreIdentity, manifest: StoreManifest) -> str:
         "KL(teacher, store) in nats at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.kl.values()),
         "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
     }
-    return "\n".join(
-        [
-            f"# Teacher store: {identity.name}",
-            "",
-            "Raw teacher logits for stored augmentations of every image, made by `offline-kd cache-teacher`.",
-            "Train from it with `offline-kd distill RECIPE --store THIS_FOLDER --out RUN`;",
-            'look at it with `zarr.open("targets.zarr")`, whose arrays describe themselves.',
-            "",
-            *_table(facts),
-            "",
-            "## Fidelity",
-            "",
-            "The teacher was run again on rows read back from this store:",
-            "",
-            *_table(measured),
-            "",
-        ]
-    )
 
 
-def _decisions(identity: StoreIdentity, manifest: StoreManifest, name: str) -> str:
-    about = identity.decisions[name]
-    statistics = next(entry.statistics for entry in manifest.tables if entry.decisions == name)
-    figures = statistics | manifest.fidelity.decisions.get(name, {})
-    return (
-        f"`{about.config.model_dump(mode='json')}` on a map of {about.channels} x {about.height} x {about.width}; "
-        + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def read_answers(store: Store) -> Answers:
+    """What the teacher said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
+    identity, blocks = store.identity, store.blocks
+    count = min(MAX_BLOCKS, len(blocks))
+    confidences, corrects, labels = [], [], []
+    examples: list[tuple[NDArray[np.uint8], str]] = []
+    rows = 0
+    logit_arrays = [f"logits/{name}" for name in codec_arrays(identity.codec)]
+    for index in range(count):
+        number = blocks[index * len(blocks) // count]
+        arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays])
+        encoded = {name.removeprefix("logits/"): torch.from_numpy(np.array(arrays[name])) for name in logit_arrays}
+        probabilities = decode(identity.codec, encoded).softmax(-1)  # [rows, views, C]
+        confidence, predicted = (part.numpy() for part in probabilities.max(-1))
+        label = np.broadcast_to(arrays["label"].astype(np.int64)[:, None], predicted.shape)
+        confidences.append(confidence.flatten())
+        corrects.append((predicted == label).flatten())
+        labels.append(label.flatten())
+        for pixels, row, view in zip(arrays["probe/pixels"], arrays["probe/row"], arrays["probe/view"], strict=True):
+            if len(examples) < MAX_EXAMPLES:
+                truth, said = (identity.dataset.classes[int(ids[row, view])] for ids in (label, predicted))
+                caption = f"{said} {confidence[row, view]:.0%}" + ("" if truth == said else f", labelled {truth}")
+                examples.append((np.asarray(pixels, dtype=np.uint8).transpose(1, 2, 0), caption))
+        rows += label.size
+        if rows >= MAX_ROWS:
+            break
+    return Answers(np.concatenate(confidences), np.concatenate(corrects), np.concatenate(labels), examples)
+
+
+def _pictures(store: Store) -> str:
+    answers = read_answers(store)
+    views = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{_png(pixels)}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for pixels, caption in answers.examples
     )
+    total = len(answers.labels)
+    plots = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{picture}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, picture in (
+            (
+                f"Confidence and calibration of the teacher on {total:,} stored rows (augmented training images)",
+                _curves(answers),
+            ),
+            ("Teacher's top-1 by class on the same rows, worst first", _per_class(answers, store.identity)),
+        )
+    )
+    title = "<h3>Example views, and what the teacher says</h3>"
+    return f'{title}<div class="views">{views}</div><div class="plots">{plots}</div>'
+
+
+def _curves(answers: Answers) -> str:
+    figure, (left, right) = _figure(3.2, 2)
+    left.hist(answers.confidence, bins=BINS, range=(0, 1), color="#4878a8")
+    left.set_xlabel("largest probability")
+    left.set_ylabel("rows")
+    bins = np.minimum((answers.confidence * BINS).astype(int), BINS - 1)
+    rows = np.bincount(bins, minlength=BINS)
+    used = rows > 0
+    accuracy = np.bincount(bins, weights=answers.correct, minlength=BINS)[used] / rows[used]
+    confidence = np.bincount(bins, weights=answers.confidence, minlength=BINS)[used] / rows[used]
+    ece = float((rows[used] * np.abs(accuracy - confidence)).sum() / rows.sum())
+    right.plot([0, 1], [0, 1], ":", color="#999")
+    right.plot(confidence, accuracy, "o-", color="#4878a8", label=f"ECE {100 * ece:.1f} %")
+    right.set_xlabel("confidence")
+    right.set_ylabel("share that is right")
+    right.legend(loc="upper left")
+    return _svg(figure)
+
+
+def _per_class(answers: Answers, identity: StoreIdentity) -> str:
+    rows = np.bincount(answers.labels, minlength=identity.num_classes)
+    right = np.bincount(answers.labels, weights=answers.correct, minlength=identity.num_classes)
+    seen = np.flatnonzero(rows)
+    accuracy = right[seen] / rows[seen]
+    order = accuracy.argsort(kind="stable")[:MAX_CLASSES_SHOWN]
+    figure, axes = _figure(3.0, 1)
+    axes.bar(range(len(order)), 100 * accuracy[order], color="#4878a8")
+    axes.set_ylabel("top-1 %")
+    if len(order) <= 40:
+        # Class names are text: a dollar sign must not start a formula.
+        names = [identity.dataset.classes[int(index)][:20].replace("$", r"\$") for index in seen[order]]
+        axes.set_xticks(range(len(order)), names, rotation=60, ha="right")
+    else:
+        axes.set_xlabel(f"{len(order)} of {len(seen)} classes")
+    return _svg(figure)
+
+
+def _figure(height: float, columns: int) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, height), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _png(pixels: NDArray[np.uint8]) -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    """Text that cannot become a tag, a link or another cell."""
+    return " ".join(html.escape(text, quote=False).replace("|", "\\|").replace("](", "] (").split())
 
 
 def _table(rows: dict[str, str]) -> list[str]:
-    cells = [(name, value.replace("|", "\\|").replace("<", "&lt;")) for name, value in rows.items()]
-    return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)]
+    return ["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items())]
+
+
+def _html_table(rows: dict[str, str]) -> str:
+    cells = (
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value).replace('`', '')}</td></tr>"
+        for name, value in rows.items()
+    )
+    return f"<table>{''.join(cells)}</table>"

@@ -1,88 +1,102 @@
-"""Open a store and read blocks from it.
+"""Open a store, wherever it lies, and read blocks from it.
 
-Nothing is handed out that was not checked: every object's size and sha256 against the ledger each time it is read, and
-the bytes that were hashed are the bytes that are decoded. Decoding follows `schema.py`, never the metadata on disk.
+Nothing is handed out that was not checked: every ledger entry against the manifest, every object's size and sha256
+against its entry, each time it is read, and the bytes that were hashed are the bytes that are decoded.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from zarr.core.buffer import default_buffer_prototype
-from zarr.core.sync import sync
-from zarr.storage import MemoryStore
 
-from offline_kd.errors import RecipeError, StoreCorrupt, StoreError, StoreIncomplete
-from offline_kd.manifest import M, parse
+from offline_kd.errors import RecipeError, StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
+from offline_kd.manifest import M, fingerprint, parse
+from offline_kd.progress import progress
+from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.downloads import DEFAULT_BYTES, Downloads, cache_folder
+from offline_kd.store.place import Place, can_list, place_at
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
+    Addition,
     ArraySpec,
     LedgerEntry,
+    Part,
+    StoredObject,
     StoreIdentity,
     StoreManifest,
     TablesEntry,
-    array_specs,
-    create_array,
+    check_bounds,
+    entry_names,
+    identity_of_targets,
+    kind_of,
     ledger_name,
+    parts_of,
     store_digest,
-    table_specs,
     tables_ledger_name,
 )
 
 KEEP_BYTES = 2**28  # of decoded arrays, in each process
+MAX_METADATA_BYTES = 2**28
+IN_PART = 100  # blocks whose objects are looked for between two updates of the progress bar
 
 Arrays = dict[str, NDArray[np.generic]]
-REDO = "delete ledger/{} and run the same `offline-kd cache-teacher` command again, or copy the store again."
-
-
-class ChunkDecoder:
-    """Decodes single objects of one array in memory, with the codecs that the schema prescribes."""
-
-    def __init__(self, spec: ArraySpec) -> None:
-        self.spec, self.store = spec, MemoryStore()
-        self.array = create_array(self.store, spec)
-
-    def decode(self, content: bytes, block: int, group: int) -> NDArray[np.generic]:
-        """The chunk `[*spec.chunks]` encoded in `content`."""
-        key = self.spec.object_key(block, group)
-        sync(self.store.set(key, default_buffer_prototype().buffer.from_bytes(content)))
-        try:
-            return np.asarray(self.array[self.spec.region(block, group)])
-        finally:
-            sync(self.store.delete(key))
+REPAIR = "run `offline-kd store repair`, or copy the store again."
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store whose blocks are all committed; `manifest` is None only while it is being finished."""
+    """A store of which every block is committed, as seen by those who want the targets of one of its teachers.
 
-    path: Path
-    identity: StoreIdentity
-    ledger: list[LedgerEntry]
-    tables: list[TablesEntry]
-    manifest: StoreManifest | None
+    `manifest` is None only while the store is being finished.
+    """
+
+    place: Place
+    created: StoreIdentity  # as in store.json
+    additions: list[Addition]
+    targets: str  # "" are the first ones
+    identity: StoreIdentity  # with teacher, codec and decisions of these targets, and the views that are stored
+    entries: dict[str, str]  # sha256 by file name
+    digest: str
+    manifest: StoreManifest | None = None
+    downloads: Downloads | None = field(default=None, repr=False)
+    parsed: dict[str, LedgerEntry | TablesEntry] = field(default_factory=dict, repr=False)
     kept: dict[tuple[int, int, str], NDArray[np.generic]] = field(default_factory=dict, repr=False)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For worker processes: without what was read, and without threads."""
+        names = self.__dataclass_fields__
+        return {name: value for name, value in self.__dict__.items() if name in names} | {"parsed": {}, "kept": {}}
+
+    @cached_property
+    def parts(self) -> dict[str, Part]:
+        return parts_of(self.created, self.additions)
+
+    @cached_property
+    def arrays(self) -> dict[str, tuple[Part, ArraySpec]]:
+        """The part and description of every array of these targets, by the name that readers ask for."""
+        return {
+            spec.name: (part, spec)
+            for part in self.parts.values()
+            for spec in part.specs
+            if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in ("logits", "decisions"))
+        }
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.place.parallel, thread_name_prefix="store")
+
     @property
-    def digest(self) -> str:
-        return store_digest(self.identity, self.ledger, self.tables)
-
-    @cached_property
-    def entries(self) -> dict[tuple[int, int], LedgerEntry]:
-        """Ledger entries by block and view group."""
-        starts = {group.start: index for index, group in enumerate(self.identity.groups)}
-        return {(entry.block, starts[entry.first_view]): entry for entry in self.ledger if entry.first_view in starts}
-
-    @cached_property
-    def decoders(self) -> dict[str, ChunkDecoder]:
-        tables = [spec for name in self.identity.decisions for spec in table_specs(self.identity, name)]
-        return {spec.name: ChunkDecoder(spec) for spec in [*array_specs(self.identity), *tables]}
+    def blocks(self) -> range:
+        """The numbers of the blocks that are here: all, except in a partial copy."""
+        held = self.manifest.held if self.manifest else None
+        return range(held.first_block, held.end_block) if held else range(self.created.num_blocks)
 
     @cached_property
     def row_index(self) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -91,167 +105,415 @@ class Store:
         Raises StoreCorrupt when two rows have one key hash.
         """
         rows_per_block = self.identity.rows_per_block
-        hashes, rows = [], []
-        for block in range(self.identity.num_blocks):
-            key_hash = self.read(block, 0, ["key_hash"])["key_hash"].astype(np.uint64)
-            hashes.append(key_hash)
-            rows.append(block * rows_per_block + np.arange(len(key_hash)))
-        all_hashes, all_rows = np.concatenate(hashes), np.concatenate(rows)
+        by_block = self._map(lambda block: self._read_one(block, 0, "key_hash").astype(np.uint64), self.blocks)
+        rows = [
+            block * rows_per_block + np.arange(len(hashes)) for block, hashes in zip(self.blocks, by_block, strict=True)
+        ]
+        all_hashes, all_rows = np.concatenate(by_block), np.concatenate(rows)
         order = np.argsort(all_hashes, kind="stable")
         all_hashes, all_rows = all_hashes[order], all_rows[order]
         twice = np.flatnonzero(all_hashes[1:] == all_hashes[:-1])
         if len(twice):
             first, second = all_rows[twice[0]], all_rows[twice[0] + 1]
             raise StoreCorrupt(
-                f"{self.path}: rows {first} and {second} have one key hash: a key is used twice in the dataset "
+                f"{self.place}: rows {first} and {second} have one key hash: a key is used twice in the dataset "
                 f"(tars {self.identity.dataset.tars[first // rows_per_block].file} and "
                 f"{self.identity.dataset.tars[second // rows_per_block].file}). Repack it and capture again."
             )
         return all_hashes, all_rows
+
+    def _map(self, work: Any, items: Iterable[Any]) -> list[Any]:
+        """`work` on every item, side by side where a request takes long."""
+        return list(self._threads.map(work, items) if self.place.is_remote else map(work, items))
 
     def read(self, block: int, group: int, names: Iterable[str]) -> Arrays:
         """Arrays of one block and view group, `[rows, ...]`; probes `[P, ...]`.
 
         Raises StoreIncomplete for a missing object and StoreCorrupt for one that is not what was committed.
         """
-        return {name: self._read_one(self.entries[block, group], block, group, name) for name in names}
+        wanted = list(names)
+        return dict(zip(wanted, self._map(lambda name: self._read_one(block, group, name), wanted), strict=True))
 
-    def _read_one(self, entry: LedgerEntry, block: int, group: int, name: str) -> NDArray[np.generic]:
-        if (block, group, name) in self.kept:
-            return self.kept[block, group, name]
-        decoder = self.decoders[name]
-        content = self._verified(entry, decoder.spec.object_key(block, group))
-        chunk = decoder.decode(content, block, group)
+    def _read_one(self, block: int, group: int, name: str) -> NDArray[np.generic]:
+        part, spec = self.arrays[name]
+        place = (block, -1 if spec.extent == "block" else group, name)
+        if place in self.kept:
+            return self.kept[place]
+        entry = self.entry(part.name, block, group)
+        key = spec.object_key(block, group)
+        chunk = decode_chunk(spec, self.verified(entry, key, spec.name), f"{self.place}/targets.zarr/{key}")
         array = chunk[0, 0] if name.startswith("probe/") else chunk[: entry.rows]
         # Small stores are read once: a later epoch takes what was verified then.
-        if sum(one.nbytes for one in self.kept.values()) + array.nbytes <= KEEP_BYTES:
-            self.kept[block, group, name] = array
+        if sum(one.nbytes for one in list(self.kept.values())) + array.nbytes <= KEEP_BYTES:
+            self.kept[place] = array
         return array
 
     def read_tables(self, name: str) -> Arrays:
         """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names."""
-        entry = next((entry for entry in self.tables if entry.decisions == name), None)
-        if entry is None:
+        part = next(
+            (part for part in self.parts.values() if part.targets == self.targets and name in part.tables), None
+        )
+        if part is None:
+            raise StoreIncomplete(f"{self.place}: there are no templates of '{name}': capture or copy the store again.")
+        entry = self.tables_entry(part.name, name)
+        arrays: Arrays = {}
+        for spec in part.tables[name]:
+            key = spec.object_key(0, 0)
+            content = self.verified(entry, key, spec.name)
+            arrays[spec.name.rsplit("/", 1)[-1]] = decode_chunk(
+                spec, content, f"{self.place}/targets.zarr/{key}"
+            )
+        return arrays
+
+    def tables_statistics(self, name: str) -> dict[str, float]:
+        part = next(part for part in self.parts.values() if part.targets == self.targets and name in part.tables)
+        return self.tables_entry(part.name, name).statistics
+
+    # ---- the ledger ------------------------------------------------------------------------------------------------
+
+    def entry(self, part: str, block: int, group: int) -> LedgerEntry:
+        """What the ledger says of a block and view group; raises StoreIncomplete for one that is not here."""
+        if block not in self.blocks:
             raise StoreIncomplete(
-                f"{self.path}: the templates of '{name}' are missing: capture or copy the store again."
+                f"{self.place}: this copy holds blocks {self.blocks.start} to {self.blocks.stop - 1}, not {block} (tar "
+                f"{self.created.dataset.tars[block].file}). Pull that too, or train on these tars: --set data.tars=..."
             )
-        return {
-            spec.name.rsplit("/", 1)[-1]: self.decoders[spec.name].decode(
-                self._verified(entry, spec.object_key(0, 0)), 0, 0
+        return self.ledger_entry(ledger_name(block, self.identity.groups[group], part))
+
+    def ledger_entry(self, name: str) -> LedgerEntry:
+        entry = self._entry(name, LedgerEntry)
+        if not 0 < entry.rows <= self.created.rows_per_block:
+            raise StoreCorrupt(
+                f"{self.place}/ledger/{name}: says {entry.rows} rows, a block has 1 to "
+                f"{self.created.rows_per_block}: {REPAIR}"
             )
-            for spec in table_specs(self.identity, name)
-        }
+        return entry
 
-    def check_sizes(self, block: int, group: int) -> None:
-        """Make sure, without reading, that every object of a block and view group is there with its size."""
-        if (block, group) not in self.entries:
-            name = ledger_name(block, self.identity.groups[group])
-            raise StoreIncomplete(f"{self.path}: manifest.json lacks the entry {name}: {REDO.format(name)}")
-        entry = self.entries[block, group]
-        for spec in array_specs(self.identity):
-            key = spec.object_key(block, group)
-            try:
-                found = os.stat(self.path / "targets.zarr" / key).st_size
-            except FileNotFoundError:
-                found = None
-            self._compare(entry, key, found)
+    def tables_entry(self, part: str, name: str) -> TablesEntry:
+        return self._entry(tables_ledger_name(name, part), TablesEntry)
 
-    def _verified(self, entry: LedgerEntry | TablesEntry, key: str) -> bytes:
-        try:
-            content = (self.path / "targets.zarr" / key).read_bytes()
-        except FileNotFoundError:
-            self._compare(entry, key, None)
-            raise
-        self._compare(entry, key, len(content), hashlib.sha256(content).hexdigest())
+    def _entry(self, name: str, model: type[M]) -> M:
+        if name not in self.parsed:
+            if name not in self.entries:
+                raise StoreIncomplete(f"{self.place}: manifest.json lacks the entry {name}: {REPAIR}")
+            file, expected = f"ledger/{name}", self.entries[name]
+            content = self._fetch(file, expected)
+            if content is None:
+                raise StoreIncomplete(f"{self.place}/{file}: missing, though manifest.json lists it: {REPAIR}")
+            found = hashlib.sha256(content).hexdigest()
+            if found != expected:
+                raise StoreCorrupt(f"{self.place}/{file}: sha256 {found}, manifest.json says {expected}: {REPAIR}")
+            entry: Any = parse_metadata(model, content, f"{self.place}/{file}")
+            if entry.file_name != name:
+                raise StoreCorrupt(f"{self.place}/{file}: speaks of {entry.file_name}: {REPAIR}")
+            self.parsed[name] = entry
+        found_entry = self.parsed[name]
+        assert isinstance(found_entry, model)
+        return found_entry
+
+    def verified(self, entry: LedgerEntry | TablesEntry, key: str, array: str) -> bytes:
+        """The content of an object that an entry vouches for, after checking that it is what was committed."""
+        held = self.manifest.held if self.manifest else None
+        if held and not held.has(array):
+            raise StoreIncomplete(f"{self.place}: this copy holds {held.arrays} only, not {array}. Pull that too.")
+        expected = entry.objects.get(key)
+        content = self._fetch(f"targets.zarr/{key}", expected.sha256 if expected else "")
+        self.compare(entry, key, None if content is None else len(content), content)
+        assert content is not None
         return content
 
-    def _compare(
-        self, entry: LedgerEntry | TablesEntry, key: str, found_bytes: int | None, found_sha256: str | None = None
+    def _fetch(self, name: str, sha256: str) -> bytes | None:
+        """A file from the store, or from the downloads of a remote one; None if it is missing."""
+        if self.downloads is not None and sha256:
+            content = self.downloads.get(sha256)
+            if content is not None and hashlib.sha256(content).hexdigest() == sha256:
+                return content
+        try:
+            content = self.place.read(name)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if self.downloads is not None and hashlib.sha256(content).hexdigest() == sha256:
+            self.downloads.put(sha256, content)
+        return content
+
+    def compare(
+        self, entry: LedgerEntry | TablesEntry, key: str, found_bytes: int | None, content: bytes | None = None
     ) -> None:
+        """Raise StoreIncomplete or StoreCorrupt when an object is not what the ledger vouches for."""
         expected = entry.objects.get(key)
-        where, redo = f"{self.path}/targets.zarr/{key}", REDO.format(entry.file_name)
+        where = f"{self.place}/targets.zarr/{key}"
         if expected is None:
-            raise StoreCorrupt(f"{where}: the ledger entry {entry.file_name} does not vouch for it: {redo}")
+            raise StoreCorrupt(f"{where}: the ledger entry {entry.file_name} does not vouch for it: {REPAIR}")
         if found_bytes is None:
-            raise StoreIncomplete(f"{where}: missing, though {entry.file_name} was committed: {redo}")
+            raise StoreIncomplete(f"{where}: missing, though {entry.file_name} was committed: {REPAIR}")
         if found_bytes != expected.bytes:
-            raise StoreCorrupt(f"{where}: {found_bytes:,} bytes, committed were {expected.bytes:,}: {redo}")
-        if found_sha256 not in (None, expected.sha256):
-            raise StoreCorrupt(f"{where}: sha256 {found_sha256}, committed was {expected.sha256}: {redo}")
+            raise StoreCorrupt(f"{where}: {found_bytes:,} bytes, committed were {expected.bytes:,}: {REPAIR}")
+        if content is not None and (found := hashlib.sha256(content).hexdigest()) != expected.sha256:
+            raise StoreCorrupt(f"{where}: sha256 {found}, committed was {expected.sha256}: {REPAIR}")
+
+    def check_sizes(self) -> None:
+        """Make sure, by listing and without reading, that every object of these targets is there with its size.
+
+        Plain web servers cannot list: there, what is missing is found when it is read.
+        """
+        if not can_list(self.place):
+            return
+        held = self.manifest.held if self.manifest else None
+        sizes = self.place.sizes("targets.zarr")
+        specs = [(part, spec) for part, spec in self.arrays.values() if held is None or held.has(spec.name)]
+        parts = {part.name for part, _ in specs}
+        groups = range(len(self.identity.groups))
+        with progress("looking for every object", len(self.blocks), "blocks") as meter:
+            for start in range(0, len(self.blocks), IN_PART):
+                some = self.blocks[start : start + IN_PART]
+                wanted = [(part, block, group) for part in parts for block in some for group in groups]
+                entries = dict(zip(wanted, self._map(lambda one: self.entry(*one), wanted), strict=True))
+                for (name, block, group), entry in entries.items():
+                    for part, spec in specs:
+                        if part.name == name:
+                            key = spec.object_key(block, group)
+                            self.compare(entry, key, sizes.get(f"targets.zarr/{key}"))
+                meter.advance(len(some))
 
 
-def open_store(path: Path) -> Store:
-    """Open a finished store, making sure that every object it vouches for is there with its size.
+# ---- opening -------------------------------------------------------------------------------------------------------
 
-    Raises StoreIncomplete when something is missing and StoreCorrupt when parts disagree.
+
+def open_store(
+    location: Place | str | Path,
+    *,
+    targets: str = "",
+    digest: str | None = None,
+    download_bytes: int = DEFAULT_BYTES,
+) -> Store:
+    """Open a finished store. Nothing but metadata is read; `Store.check_sizes` looks for every object.
+
+    Args:
+        targets: whose, if the store holds those of several teachers; by default of the first.
+        digest: what the store must be, or must have been before it grew.
+        download_bytes: how much of a remote store is kept on the local disk.
+
+    Raises StoreIncomplete when something is missing, StoreCorrupt when parts disagree and StoreMismatch when it has
+    another digest or lacks these targets.
     """
-    identity = read_identity(path)
-    if not (path / "manifest.json").is_file():
-        missing = missing_entries(path, identity)
-        total = identity.num_blocks * len(identity.groups)
-        raise StoreIncomplete(
-            f"{path}: not finished: {len(missing)} of {total} blocks are missing"
-            f"{f', the first is ledger/{missing[0]}' if missing else ', only manifest.json'}. "
-            "Run the same `offline-kd cache-teacher` command again: it resumes and finishes."
-        )
-    manifest = _parse_file(StoreManifest, path / "manifest.json")
-    store = Store(path, identity, manifest.entries, manifest.tables, manifest)
-    if store.digest != manifest.digest:
+    place = location if not isinstance(location, str | Path) else place_at(location)
+    raw, created = read_identity(place)
+    try:
+        content = place.read("manifest.json", MAX_METADATA_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreIncomplete(f"{place}: not finished: {_what_is_missing(place, created)}") from None
+    if raw["schema_version"] == 1:
+        manifest, additions, found = _upgrade_manifest_1(raw, created, content, f"{place}/manifest.json")
+        parsed = manifest.entries
+    else:
+        manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
+        additions = [read_addition(place, name) for name in manifest.views if name]
+        parsed = manifest.entries
+        found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
+    if found != manifest.digest:
         raise StoreCorrupt(
-            f"{path}: store.json and the ledger in manifest.json have digest {store.digest[:16]}..., manifest.json "
-            f"says {manifest.digest[:16]}.... Something was changed after the store was finished: copy it again."
+            f"{place}: identity and ledger have digest {found[:16]}..., manifest.json says {manifest.digest[:16]}.... "
+            "Something was changed after the store was finished: copy it again."
         )
-    for block in range(identity.num_blocks):
-        for group in range(len(identity.groups)):
-            store.check_sizes(block, group)
+    _check_counts(created, manifest, f"{place}/manifest.json")
+    views = manifest.views
+    if digest not in (None, manifest.digest):
+        assert digest is not None
+        views, additions, parsed = _as_it_was(raw, created, additions, manifest, digest, str(place))
+    names = {created.name: "", "": ""} | {one.name: one.name for one in additions if one.extends is None}
+    if targets not in names:
+        raise StoreMismatch(f"{place}: holds no targets '{targets}'.{did_you_mean(targets, [n for n in names if n])}")
+    chosen = names[targets]
+    num_views = min(views[part] for part in views if _belongs(part, chosen, additions))
+    if manifest.held:
+        num_views = min(num_views, manifest.held.views)
+    effective = identity_of_targets(created, additions, chosen, num_views)
+    downloads = Downloads(cache_folder(), download_bytes) if place.is_remote else None
+    store = Store(place, created, additions, chosen, effective, parsed, digest or manifest.digest, manifest, downloads)
+    check_bounds(f"{place}/store.json", store.parts)
+    missing = set(entry_names(created, store.parts, views)) - set(parsed)
+    if missing:
+        raise StoreCorrupt(
+            f"{place}: manifest.json lacks {len(missing)} entries, the first is {min(missing)}: {REPAIR}"
+        )
     return store
 
 
-def read_identity(path: Path) -> StoreIdentity:
-    """`store.json`; raises StoreError when there is none or when a newer version of this package wrote it."""
-    file = path / "store.json"
-    if not file.is_file():
-        raise StoreError(f"{path}: no teacher store there (no store.json). Make one with `offline-kd cache-teacher`.")
-    content = _read_json(file)
-    version = content.get("schema_version") if isinstance(content, dict) else None
+def _check_counts(created: StoreIdentity, manifest: StoreManifest, where: str) -> None:
+    """Counts that cannot be true must not cost memory or time."""
+    held = manifest.held
+    most, blocks = created.views.num_distinct, created.num_blocks
+    views_are_wrong = any(
+        not 0 < count <= most for counts in (manifest.views, *manifest.earlier) for count in counts.values()
+    )
+    if "" not in manifest.views or views_are_wrong:
+        raise StoreCorrupt(f"{where}: says {manifest.views} views, an image has 1 to {most}: {REPAIR}")
+    promised = sum(blocks * -(-count // created.views_per_group) for count in manifest.views.values())
+    if promised > len(manifest.entries):
+        raise StoreCorrupt(
+            f"{where}: lists {len(manifest.entries):,} entries, {promised:,} blocks are promised: {REPAIR}"
+        )
+    if held and not (held.first_block < held.end_block <= blocks and 0 < held.views <= most):
+        raise StoreCorrupt(
+            f"{where}: holds blocks {held.first_block} to {held.end_block} of {blocks}, {held.views} views of {most}: "
+            f"{REPAIR}"
+        )
+
+
+def group_digests(store: Store) -> dict[str, str]:
+    """The digest of every view group alone, by its views: they stay as they are when a store grows."""
+    raw, _ = read_identity(store.place)
+    digests = {}
+    for views in store.identity.groups:
+        names = [ledger_name(block, views) for block in range(store.created.num_blocks)]
+        digests[f"{views.start}:{views.stop}"] = store_digest(raw, [], {name: store.entries[name] for name in names})
+    return digests
+
+
+def _belongs(part: str, targets: str, additions: list[Addition]) -> bool:
+    return (
+        part == targets
+        if part in ("", targets)
+        else any(one.name == part and one.targets == targets for one in additions)
+    )
+
+
+def _as_it_was(
+    raw: dict[str, Any],
+    created: StoreIdentity,
+    additions: list[Addition],
+    manifest: StoreManifest,
+    digest: str,
+    where: str,
+) -> tuple[dict[str, int], list[Addition], dict[str, str]]:
+    """Views, additions and entries of a grown store when it had that digest."""
+    for views in reversed(manifest.earlier):
+        then = [one for one in additions if one.name in views]
+        names = entry_names(created, parts_of(created, then), views)
+        entries = {name: manifest.entries[name] for name in names if name in manifest.entries}
+        if store_digest(raw, [one.model_dump(mode="json") for one in then], entries) == digest:
+            return views, then, entries
+    raise StoreMismatch(
+        f"{where}: its digest is sha256:{manifest.digest}, wanted is sha256:{digest}. It is another store, or was "
+        "captured anew: correct the digest after looking at `offline-kd store info`, or get the right store."
+    )
+
+
+def _what_is_missing(place: Place, created: StoreIdentity) -> str:
+    missing = missing_entries(place, created, [], {"": created.views.num_views})
+    total = created.num_blocks * len(created.groups)
+    return (
+        f"{len(missing)} of {total} blocks are missing"
+        f"{f', the first is ledger/{missing[0]}' if missing else ', only manifest.json'}. "
+        "Run the same `offline-kd cache-teacher` command again: it resumes and finishes."
+    )
+
+
+def read_identity(place: Place) -> tuple[dict[str, Any], StoreIdentity]:
+    """`store.json`, as JSON and checked; raises StoreError when there is none or when a newer version wrote it."""
+    where = f"{place}/store.json"
+    try:
+        content = place.read("store.json", MAX_METADATA_BYTES)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(
+            f"{place}: no teacher store there (no store.json). Make one with `offline-kd cache-teacher`."
+        ) from None
+    raw = _read_json(content, where)
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise StoreError(
-            f"{path}: schema version {version}, this offline-kd reads up to {SCHEMA_VERSION}. "
+            f"{place}: schema version {version}, this offline-kd reads up to {SCHEMA_VERSION}. "
             "Upgrade: pip install --upgrade offline-kd."
         )
-    return _parse_file(StoreIdentity, file)
+    identity = _checked(StoreIdentity, raw, where)
+    assert isinstance(raw, dict)
+    return raw, identity
 
 
-def read_entry(file: Path, identity: StoreIdentity) -> LedgerEntry:
-    entry = _parse_file(LedgerEntry, file)
-    if entry.file_name != file.name or not 0 <= entry.block < identity.num_blocks:
-        raise StoreCorrupt(f"{file}: speaks of block {entry.block}, {entry.file_name}. Restore or delete it.")
-    return entry
-
-
-def read_tables_entry(file: Path) -> TablesEntry:
-    return _parse_file(TablesEntry, file)
-
-
-def missing_entries(path: Path, identity: StoreIdentity) -> list[str]:
-    """Names of the ledger entries that a complete store would have and this one has not."""
-    names = [tables_ledger_name(name) for name in identity.decisions]
-    names += [ledger_name(block, views) for block in range(identity.num_blocks) for views in identity.groups]
-    present = set(os.listdir(path / "ledger")) if (path / "ledger").is_dir() else set()
-    return [name for name in names if name not in present]
-
-
-def _read_json(file: Path) -> object:
+def read_addition(place: Place, name: str) -> Addition:
+    file = f"additions/{name}.json"
+    # The name comes from manifest.json: it must not lead elsewhere.
+    if not name.replace("_", "").replace("-", "").isalnum():
+        raise StoreCorrupt(f"{place}/manifest.json: '{name[:100]}' is no name of an addition. Copy the store again.")
     try:
-        return json.loads(file.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
+        addition = parse_metadata(Addition, place.read(file, MAX_METADATA_BYTES), f"{place}/{file}")
+    except FileNotFoundError:
+        raise StoreIncomplete(
+            f"{place}/{file}: missing, though manifest.json lists it: copy the store again."
+        ) from None
+    if addition.name != name:
+        raise StoreCorrupt(f"{place}/{file}: speaks of '{addition.name}': copy the store again.")
+    return addition
+
+
+def missing_entries(
+    place: Place, created: StoreIdentity, additions: list[Addition], views: dict[str, int]
+) -> list[str]:
+    """Names of the ledger entries that a store with so many views would have and this one has not."""
+    present = set(place.sizes("ledger")) if can_list(place) else set()
+    names = entry_names(created, parts_of(created, additions), views)
+    return [name for name in names if f"ledger/{name}" not in present]
+
+
+def parse_metadata(model: type[M], content: bytes, where: str) -> M:
+    """Checked metadata from JSON; raises StoreCorrupt naming the field that is wrong."""
+    return _checked(model, _read_json(content, where), where)
+
+
+def _read_json(content: bytes, where: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, UnicodeDecodeError, RecursionError) as error:
         raise StoreCorrupt(
-            f"{file}: not readable as JSON ({error}). Restore the file, or copy the store again."
+            f"{where}: not readable as JSON ({error}). Restore the file, or copy the store again."
         ) from error
 
 
-def _parse_file(model: type[M], file: Path) -> M:
+def _checked(model: type[M], content: object, where: str) -> M:
     try:
-        return parse(model, _read_json(file), where=str(file))
+        return parse(model, content, where=where)
     except RecipeError as error:
         raise StoreCorrupt(f"{error}. Restore the file, or copy the store again.") from error
+
+
+def _upgrade_manifest_1(
+    raw: dict[str, Any], created: StoreIdentity, content: bytes, where: str
+) -> tuple[StoreManifest, list[Addition], str]:
+    """The manifest of a store of version 1 (which held whole ledger entries), and the digest by that version's rule."""
+    old = _read_json(content, where)
+    try:
+        entries = {**{_checked(LedgerEntry, one, where).file_name: one for one in old["entries"]}}
+        tables = {_checked(TablesEntry, one, where).file_name: one for one in old["tables"]}
+        identity_digest = fingerprint({name: value for name, value in raw.items() if name != "versions"})
+        ordered = [entries[name] for name in sorted(entries)] + [tables[name] for name in sorted(tables)]
+        digest = fingerprint([identity_digest, ordered])
+        by_array: dict[str, int] = {}
+        for one in ordered:
+            for key, stored in one["objects"].items():
+                by_array[key.split("/c/")[0]] = by_array.get(key.split("/c/")[0], 0) + stored["bytes"]
+        manifest = _checked(
+            StoreManifest,
+            {
+                "schema_version": 1,
+                "digest": old["digest"],
+                "views": {"": created.views.num_views},
+                "entries": {name: _sha256_of_entry_1(one) for name, one in {**entries, **tables}.items()},
+                "files": {},
+                "fidelity": {"": old["fidelity"]},
+                "total_bytes": old["total_bytes"],
+                "bytes_by_array": by_array,
+            },
+            where,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreCorrupt(f"{where}: no manifest of schema version 1 ({error!r}). Copy the store again.") from error
+    return manifest, [], digest
+
+
+def _sha256_of_entry_1(entry: dict[str, Any]) -> str:
+    """Of the ledger file that version 1 wrote beside the manifest."""
+    return hashlib.sha256((json.dumps(entry, indent=1, ensure_ascii=False) + "\n").encode()).hexdigest()
+
+
+def stored_object(content: bytes) -> StoredObject:
+    return StoredObject(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())

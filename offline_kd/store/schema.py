@@ -2,47 +2,61 @@
 
     NAME/
       store.json                    identity, written first, never changed (`StoreIdentity`)
-      targets.zarr/                 zarr v3 arrays with core codecs only (`array_specs`)
-      ledger/BLOCK-FROM-TO.json     one per committed block and view group, written last, exclusively (`LedgerEntry`)
-      manifest.json                 by `finish`: every ledger entry, store digest, measured fidelity (`StoreManifest`)
-      README.md                     the card people read
+      additions/NAME.json           what was added later: another teacher, or more decisions of one (`Addition`)
+      targets.zarr/                 zarr v3 arrays with core codecs only (`array_specs`, `addition_specs`)
+      ledger/BLOCK-FROM-TO.json     one per committed block and view group, written last, exclusively (`LedgerEntry`);
+                                    BLOCK-FROM-TO.NAME.json of an addition; templates-DECISIONS.json (`TablesEntry`)
+      manifest.json                 by `finish`: sha256 of every ledger entry, store digest, measured fidelity
+      README.md, index.html         the card people read
+      leases/                       who is working on what, while a capture runs
 
 Rows: block b is the b-th image tar of the dataset, sample j of it is row b * rows_per_block + j. A chunk holds one
 block and one view group, so every commit writes whole objects and every read takes whole objects.
+
+Proof: manifest.json has the sha256 of every ledger entry, and an entry those of its objects. The store's digest is over
+identity and ledger: content, not dates, machines or software versions. It does not say how many views were planned, so
+a store that grew has the digest of one captured at once.
 
 zarr reports a missing object as fill values, without an error. Only the ledger says what exists; fill values, which no
 legal value equals, are the second line of defence.
 """
 
-from dataclasses import dataclass
-from typing import Any, Literal
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import zarr
 from pydantic import Field
 from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
 
-from offline_kd.errors import RecipeError
+from offline_kd.errors import RecipeError, StoreCorrupt
 from offline_kd.manifest import Normalisation, Sha256, Strict, Tar, fingerprint
 from offline_kd.store.codec import Codec, codec_arrays
 from offline_kd.templates import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
-from offline_kd.views import AnyViews, Views, view_groups
+from offline_kd.views import AnyViews, NoAugmentation, Views, view_groups
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # version 1 is still read: see reader.py
 PROBES_PER_GROUP = 4
 NO_KEY = 2**64 - 1
 MIN_OBJECT_BYTES = 256 * 1024  # below this a request costs more than its bytes
+MAX_CHUNK_BYTES = 2**31 - 2**16  # what one object may hold, decoded: the limit of blosc
+
+Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
+Side = Annotated[int, Field(gt=0, lt=2**15)]
 
 
 class DatasetIdentity(Strict):
     name: str
     split: str
     fingerprint: Sha256
-    classes: list[str]
-    height: int
-    width: int
-    tars: list[Tar]
+    classes: list[str] = Field(min_length=2)
+    height: Side
+    width: Side
+    tars: list[Tar] = Field(min_length=1)
     licence: str
 
 
@@ -62,9 +76,9 @@ class DecisionsIdentity(Strict):
     """Decisions that a store holds, and the map they were made on."""
 
     config: DecisionsConfig
-    channels: int
-    height: int
-    width: int
+    channels: int = Field(gt=0, le=2**20)
+    height: Side
+    width: Side
 
 
 class StoreIdentity(Strict):
@@ -76,9 +90,9 @@ class StoreIdentity(Strict):
     teacher: TeacherIdentity
     views: Views
     codec: Codec
-    decisions: dict[str, DecisionsIdentity] = Field(default_factory=dict)
-    rows_per_block: int
-    views_per_group: int
+    decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
+    rows_per_block: int = Field(gt=0, le=2**24)
+    views_per_group: int = Field(gt=0, le=2**15)
     versions: dict[str, str] = Field(description="of the software that created the store; not part of its digest")
 
     @property
@@ -94,16 +108,34 @@ class StoreIdentity(Strict):
         return view_groups(self.views.num_views, self.views_per_group)
 
 
-class StoredObject(Strict):
-    """One file below `targets.zarr/`."""
+class Addition(Strict):
+    """`additions/NAME.json`: targets for the rows and views of the store that were added after it was created."""
 
-    bytes: int
+    name: Name
+    extends: Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]*$")] | None = Field(
+        description="None: another teacher. Else more decisions of the targets of that name, '' being the first ones"
+    )
+    teacher: TeacherIdentity
+    codec: Codec
+    decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
+
+    @property
+    def targets(self) -> str:
+        """The targets that this belongs to."""
+        return self.name if self.extends is None else self.extends
+
+
+class StoredObject(Strict):
+    """One file: what the ledger vouches for."""
+
+    bytes: int = Field(ge=0)
     sha256: Sha256
 
 
 class LedgerEntry(Strict):
     """The proof that one block exists for one group of views."""
 
+    addition: str = ""
     block: int
     first_view: int
     end_view: int
@@ -114,19 +146,20 @@ class LedgerEntry(Strict):
 
     @property
     def file_name(self) -> str:
-        return ledger_name(self.block, range(self.first_view, self.end_view))
+        return ledger_name(self.block, range(self.first_view, self.end_view), self.addition)
 
 
 class TablesEntry(Strict):
     """The proof that the templates (or LDA and sub-classes) of one tap exist."""
 
+    addition: str = ""
     decisions: str
     objects: dict[str, StoredObject]
     statistics: dict[str, float]
 
     @property
     def file_name(self) -> str:
-        return tables_ledger_name(self.decisions)
+        return tables_ledger_name(self.decisions, self.addition)
 
 
 class Fidelity(Strict):
@@ -144,20 +177,40 @@ class Fidelity(Strict):
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
+class Held(Strict):
+    """What a partial copy has of the store whose digest it bears."""
+
+    first_block: int = Field(ge=0)
+    end_block: int
+    views: int
+    arrays: list[str] | None = Field(description="kinds of arrays beside keys and views: logits, decisions; None: all")
+
+    def has(self, array: str) -> bool:
+        return self.arrays is None or not array.startswith(("logits/", "decisions/")) or kind_of(array) in self.arrays
+
+
 class StoreManifest(Strict):
     """`manifest.json`: its existence means that the store is complete and was checked."""
 
     schema_version: int
     digest: Sha256
-    fidelity: Fidelity
+    views: dict[str, int] = Field(description="how many views are stored, by addition; '' is what came first")
+    earlier: list[dict[str, int]] = Field(default_factory=list, description="`views` before it grew, oldest first")
+    entries: dict[str, Sha256] = Field(description="sha256 of every ledger entry, by file name")
+    files: dict[str, StoredObject] = Field(description="identity, card and zarr metadata")
+    fidelity: dict[str, Fidelity] = Field(description="by targets; '' are the first ones")
     total_bytes: int
-    entries: list[LedgerEntry]
-    tables: list[TablesEntry] = Field(default_factory=list)
+    bytes_by_array: dict[str, int]
+    held: Held | None = Field(None, description="of a partial copy")
+    checksum: str = Field("", description="sha256 of the manifest with an empty checksum")
 
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One zarr array. `extent` says what one object of it holds: a block, a block's view group, or all of it."""
+    """One zarr array. `extent` says what one object of it holds: a block, a block's view group, or all of it.
+
+    `name` is what readers ask for; arrays of another teacher have the same names below a `prefix`.
+    """
 
     name: str
     dtype: str
@@ -167,6 +220,16 @@ class ArraySpec:
     fill: float
     extent: Literal["block", "group", "whole"]
     description: str
+    prefix: str = ""
+
+    @property
+    def path(self) -> str:
+        """Of the array, below `targets.zarr/`."""
+        return self.prefix + self.name
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
 
     def _grid(self, block: int, group: int) -> tuple[int, ...]:
         return {"block": (block,), "group": (block, group), "whole": ()}[self.extent]
@@ -174,7 +237,7 @@ class ArraySpec:
     def object_key(self, block: int, group: int) -> str:
         """Path below `targets.zarr/` of the object that holds a block (of a view group)."""
         grid = self._grid(block, group)
-        return "/".join([self.name, "c", *map(str, grid), *["0"] * (len(self.shape) - len(grid))])
+        return "/".join([self.path, "c", *map(str, grid), *["0"] * (len(self.shape) - len(grid))])
 
     def region(self, block: int, group: int) -> tuple[slice, ...]:
         """The array's elements that this object holds."""
@@ -183,12 +246,17 @@ class ArraySpec:
         return tuple(slice(index * size, (index + 1) * size) for index, size in zip(grid, sizes, strict=True))
 
 
-def ledger_name(block: int, views: range) -> str:
-    return f"{block:06d}-{views.start:05d}-{views.stop:05d}.json"
+def ledger_name(block: int, views: range, addition: str = "") -> str:
+    return f"{block:06d}-{views.start:05d}-{views.stop:05d}{addition and '.' + addition}.json"
 
 
-def tables_ledger_name(decisions: str) -> str:
-    return f"templates-{decisions}.json"
+def tables_ledger_name(decisions: str, addition: str = "") -> str:
+    return f"templates-{decisions}{addition and '.' + addition}.json"
+
+
+def kind_of(array: str) -> str:
+    """The first part of an array's name, such as `logits`."""
+    return array.split("/", 1)[0]
 
 
 def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
@@ -276,8 +344,82 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     return specs
 
 
+def _prefix(addition: Addition) -> str:
+    return f"teachers/{addition.targets}/" if addition.targets else ""
+
+
+def addition_specs(identity: StoreIdentity, addition: Addition) -> list[ArraySpec]:
+    """The arrays of an addition; rows and views are those that the store was created with."""
+    kinds = ("logits/", "decisions/") if addition.extends is None else ("decisions/",)
+    of_addition = identity.model_copy(update={"codec": addition.codec, "decisions": addition.decisions})
+    specs = [spec for spec in array_specs(of_addition) if spec.name.startswith(kinds)]
+    return [replace(spec, prefix=_prefix(addition)) for spec in specs]
+
+
+def addition_table_specs(identity: StoreIdentity, addition: Addition, name: str) -> list[ArraySpec]:
+    of_addition = identity.model_copy(update={"decisions": addition.decisions})
+    return [replace(spec, prefix=_prefix(addition)) for spec in table_specs(of_addition, name)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is committed together for one block and view group: what the store was created with, or an addition."""
+
+    name: str  # "" for what the store was created with
+    targets: str  # that it belongs to; "" are the first ones
+    specs: list[ArraySpec]
+    tables: dict[str, list[ArraySpec]]  # by name of the decisions
+    codec: Codec
+    decisions: Mapping[str, DecisionsIdentity]
+
+
+def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dict[str, Part]:
+    """The parts of a store, the first one first."""
+    tables = {name: table_specs(identity, name) for name in identity.decisions}
+    return {"": Part("", "", array_specs(identity), tables, identity.codec, identity.decisions)} | {
+        one.name: Part(
+            one.name,
+            one.targets,
+            addition_specs(identity, one),
+            {name: addition_table_specs(identity, one, name) for name in one.decisions},
+            one.codec,
+            one.decisions,
+        )
+        for one in additions
+    }
+
+
+def identity_of_targets(
+    identity: StoreIdentity, additions: Iterable[Addition], targets: str, num_views: int
+) -> StoreIdentity:
+    """The store as if it had been created with these targets and so many views."""
+    update: dict[str, Any] = {"views": with_count(identity.views, num_views)}
+    decisions = dict(identity.decisions) if targets == "" else {}
+    for addition in additions:
+        if addition.targets == targets:
+            decisions |= addition.decisions
+            if addition.extends is None:
+                update |= {"teacher": addition.teacher, "codec": addition.codec}
+    return identity.model_copy(update=update | {"decisions": decisions})
+
+
+def with_count(views: AnyViews, num_views: int) -> AnyViews:
+    return views if isinstance(views, NoAugmentation) else views.model_copy(update={"count": num_views})
+
+
+def check_bounds(where: str, parts: Mapping[str, Part]) -> None:
+    """Raise StoreCorrupt for objects too large to be read: metadata is not trusted with memory."""
+    for part in parts.values():
+        for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]:
+            if spec.chunk_bytes > MAX_CHUNK_BYTES:
+                raise StoreCorrupt(
+                    f"{where}: declares objects of {spec.chunk_bytes:,} bytes for {spec.path} (chunks {spec.chunks}), "
+                    f"more than the {MAX_CHUNK_BYTES:,} that one may have. This is no store of ours, or a damaged one."
+                )
+
+
 def create_array(store: ZarrStore, spec: ArraySpec) -> "zarr.Array[Any]":
-    """Create one array; the same call serves the store on disk and the reader's decoding in memory."""
+    """Create one array; the same call serves the store on disk and the coding of chunks in memory."""
     itemsize = np.dtype(spec.dtype).itemsize
     packer: Any = (
         ZstdCodec(level=1)
@@ -286,7 +428,7 @@ def create_array(store: ZarrStore, spec: ArraySpec) -> "zarr.Array[Any]":
     )
     return zarr.create_array(
         store,
-        name=spec.name,
+        name=spec.path,
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=spec.dtype,
@@ -298,6 +440,16 @@ def create_array(store: ZarrStore, spec: ArraySpec) -> "zarr.Array[Any]":
         config={"write_empty_chunks": True},
         zarr_format=3,
     )
+
+
+def zarr_metadata(parts: Mapping[str, Part]) -> dict[str, bytes]:
+    """The metadata files of `targets.zarr/` by name, with which any zarr implementation can read the store."""
+    store = MemoryStore()
+    zarr.open_group(store, mode="a", zarr_format=3)
+    for part in parts.values():
+        for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]:
+            create_array(store, spec)
+    return {f"targets.zarr/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
 
 
 def plan_views_per_group(views: AnyViews, *, rows_per_block: int, num_classes: int, requested: int | None) -> int:
@@ -323,12 +475,23 @@ def plan_views_per_group(views: AnyViews, *, rows_per_block: int, num_classes: i
     return num_views
 
 
-def identity_digest(identity: StoreIdentity) -> str:
-    return fingerprint(identity.model_dump(mode="json", exclude={"versions"}))
+def entry_names(identity: StoreIdentity, parts: Mapping[str, Part], views: Mapping[str, int]) -> list[str]:
+    """The file names of all ledger entries of a store with so many views of every part."""
+    names = [tables_ledger_name(name, part.name) for part in parts.values() for name in part.tables]
+    for part_name, num_views in views.items():
+        groups = view_groups(num_views, identity.views_per_group)
+        names += [ledger_name(block, group, part_name) for block in range(identity.num_blocks) for group in groups]
+    return names
 
 
-def store_digest(identity: StoreIdentity, entries: list[LedgerEntry], tables: list[TablesEntry]) -> str:
-    """sha256 over identity and ledger: content, not dates, machines or software versions."""
-    ordered = sorted(entries, key=lambda entry: entry.file_name)
-    content = [entry.model_dump(mode="json") for entry in (*ordered, *sorted(tables, key=lambda one: one.file_name))]
-    return fingerprint([identity_digest(identity), content])
+def store_digest(
+    identity: Mapping[str, Any], additions: Iterable[Mapping[str, Any]], entries: Mapping[str, str]
+) -> str:
+    """sha256 over identity and additions, as JSON, and the sha256 of every ledger entry.
+
+    It is over the JSON that was stored, so that fields which later versions add do not change it.
+    """
+    about = {name: value for name, value in identity.items() if name not in ("versions", "schema_version")}
+    views = {name: value for name, value in about["views"].items() if name != "count"}
+    added = sorted(additions, key=lambda one: str(one["name"]))
+    return fingerprint([about | {"views": views}, added, sorted(entries.items())])

@@ -1,76 +1,95 @@
-"""Create a store, commit blocks to it, finish it.
+"""Create a store, commit blocks to it, add to it, finish it: on a disk or in a bucket, from any number of writers.
 
 A block (of a view group) is committed by its ledger entry, which is created exclusively and last, after the objects it
-vouches for were written, read back, hashed and flushed to disk. A writer that dies leaves no entry, and whoever comes
-next does the block again.
+vouches for were written, read back and compared. A writer that dies leaves no entry, and whoever comes next does the
+block again. Objects are created exclusively too: what another attempt left is taken if it is the same, and replaced by
+the holder of the block's lease only.
 """
 
 import contextlib
 import hashlib
 import json
 import time
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore
 
-from offline_kd.errors import StoreCorrupt, StoreMismatch
-from offline_kd.files import create_exclusively, flush_to_disk, write_atomically
-from offline_kd.store.reader import Arrays, ChunkDecoder, read_entry, read_identity, read_tables_entry
+from offline_kd.errors import StoreCorrupt, StoreError, StoreMismatch
+from offline_kd.store.chunks import decode_chunk, encode_chunk
+from offline_kd.store.place import Folder, Place
+from offline_kd.store.reader import Arrays, parse_metadata, read_identity, stored_object
 from offline_kd.store.schema import (
+    SCHEMA_VERSION,
+    Addition,
     ArraySpec,
     LedgerEntry,
+    Part,
     StoredObject,
     StoreIdentity,
     StoreManifest,
     TablesEntry,
-    array_specs,
-    create_array,
     ledger_name,
-    table_specs,
+    parts_of,
     tables_ledger_name,
+    zarr_metadata,
 )
 
 ABANDONED_SECONDS = 3600
 
 
-def create_or_resume(path: Path, identity: StoreIdentity) -> StoreIdentity:
-    """Create the store, or make sure that the one at `path` has this identity; returns the one on disk.
+def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
+    """Create the store, or make sure that the one at `place` has this identity; returns the one that is there.
+
+    The number of views may differ: which of them a capture makes is its own business.
 
     Raises StoreMismatch naming the first field that differs.
     """
-    (path / "ledger").mkdir(parents=True, exist_ok=True)
-    content = json.dumps(identity.model_dump(mode="json"), indent=2) + "\n"
-    if not create_exclusively(path / "store.json", content):
-        existing = read_identity(path)
-        difference = _first_difference(existing.model_dump(mode="json"), identity.model_dump(mode="json"))
+    if not place.create("store.json", _json(identity.model_dump(mode="json"))):
+        raw, existing = read_identity(place)
+        if raw["schema_version"] != SCHEMA_VERSION:
+            raise StoreMismatch(
+                f"{place}: is of schema version {raw['schema_version']}, which can be read but not added to; this "
+                f"offline-kd writes {SCHEMA_VERSION}. Capture it anew into another --store."
+            )
+        difference = first_difference(existing, identity)
         if difference:
             raise StoreMismatch(
-                f"{path}: holds another capture: {difference}. "
-                "Give another --store folder, or repeat the recipe and data that this store was begun with."
+                f"{place}: holds another capture: {difference}. Repeat the recipe and data that this store was begun "
+                "with, give another --store, or add another teacher or more decisions to it with --grow."
             )
         identity = existing
-    targets = LocalStore(path / "targets.zarr")
-    zarr.open_group(targets, mode="a", zarr_format=3)
-    tables = [spec for name in identity.decisions for spec in table_specs(identity, name)]
-    for spec in [*array_specs(identity), *tables]:
-        if not (path / "targets.zarr" / spec.name / "zarr.json").is_file():
-            create_array(targets, spec)
-    for partial in path.rglob("*.partial"):
-        with contextlib.suppress(FileNotFoundError):  # another writer swept it first
-            if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                partial.unlink()
+    write_zarr_metadata(place, parts_of(identity))
+    if isinstance(place, Folder):
+        for partial in place.path.rglob("*.partial"):
+            with contextlib.suppress(FileNotFoundError):  # another writer swept it first
+                if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
+                    partial.unlink()
     return identity
 
 
-def _first_difference(existing: object, wanted: object, where: str = "") -> str:
+def write_zarr_metadata(place: Place, parts: Mapping[str, Part]) -> None:
+    """What zarr needs to read the arrays; files that are there already and right are left alone."""
+    present = place.sizes("targets.zarr") if not isinstance(place, Folder) else None
+    for name, content in zarr_metadata(parts).items():
+        size = present.get(name) if present is not None else place.size(name)
+        if size != len(content):
+            place.put(name, content)
+
+
+def first_difference(existing: StoreIdentity | Addition, wanted: StoreIdentity | Addition) -> str:
+    """The first field that differs, with both values; '' if only versions, number of views or rounding do."""
+    return _difference(existing.model_dump(mode="json"), wanted.model_dump(mode="json"))
+
+
+def _difference(existing: object, wanted: object, where: str = "") -> str:
     if isinstance(existing, dict) and isinstance(wanted, dict):
         for name in sorted({*existing, *wanted}):
-            if not where and name == "versions":
+            field = f"{where}.{name}".lstrip(".")
+            if field in ("versions", "views.count"):
                 continue
-            difference = _first_difference(existing.get(name), wanted.get(name), f"{where}.{name}".lstrip("."))
+            difference = _difference(existing.get(name), wanted.get(name), field)
             if difference:
                 return difference
         return ""
@@ -79,75 +98,127 @@ def _first_difference(existing: object, wanted: object, where: str = "") -> str:
     return "" if existing == wanted else f"its {where} is {existing!r:.200}, this run's is {wanted!r:.200}"
 
 
-def committed(path: Path, identity: StoreIdentity, block: int, views: range) -> LedgerEntry | None:
-    """The ledger entry of a block and view group, if it was committed."""
-    file = path / "ledger" / ledger_name(block, views)
-    return read_entry(file, identity) if file.is_file() else None
+def create_addition(place: Place, identity: StoreIdentity, addition: Addition) -> Addition:
+    """Announce an addition, or make sure that the one of that name is the same; returns the one that is there."""
+    name = f"additions/{addition.name}.json"
+    if not place.create(name, _json(addition.model_dump(mode="json"))):
+        existing = parse_metadata(Addition, place.read(name), f"{place}/{name}")
+        if difference := first_difference(existing, addition):
+            raise StoreMismatch(
+                f"{place}: has another addition '{addition.name}': {difference}. Give the recipe another name."
+            )
+        addition = existing
+    write_zarr_metadata(place, parts_of(identity, [addition]))
+    return addition
 
 
-def committed_tables(path: Path, name: str) -> TablesEntry | None:
-    file = path / "ledger" / tables_ledger_name(name)
-    return read_tables_entry(file) if file.is_file() else None
+def committed(place: Place, identity: StoreIdentity, part: str, block: int, views: range) -> LedgerEntry | None:
+    """The ledger entry of a block and view group of a part, if it was committed."""
+    name = ledger_name(block, views, part)
+    entry = _read_entry(place, name, LedgerEntry)
+    if entry is not None and (entry.file_name != name or not 0 <= entry.block < identity.num_blocks):
+        raise StoreCorrupt(
+            f"{place}/ledger/{name}: speaks of block {entry.block}, {entry.file_name}. Restore or delete it."
+        )
+    return entry
+
+
+def committed_tables(place: Place, part: str, name: str) -> TablesEntry | None:
+    return _read_entry(place, tables_ledger_name(name, part), TablesEntry)
+
+
+def _read_entry(place: Place, name: str, model: Any) -> Any:
+    try:
+        content = place.read(f"ledger/{name}")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return parse_metadata(model, content, f"{place}/ledger/{name}")
 
 
 def commit(
-    path: Path, identity: StoreIdentity, block: int, group: int, arrays: Arrays, *, tar: str, tar_sha256: str
+    place: Place,
+    part: Part,
+    block: int,
+    group: int,
+    views: range,
+    arrays: Arrays,
+    *,
+    tar: str,
+    tar_sha256: str,
+    still_mine: Callable[[], bool] = lambda: True,
 ) -> LedgerEntry:
-    """Write every array of one block and view group, prove that disk holds them, then vouch for them in the ledger.
+    """Write every array of one block and view group, prove that the store holds them, then vouch for them.
 
     Args:
         arrays: by array name, rows of the block first (`[rows, ...]` or `[rows, views, ...]`; probes `[P, ...]`).
+        still_mine: whether this writer still has the block's lease.
+
+    Returns:
+        The entry that stands: another writer's, if it was first.
 
     Raises:
         StoreCorrupt: when what was read back differs from what was written.
     """
-    views, rows = identity.groups[group], len(arrays["key_hash"])
-    objects = _write_objects(path / "targets.zarr", array_specs(identity), arrays, block, group)
+    objects = _write_objects(place, part.specs, arrays, block, group, still_mine)
     entry = LedgerEntry(
+        addition=part.name,
         block=block,
         first_view=views.start,
         end_view=views.stop,
-        rows=rows,
+        rows=len(arrays["key_hash"]),
         tar=tar,
         tar_sha256=tar_sha256,
         objects=objects,
     )
-    create_exclusively(path / "ledger" / entry.file_name, entry.model_dump_json(indent=1) + "\n")
-    return entry
+    return _vouch(place, entry)
 
 
-def commit_tables(
-    path: Path, identity: StoreIdentity, name: str, arrays: Arrays, statistics: dict[str, float]
-) -> TablesEntry:
+def commit_tables(place: Place, part: Part, name: str, arrays: Arrays, statistics: dict[str, float]) -> TablesEntry:
     """The same for the templates that decisions of that name refer to; `arrays` by full array name."""
-    objects = _write_objects(path / "targets.zarr", table_specs(identity, name), arrays, 0, 0)
-    entry = TablesEntry(decisions=name, objects=objects, statistics=statistics)
-    create_exclusively(path / "ledger" / entry.file_name, entry.model_dump_json(indent=1) + "\n")
-    return entry
+    objects = _write_objects(place, part.tables[name], arrays, 0, 0, lambda: True)
+    return _vouch(place, TablesEntry(addition=part.name, decisions=name, objects=objects, statistics=statistics))
+
+
+def _vouch(place: Place, entry: Any) -> Any:
+    file = f"ledger/{entry.file_name}"
+    if place.create(file, (entry.model_dump_json(indent=1) + "\n").encode()):
+        return entry
+    return parse_metadata(type(entry), place.read(file), f"{place}/{file}")
 
 
 def _write_objects(
-    root: Path, specs: list[ArraySpec], arrays: Arrays, block: int, group: int
+    place: Place,
+    specs: Sequence[ArraySpec],
+    arrays: Arrays,
+    block: int,
+    group: int,
+    still_mine: Callable[[], bool],
 ) -> dict[str, StoredObject]:
-    """Write one object of every array, read each back, compare, hash and flush it."""
-    targets = LocalStore(root)
+    """Write one object of every array, read each back and compare."""
     objects: dict[str, StoredObject] = {}
     for spec in specs:
         chunk = np.full(spec.chunks, spec.fill, dtype=spec.dtype)
         values = arrays[spec.name]
-        chunk_view = chunk[0, 0] if spec.name.startswith("probe/") else chunk
-        chunk_view[tuple(slice(size) for size in values.shape)] = values
-        array = zarr.open_array(targets, path=spec.name, mode="r+").with_config({"write_empty_chunks": True})
-        array[spec.region(block, group)] = chunk
+        inside = chunk[0, 0] if spec.name.startswith("probe/") else chunk
+        inside[tuple(slice(size) for size in values.shape)] = values
+        content = encode_chunk(spec, chunk)
         key = spec.object_key(block, group)
-        content = (root / key).read_bytes()
-        if not _same(ChunkDecoder(spec).decode(content, block, group), chunk):
+        name = f"targets.zarr/{key}"
+        if not place.create(name, content) and place.read(name) != content:
+            # Left by a writer that died, or being written by one that is slow.
+            if not still_mine():
+                raise StoreError(
+                    f"{place}/{name}: another writer took this block over, because this one did not renew its lease "
+                    "in time. Nothing is lost: run the same command again."
+                )
+            place.put(name, content)
+        found = place.read(name)
+        if found != content or not _same(decode_chunk(spec, found, f"{place}/{name}"), chunk):
             raise StoreCorrupt(
-                f"{root / key}: what was read back is not what was written. "
+                f"{place}/{name}: what was read back is not what was written. "
                 "Check the disk and run the same command again: the block was not committed."
             )
-        objects[key] = StoredObject(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-        flush_to_disk(root / key)
+        objects[key] = stored_object(content)
     return objects
 
 
@@ -155,7 +226,34 @@ def _same(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def write_manifest(path: Path, manifest: StoreManifest, card: str) -> None:
-    """Declare the store complete: the card first, the manifest last. An earlier manifest is replaced."""
-    write_atomically(path / "README.md", card)
-    write_atomically(path / "manifest.json", manifest.model_dump_json(indent=1) + "\n")
+def read_ledger(place: Place, names: Sequence[str]) -> dict[str, bytes]:
+    """The content of ledger entries by file name; raises StoreCorrupt for one that is not readable."""
+    contents = {}
+    for name in names:
+        contents[name] = place.read(f"ledger/{name}")
+        entry = parse_entry(name, contents[name], f"{place}/ledger/{name}")
+        if entry.file_name != name:
+            raise StoreCorrupt(f"{place}/ledger/{name}: speaks of {entry.file_name}. Restore or delete it.")
+    return contents
+
+
+def parse_entry(name: str, content: bytes, where: str) -> LedgerEntry | TablesEntry:
+    if name.startswith("templates-"):
+        return parse_metadata(TablesEntry, content, where)
+    return parse_metadata(LedgerEntry, content, where)
+
+
+def write_manifest(place: Place, manifest: StoreManifest) -> None:
+    """Declare the store complete. An earlier manifest is replaced."""
+    place.put("manifest.json", manifest_bytes(manifest))
+
+
+def manifest_bytes(manifest: StoreManifest) -> bytes:
+    """The only way of writing this manifest, so that any flipped bit shows: its last field is a sum of the rest."""
+    content = manifest.model_copy(update={"checksum": ""}).model_dump_json()
+    checksum = hashlib.sha256(content.encode()).hexdigest()
+    return (manifest.model_copy(update={"checksum": checksum}).model_dump_json(indent=1) + "\n").encode()
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()

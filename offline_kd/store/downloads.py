@@ -1,0 +1,63 @@
+"""A bounded folder of objects that were read from remote stores, named by their sha256.
+
+Content has one name whatever store it comes from, so nothing in here can be stale, and readers check the sha256 of what
+they take from here as of anything else. Processes may share the folder.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+
+from offline_kd.files import write_atomically
+
+DEFAULT_BYTES = 10 * 2**30
+
+
+def cache_folder() -> Path:
+    """OFFLINE_KD_CACHE, or `offline-kd` in the user's cache folder."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offline-kd"
+    return Path(os.environ.get("OFFLINE_KD_CACHE") or default)
+
+
+class Downloads:
+    """Keeps at most `limit` bytes; what was used longest ago goes first."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.held: int | None = None  # bytes, as far as this process knows
+
+    def get(self, sha256: str) -> bytes | None:
+        file = self.folder / sha256
+        try:
+            content = file.read_bytes()
+            os.utime(file)
+        except OSError:
+            return None
+        return content
+
+    def put(self, sha256: str, content: bytes) -> None:
+        """Keep an object, if it fits; a full disk only means that it is not kept."""
+        if len(content) > self.limit:
+            return
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.held is None or self.held + len(content) > self.limit:
+                self._make_room(len(content))
+            write_atomically(self.folder / sha256, content)
+            self.held = (self.held or 0) + len(content)
+
+    def _make_room(self, wanted: int) -> None:
+        """Count what is here, and remove the oldest until `wanted` bytes and a tenth of the limit are free."""
+        files = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                about = entry.stat()
+                files.append((about.st_mtime, about.st_size, entry.path))
+        self.held = sum(size for _, size, _ in files)
+        if self.held + wanted <= self.limit:
+            return
+        for _, size, path in sorted(files):
+            if self.held + wanted <= self.limit - self.limit // 10:
+                break
+            Path(path).unlink(missing_ok=True)
+            self.held -= size
