@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from zarr.storage import LocalStore
 
 from offline_kd.cache import ask_teacher, cache_teacher
 from offline_kd.data import BlockLoader, Sample, pack, read_tar
@@ -28,7 +29,7 @@ from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
 from offline_kd.store.place import Folder
 from offline_kd.store.reader import Store, open_store
-from offline_kd.store.schema import StoreIdentity, parts_of
+from offline_kd.store.schema import StoreIdentity, create_array, parts_of
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.stream import Batch, Stream, tables_on
 from offline_kd.student import Student, new_student
@@ -99,6 +100,7 @@ def bench(
             "bare teacher": (ask_bare, 1),
             "stage 1": (_stage_1(recipe, store.identity, store, loader, teacher, folder, device), views),
         }
+        parts |= {name: (work, views) for name, work in _writing(store, folder).items()}
         if store.identity.decisions:
             logits_only = store.identity.model_copy(update={"decisions": {}})
             work = _stage_1(recipe, logits_only, store, loader, teacher, folder, device)
@@ -116,6 +118,12 @@ def bench(
                     if round_number:  # the first round warms up
                         seconds[part].append((time.perf_counter() - started) / (num_batches * batches))
                 meter.advance()
+    protocol = [
+        (commit - bare) / (whole - teacher_alone)
+        for commit, bare, whole, teacher_alone in zip(
+            *(seconds[part] for part in ("commit", "bare zarr writes", "stage 1", "bare teacher")), strict=True
+        )
+    ]
     ratios = {
         "store step / ce step": ("store step", "ce step"),
         "online step / store step": ("online step", "store step"),
@@ -139,7 +147,8 @@ def bench(
         "ratios": {
             name: statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
             for name, (above, below) in ratios.items()
-        },
+        }
+        | {"(commit - bare zarr writes) / (stage 1 - bare teacher)": statistics.median(protocol)},
     }
 
 
@@ -225,6 +234,28 @@ def _stage_1(
         shutil.rmtree(place.path)
 
     return work
+
+
+def _writing(store: Store, folder: Path) -> dict[str, Callable[[], None]]:
+    """Committing one block and view group, and writing the same arrays with zarr alone."""
+    part, views, entry = store.parts[""], store.identity.groups[0], store.entry("", 0, 0)
+    arrays = store.read(0, 0, [spec.name for spec in part.specs])
+
+    def commit_block() -> None:
+        place = Folder(folder / "committed")
+        commit(place, part, 0, 0, views, arrays, tar=entry.tar, tar_sha256=entry.tar_sha256)
+        shutil.rmtree(place.path)
+
+    created = LocalStore(folder / "bare.zarr")
+    bare = {spec.name: create_array(created, spec) for spec in part.specs}
+
+    def write_bare() -> None:
+        for spec in part.specs:
+            values = arrays[spec.name]
+            values = values[None, None] if spec.name.startswith("probe/") else values
+            bare[spec.name][tuple(slice(size) for size in values.shape)] = values
+
+    return {"commit": commit_block, "bare zarr writes": write_bare}
 
 
 def _losses_alone(

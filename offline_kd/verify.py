@@ -18,6 +18,7 @@ from offline_kd.store.codec import Int
 from offline_kd.store.place import Place, can_list
 from offline_kd.store.reader import MAX_METADATA_BYTES, Store, open_store
 from offline_kd.store.schema import (
+    NO_KEY,
     ArraySpec,
     LedgerEntry,
     StoredObject,
@@ -254,19 +255,28 @@ def _content_problem(store: Store, task: _Task, spec: ArraySpec, chunk: np.ndarr
         used = chunk
     low, high = _range(store, task, spec)
     if used.dtype.kind == "f":
+        if not _any_not_finite(used):
+            return ""
         bad = ~np.isfinite(used)
     else:
-        bad = np.zeros(used.shape, dtype=bool) if low is None else (used < low)
-        if high is not None:
-            bad |= used > high
         if spec.name == "key_hash":
-            bad |= used == fill
-    if bad.any():
-        place = [int(index) for index in np.argwhere(bad)[0]]
-        return f"{np.count_nonzero(bad):,} values that cannot be, the first at {place}: {used[tuple(place)]}" + (
-            f" (must be {low} to {high})" if low is not None else ""
-        )
-    return ""
+            high = NO_KEY - 1
+        if not used.size or ((low is None or used.min() >= low) and (high is None or used.max() <= high)):
+            return ""
+        bad = np.zeros(used.shape, dtype=bool) if low is None else (used < low)
+        bad |= False if high is None else (used > high)
+    place = [int(index) for index in np.argwhere(bad)[0]]
+    return f"{np.count_nonzero(bad):,} values that cannot be, the first at {place}: {used[tuple(place)]}" + (
+        f" (must be {low} to {high})" if low is not None else ""
+    )
+
+
+def _any_not_finite(values: NDArray[Any]) -> bool:
+    """By the bits: an exponent of ones, or more. Several times as fast as `np.isfinite`, above all for float16."""
+    bits = values.view(f"<u{values.itemsize}")
+    sign = bits.dtype.type(1 << (8 * values.itemsize - 1))
+    infinity = np.array(np.inf, dtype=values.dtype).view(bits.dtype)
+    return bool(np.bitwise_and(bits, sign - bits.dtype.type(1)).max(initial=0) >= infinity)
 
 
 def _range(store: Store, task: _Task, spec: ArraySpec) -> tuple[int | None, int | None]:

@@ -1,5 +1,7 @@
 """Small networks that test recipes name as `networks:NAME`."""
 
+import time
+
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,18 @@ class Small(nn.Module):
 
 def small(num_classes: int, width: int = 8) -> nn.Module:
     return Small(num_classes, width)
+
+
+class Slow(Small):
+    """Gives tests time to kill who asks it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.03)
+        return super().forward(x)
+
+
+def slow(num_classes: int) -> nn.Module:
+    return Slow(num_classes)
 
 
 class NaNOnSomeViews(Small):

@@ -84,6 +84,8 @@ def test_bench_prints_ratios_of_one_run(recipe_file, where):
         "loader alone",
         "bare teacher",
         "stage 1",
+        "commit",
+        "bare zarr writes",
     }
     assert all(part["low"] <= part["median"] <= part["high"] for part in timings["seconds"].values())
     assert set(timings["ratios"]) == {
@@ -91,6 +93,7 @@ def test_bench_prints_ratios_of_one_run(recipe_file, where):
         "online step / store step",
         "stage 1 / bare teacher",
         "loader alone / ce step",
+        "(commit - bare zarr writes) / (stage 1 - bare teacher)",
     }
     assert "online step / store step" in invoke("bench", recipe_file, *options).stdout
     assert "has no teacher to compare with" in refused("bench", recipe_file, "--objective", "ce", *where)

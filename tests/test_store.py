@@ -26,7 +26,7 @@ from offline_kd.manifest import Dataset, Split
 from offline_kd.models import build
 from offline_kd.store.codec import Int
 from offline_kd.store.reader import open_store
-from offline_kd.store.schema import LedgerEntry, StoredObject, array_specs, store_digest
+from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, array_specs, store_digest
 from offline_kd.store.writer import manifest_bytes
 
 CORE_CODECS = {"bytes", "blosc", "zstd", "crc32c"}
@@ -292,6 +292,15 @@ def test_a_store_of_a_newer_schema_is_refused(recipe_file, where, store_path, tm
         open_store(path)
 
 
+def vouch_for_ledger(path: Path) -> None:
+    """Make the manifest vouch for the ledger as it is now."""
+    manifest = StoreManifest.model_validate_json((path / "manifest.json").read_text())
+    hashes = {name: hashlib.sha256((path / "ledger" / name).read_bytes()).hexdigest() for name in manifest.entries}
+    raw = json.loads((path / "store.json").read_text())
+    update = {"entries": hashes, "digest": store_digest(raw, [], hashes)}
+    (path / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update=update)))
+
+
 def rewrite(path: Path, name: str, block: int, group: int, change) -> None:
     """Put other content into one object and make ledger and manifest vouch for it, as a faulty writer would have."""
     store = open_store(path)
@@ -305,16 +314,12 @@ def rewrite(path: Path, name: str, block: int, group: int, change) -> None:
     key = spec.object_key(block, group)
     content = (path / "targets.zarr" / key).read_bytes()
     changed = StoredObject(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    hashes = dict(store.entries)
     for file in (path / "ledger").glob("*.json"):
         entry = LedgerEntry.model_validate_json(file.read_text())
         if key in entry.objects:
             entry = entry.model_copy(update={"objects": {**entry.objects, key: changed}})
             file.write_text(entry.model_dump_json())
-            hashes[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
-    raw = json.loads((path / "store.json").read_text())
-    update = {"entries": hashes, "digest": store_digest(raw, [], hashes)}
-    (path / "manifest.json").write_bytes(manifest_bytes(store.manifest.model_copy(update=update)))
+    vouch_for_ledger(path)
     open_store(path)  # by size, sha256 and digest the store is whole
 
 

@@ -23,12 +23,12 @@ def encode_chunk(spec: ArraySpec, chunk: NDArray[np.generic]) -> bytes:
 
 def decode_chunk(spec: ArraySpec, content: bytes, where: str) -> NDArray[np.generic]:
     """The chunk in an object; raises StoreCorrupt when the object is not one."""
-    packed, crc = memoryview(content)[:-4], int.from_bytes(content[-4:], "little")
+    packed, crc = content[:-4], int.from_bytes(content[-4:], "little")
     problem = ""
     if len(content) < 16:
         problem = f"{len(content)} bytes are no object of a store"
-    elif google_crc32c.value(bytes(packed)) != crc:
-        problem = f"its crc32c is {google_crc32c.value(bytes(packed)):08x}, written was {crc:08x}"
+    elif (found := google_crc32c.value(packed)) != crc:
+        problem = f"its crc32c is {found:08x}, written was {crc:08x}"
     elif (declared := _unpacked_bytes(spec, packed)) != spec.chunk_bytes:
         problem = f"it unpacks to {declared} bytes, its chunk has {spec.chunk_bytes:,}"
     else:
@@ -47,7 +47,7 @@ def _packer(spec: ArraySpec) -> numcodecs.abc.Codec:
     return numcodecs.Blosc(cname="zstd", clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
 
 
-def _unpacked_bytes(spec: ArraySpec, packed: memoryview) -> int | None:
+def _unpacked_bytes(spec: ArraySpec, packed: bytes) -> int | None:
     """What the header of a blosc buffer or a zstd frame says of the size of its content."""
     if np.dtype(spec.dtype).itemsize > 1:
         return int.from_bytes(packed[4:8], "little")

@@ -2,26 +2,26 @@
 
 Both hand out whole files by name and create files that must not exist yet in one atomic step, which is all that the
 commit protocol needs. Credentials and endpoints of object stores come from the environment, as their own tools read
-them (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP).
+them (for S3: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL).
 """
 
-import errno
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from offline_kd.errors import StoreError
 from offline_kd.files import create_exclusively, write_atomically
 
+T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az", "http", "https")
 MAX_FILE_BYTES = 2**31  # no file of a store is larger; more is never read into memory
 ATTEMPTS = 4  # at reading one file whose connection was cut
@@ -41,9 +41,12 @@ class Folder:
 
     def read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
         """A file's content; raises FileNotFoundError, or StoreError for what is no file or has more than `limit`."""
-        with (self.path / name).open("rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode) or about.st_size > limit:
+        descriptor = os.open(self.path / name, os.O_RDONLY | os.O_NONBLOCK)  # opening a pipe must not wait
+        with os.fdopen(descriptor, "rb") as file:
+            about = os.fstat(descriptor)
+            if not stat.S_ISREG(about.st_mode):
+                raise StoreError(f"{self}/{name}: is no regular file. Copy the store again.")
+            if about.st_size > limit:
                 raise StoreError(f"{self}/{name}: {about.st_size:,} bytes, no file of a store has more than {limit:,}.")
             return file.read()
 
@@ -110,6 +113,9 @@ class Bucket:
         except ImportError as error:
             raise StoreError(f"{self.url}: needs obstore. Install it: pip install 'offline-kd[remote]'") from error
         options: Any = {"timeout": "60s", "connect_timeout": "10s"}
+        # Given options replace those of the environment. Plain http is used where an address says so.
+        if any(one.startswith("http://") for one in (self.url, os.environ.get("AWS_ENDPOINT_URL", ""))):
+            options["allow_http"] = True
         with self._errors(""):
             return from_url(self.url, client_options=options, retry_config=RETRIES)
 
@@ -127,30 +133,37 @@ class Bucket:
                 "what was stored is safe, and the same command goes on."
             ) from error
 
-    def read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
-        import obstore
+    def _again(self, name: str, ask: Callable[[], T]) -> T:
+        """Ask until an answer arrives whole. Only those that were cut short: the client retries everything else."""
         import obstore.exceptions
 
         for attempt in range(ATTEMPTS):
             try:
                 with self._errors(name):
-                    answer = obstore.get(self._client, name)
-                    if answer.meta["size"] > limit:
-                        break
-                    return bytes(answer.bytes())
+                    return ask()
             except StoreError as error:
-                # Only answers that were cut short come again: the client has retried everything else already.
                 if attempt == ATTEMPTS - 1 or not isinstance(error.__cause__, obstore.exceptions.GenericError):
                     raise
                 time.sleep(0.1 * 2**attempt)
-        raise StoreError(f"{self}/{name}: no file of a store has more than {limit:,} bytes, this has.")
+        raise AssertionError("unreachable")
+
+    def read(self, name: str, limit: int = MAX_FILE_BYTES) -> bytes:
+        import obstore
+
+        def ask() -> bytes | None:
+            answer = obstore.get(self._client, name)
+            return bytes(answer.bytes()) if answer.meta["size"] <= limit else None
+
+        content = self._again(name, ask)
+        if content is None:
+            raise StoreError(f"{self}/{name}: no file of a store has more than {limit:,} bytes, this has.")
+        return content
 
     def size(self, name: str) -> int | None:
         import obstore
 
         try:
-            with self._errors(name):
-                return int(obstore.head(self._client, name)["size"])
+            return self._again(name, lambda: int(obstore.head(self._client, name)["size"]))
         except FileNotFoundError:
             return None
 
@@ -184,13 +197,15 @@ class Bucket:
     def sizes(self, prefix: str = "") -> dict[str, int]:
         import obstore
 
-        with self._errors(prefix):
+        def ask() -> dict[str, int]:
             pages = obstore.list(self._client, prefix or None)
             return {item["path"]: int(item["size"]) for page in pages for item in page}
 
+        return self._again(prefix, ask)
+
     def _refuse_read_only(self) -> None:
-        if urlsplit(self.url).scheme in ("http", "https"):
-            raise OSError(errno.EROFS, "http addresses can be read only", self.url)
+        if not can_list(self):
+            raise StoreError(f"{self}: web addresses can be read only. Write to a folder or a bucket.")
 
 
 Place = Folder | Bucket

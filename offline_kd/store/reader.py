@@ -160,9 +160,7 @@ class Store:
         for spec in part.tables[name]:
             key = spec.object_key(0, 0)
             content = self.verified(entry, key, spec.name)
-            arrays[spec.name.rsplit("/", 1)[-1]] = decode_chunk(
-                spec, content, f"{self.place}/targets.zarr/{key}"
-            )
+            arrays[spec.name.rsplit("/", 1)[-1]] = decode_chunk(spec, content, f"{self.place}/targets.zarr/{key}")
         return arrays
 
     def tables_statistics(self, name: str) -> dict[str, float]:
@@ -298,6 +296,7 @@ def open_store(
     """
     place = location if not isinstance(location, str | Path) else place_at(location)
     raw, created = read_identity(place)
+    check_bounds(f"{place}/store.json", parts_of(created))
     try:
         content = place.read("manifest.json", MAX_METADATA_BYTES)
     except (FileNotFoundError, NotADirectoryError):
@@ -308,6 +307,7 @@ def open_store(
     else:
         manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
         additions = [read_addition(place, name) for name in manifest.views if name]
+        _check_counts(created, manifest, f"{place}/manifest.json")
         parsed = manifest.entries
         found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
     if found != manifest.digest:
@@ -315,7 +315,6 @@ def open_store(
             f"{place}: identity and ledger have digest {found[:16]}..., manifest.json says {manifest.digest[:16]}.... "
             "Something was changed after the store was finished: copy it again."
         )
-    _check_counts(created, manifest, f"{place}/manifest.json")
     views = manifest.views
     if digest not in (None, manifest.digest):
         assert digest is not None

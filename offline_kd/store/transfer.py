@@ -12,7 +12,7 @@ from pathlib import Path
 
 from offline_kd.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.progress import progress
-from offline_kd.store.place import Place, place_at
+from offline_kd.store.place import Place, can_list, place_at
 from offline_kd.store.reader import Store, open_store, parse_metadata
 from offline_kd.store.schema import (
     Held,
@@ -60,6 +60,8 @@ def copy_store(
         StoreCorrupt: a file of the source is damaged, or did not arrive as it was sent.
     """
     target = target if not isinstance(target, str | Path) else place_at(target)
+    if not can_list(target):
+        raise StoreError(f"{target}: web addresses can be read only. Push to a folder or a bucket.")
     # What is copied is checked here, once; a local cache of it would be a second copy.
     store = replace(open_store(source, digest=digest), downloads=None)
     manifest = store.manifest
@@ -100,14 +102,19 @@ def copy_store(
             raise StoreCorrupt(f"{target}/{name}: did not arrive as it was sent. Run the same command again.")
         return expected.bytes, False
 
-    def send_block(task: "_Entry") -> list[tuple[int, bool]]:
-        """Objects first, then the entry that vouches for them."""
-        entry = store.tables_entry(task.part, task.decisions) if task.decisions else store.ledger_entry(task.name)
-        content = store.place.read(f"ledger/{task.name}")
-        done = [send(f"targets.zarr/{key}", stored) for key, stored in entry.objects.items() if key in task.keys]
-        if missing := task.keys - set(entry.objects):
-            raise StoreCorrupt(f"{store.place}/ledger/{task.name}: does not vouch for {min(missing)}. Verify it.")
-        return [*done, send(f"ledger/{task.name}", StoredObject(bytes=len(content), sha256=store.entries[task.name]))]
+    def send_entries(some: list[_Entry]) -> list[tuple[int, bool]]:
+        """The entries of one block, one after the other: objects first, then the entry that vouches for them."""
+        done: dict[str, tuple[int, bool]] = {}
+        for one in some:
+            entry = store.tables_entry(one.part, one.decisions) if one.decisions else store.ledger_entry(one.name)
+            if missing := one.keys - set(entry.objects):
+                raise StoreCorrupt(f"{store.place}/ledger/{one.name}: does not vouch for {min(missing)}. Verify it.")
+            for key in sorted(one.keys - set(done)):
+                done[key] = send(f"targets.zarr/{key}", entry.objects[key])
+            content = store.place.read(f"ledger/{one.name}")
+            file = f"ledger/{one.name}"
+            done[file] = send(file, StoredObject(bytes=len(content), sha256=store.entries[one.name]))
+        return list(done.values())
 
     def count(results: Sequence[tuple[int, bool]]) -> None:
         for size, was_there in results:
@@ -131,7 +138,7 @@ def copy_store(
                         count(future.result())
                         meter.advance()
                 if task is not None:
-                    waiting.add(threads.submit(send_block, task))
+                    waiting.add(threads.submit(send_entries, task))
         finally:
             for future in waiting:
                 future.cancel()
@@ -207,7 +214,8 @@ class _Entry:
     keys: set[str]
 
 
-def _wanted_entries(store: Store, held: Held | None) -> list[_Entry]:
+def _wanted_entries(store: Store, held: Held | None) -> list[list[_Entry]]:
+    """What to copy, block by block."""
     assert store.manifest is not None
     wanted = []
     blocks = range(held.first_block, held.end_block) if held else range(store.created.num_blocks)
@@ -215,16 +223,18 @@ def _wanted_entries(store: Store, held: Held | None) -> list[_Entry]:
         if held is None or held.has("decisions/"):
             for name, specs in part.tables.items():
                 keys = {spec.object_key(0, 0) for spec in specs}
-                wanted.append(_Entry(tables_ledger_name(name, part.name), part.name, name, keys))
+                wanted.append([_Entry(tables_ledger_name(name, part.name), part.name, name, keys)])
         specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
         if not specs:
             continue
         num_views, per_group = store.manifest.views[part.name], store.created.views_per_group
         for block in blocks:
+            of_block = []
             for first in range(0, min(num_views, held.views) if held else num_views, per_group):
                 views = range(first, min(first + per_group, num_views))
                 keys = {spec.object_key(block, first // per_group) for spec in specs}
-                wanted.append(_Entry(ledger_name(block, views, part.name), part.name, "", keys))
+                of_block.append(_Entry(ledger_name(block, views, part.name), part.name, "", keys))
+            wanted.append(of_block)
     return wanted
 
 
