@@ -6,9 +6,7 @@ rendered again. Reading and joining happen per tar, in worker processes if there
 rendering happen afterwards in the training process, so the batches do not depend on the number of workers.
 """
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -126,9 +124,7 @@ def join_all(
 def _join_one(
     store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str]
 ) -> Rows:
-    names = ["image_crc", "label", "view/box", "view/flip", "probe/row", "probe/view", "probe/pixels"]
-    names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
-    names += [name for one in decisions for name in decision_arrays(store, one)]
+    names = joined_arrays(store, decisions)
     store_rows = _find_rows(store, block)
     store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
     found: Arrays = {}
@@ -162,6 +158,13 @@ def _join_one(
         key_hash=block.key_hash,
         targets=targets,
     )
+
+
+def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
+    """The arrays that a join reads."""
+    names = ["image_crc", "label", "view/box", "view/flip", "probe/row", "probe/view", "probe/pixels"]
+    names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
+    return names + [name for one in decisions for name in decision_arrays(store, one)]
 
 
 def decision_arrays(store: Store, name: str) -> list[str]:
@@ -281,6 +284,15 @@ class _Pool(Dataset[Rows]):
         self.loader, self.views, self.groups, self.stores, self.seed = loader, views, groups, stores, seed
         self.decisions = decisions
 
+    def fetch_ahead(self, place: tuple[int, int]) -> None:
+        """Begin to fetch what a tar will need of remote stores, as far as a tar is known to be a block of theirs."""
+        epoch, number = place
+        group, _ = view_of_epoch(self.seed, np.empty(0, dtype=np.uint64), epoch, self.groups)
+        for store, wanted in zip(self.stores, self.decisions, strict=True):
+            block = store.block_of_tar.get(self.loader.split.tars[number].sha256)
+            if store.place.is_remote and block is not None:
+                store.fetch_ahead(block, group, joined_arrays(store, wanted))
+
     def __getitem__(self, place: tuple[int, int]) -> Rows:
         epoch, number = place
         block = self.loader[number]
@@ -324,7 +336,7 @@ class Stream:
         self.places: list[tuple[int, int]] = []  # what the loader fetches next; replaced for every epoch
         self.pool = _Pool(loader, views, groups, stores, decisions, seed)
         self.rows_loader: DataLoader[Rows] | None = None
-        self.is_remote = any(store.place.is_remote for store in stores)
+        is_remote = any(store.place.is_remote for store in stores)
         if workers:
             self.rows_loader = DataLoader(
                 self.pool,
@@ -333,7 +345,7 @@ class Stream:
                 num_workers=workers,
                 persistent_workers=True,
                 # The client of object stores has threads of its own, which do not survive a fork: children would hang.
-                multiprocessing_context="spawn" if self.is_remote else None,
+                multiprocessing_context="spawn" if is_remote else None,
             )
 
     @property
@@ -364,17 +376,11 @@ class Stream:
             left = pool.take(torch.arange(start, len(pool)))
 
     def _in_this_process(self) -> Iterator[Rows]:
-        """The places' rows. From a remote store they are fetched ahead, while the student trains on those before."""
-        if not self.is_remote:
-            yield from (self.pool[place] for place in self.places)
-            return
-        with ThreadPoolExecutor(1, thread_name_prefix="stream") as ahead:
-            waiting = deque(ahead.submit(self.pool.__getitem__, place) for place in self.places[:READ_AHEAD])
-            for place in [*self.places[READ_AHEAD:], *[None] * len(waiting)]:
-                rows = waiting.popleft().result()
-                if place is not None:
-                    waiting.append(ahead.submit(self.pool.__getitem__, place))
-                yield rows
+        """The places' rows. What they need of remote stores is fetched ahead, while the student trains."""
+        for index, place in enumerate(self.places):
+            for later in self.places[index + 1 : index + 1 + READ_AHEAD]:
+                self.pool.fetch_ahead(later)
+            yield self.pool[place]
 
     def _render(self, rows: Rows) -> Batch:
         known = counter_uniform(LABEL_STREAM, rows.key_hash) < self.labelled_fraction

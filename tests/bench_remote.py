@@ -2,8 +2,8 @@
 
     OFFLINE_KD_DATA=FOLDER .venv/bin/python tests/bench_remote.py
 
-CIFAR-10, two tars, 8 views in groups of 2, ResNet-56 -> ResNet-20; a real S3 server (moto's) on loopback that waits 5 ms before every
-answer. Runs alternate; nothing is kept between them, and every run's epochs read all view groups once.
+CIFAR-10, two tars, 8 views in groups of 2, ResNet-56 -> ResNet-20; a real S3 server on loopback (moto) that waits 5
+ms before every answer. Runs alternate; nothing is kept between them, and every run's epochs read all view groups once.
 """
 
 import json

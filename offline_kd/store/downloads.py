@@ -1,12 +1,15 @@
 """A bounded folder of objects that were read from remote stores, named by their sha256.
 
 Content has one name whatever store it comes from, so nothing in here can be stale, and readers check the sha256 of what
-they take from here as of anything else. Processes may share the folder.
+they take from here as of anything else. Processes may share the folder; each counts anew after writing a twentieth of
+the limit, so that together they may exceed it by that much each for a while.
 """
 
 import contextlib
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 from offline_kd.files import write_atomically
 
@@ -25,6 +28,14 @@ class Downloads:
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
         self.held: int | None = None  # bytes, as far as this process knows
+        self.written = 0  # bytes, since they were counted
+        self.lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "limit": self.limit}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def get(self, sha256: str) -> bytes | None:
         file = self.folder / sha256
@@ -39,12 +50,13 @@ class Downloads:
         """Keep an object, if it fits; a full disk only means that it is not kept."""
         if len(content) > self.limit:
             return
-        with contextlib.suppress(OSError):
+        with self.lock, contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-            if self.held is None or self.held + len(content) > self.limit:
+            if self.held is None or self.held + len(content) > self.limit or self.written > self.limit // 20:
                 self._make_room(len(content))
             write_atomically(self.folder / sha256, content)
             self.held = (self.held or 0) + len(content)
+            self.written += len(content)
 
     def _make_room(self, wanted: int) -> None:
         """Count what is here, and remove the oldest until `wanted` bytes and a tenth of the limit are free."""
@@ -53,7 +65,7 @@ class Downloads:
             with contextlib.suppress(FileNotFoundError):
                 about = entry.stat()
                 files.append((about.st_mtime, about.st_size, entry.path))
-        self.held = sum(size for _, size, _ in files)
+        self.held, self.written = sum(size for _, size, _ in files), 0
         if self.held + wanted <= self.limit:
             return
         for _, size, path in sorted(files):

@@ -7,7 +7,7 @@ against its entry, each time it is read, and the bytes that were hashed are the 
 import hashlib
 import json
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -68,11 +68,16 @@ class Store:
     downloads: Downloads | None = field(default=None, repr=False)
     parsed: dict[str, LedgerEntry | TablesEntry] = field(default_factory=dict, repr=False)
     kept: dict[tuple[int, int, str], NDArray[np.generic]] = field(default_factory=dict, repr=False)
+    coming: dict[tuple[int, int, str], Future[bytes]] = field(default_factory=dict, repr=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """For worker processes: without what was read, and without threads."""
         names = self.__dataclass_fields__
-        return {name: value for name, value in self.__dict__.items() if name in names} | {"parsed": {}, "kept": {}}
+        return {name: value for name, value in self.__dict__.items() if name in names} | {
+            "parsed": {},
+            "kept": {},
+            "coming": {},
+        }
 
     @cached_property
     def parts(self) -> dict[str, Part]:
@@ -91,6 +96,12 @@ class Store:
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.place.parallel, thread_name_prefix="store")
+
+    @cached_property
+    def block_of_tar(self) -> dict[str | None, int]:
+        """The block of a tar's sha256, where the store knows it."""
+        tars = self.created.dataset.tars
+        return {tars[block].sha256: block for block in self.blocks if tars[block].sha256 is not None}
 
     @property
     def blocks(self) -> range:
@@ -139,14 +150,30 @@ class Store:
         place = (block, -1 if spec.extent == "block" else group, name)
         if place in self.kept:
             return self.kept[place]
+        future = self.coming.pop(place, None)
+        content = future.result() if future else self._content(block, group, name)
         entry = self.entry(part.name, block, group)
-        key = spec.object_key(block, group)
-        chunk = decode_chunk(spec, self.verified(entry, key, spec.name), f"{self.place}/targets.zarr/{key}")
+        chunk = decode_chunk(spec, content, f"{self.place}/targets.zarr/{spec.object_key(block, group)}")
         array = chunk[0, 0] if name.startswith("probe/") else chunk[: entry.rows]
         # Small stores are read once: a later epoch takes what was verified then.
         if sum(one.nbytes for one in list(self.kept.values())) + array.nbytes <= KEEP_BYTES:
             self.kept[place] = array
         return array
+
+    def _content(self, block: int, group: int, name: str) -> bytes:
+        part, spec = self.arrays[name]
+        return self.verified(self.entry(part.name, block, group), spec.object_key(block, group), name)
+
+    def fetch_ahead(self, block: int, group: int, names: Iterable[str]) -> None:
+        """Begin to fetch what `read` with the same arguments will want; errors come out there.
+
+        Bytes only: a second thread that runs torch operations makes those of the first slower by a third on two cores,
+        because OpenMP's threads then sleep, instead of waiting for the next operation.
+        """
+        for name in names:
+            place = (block, -1 if self.arrays[name][1].extent == "block" else group, name)
+            if place not in self.kept and place not in self.coming:
+                self.coming[place] = self._threads.submit(self._content, block, group, name)
 
     def read_tables(self, name: str) -> Arrays:
         """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names."""
