@@ -479,6 +479,8 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
         return
     rows = []
     for name, value in facts.items():
+        if name == "group digests":
+            continue  # as many as there are groups: for programs
         parts = value.items() if isinstance(value, dict) else [("", value)]
         rows += [
             [f"{name} {part}".strip(), ", ".join(text) if isinstance(text, list) else f"{text}"] for part, text in parts
@@ -578,7 +580,8 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
         show_faults(result, reference, as_json=False)
         redone = take_back(place, faults, remove_extra)
         say(f"{reference}: doing {len(redone)} blocks again")
-        cache_teacher(recipe, manifest, roots, place, device, add=True)
+        is_addition = place.size(f"additions/{recipe.name}.json") is not None
+        cache_teacher(recipe, manifest, roots, place, device, add=is_addition)
     result = verify(place)
     show_faults(result, reference, as_json=False)
     if any(not fault.is_extra for fault in result.faults):

@@ -329,6 +329,24 @@ def test_another_teacher_is_added_over_the_same_views_only_if_asked_for(
     assert open_store(path).digest == grown.digest
 
 
+def test_decisions_of_another_teacher_can_be_added_later_too(recipe, other_teacher, manifest, roots, tmp_path):
+    path, data = tmp_path / "store", recipe.data.model_copy(update={"tars": [2]})
+    cache_teacher(recipe.model_copy(update={"data": data}), manifest, roots, path, CPU)
+    other = other_teacher.model_copy(update={"data": data})
+    cache_teacher(other, manifest, roots, path, CPU, add=True)
+    content = other.model_dump(mode="json", exclude_none=True)
+    content["capture"]["decisions"] = {"late": {"kind": "templates", "module": "body.5", "templates": 8}}
+    cache_teacher(Recipe.model_validate(content), manifest, roots, path, CPU, add=True)
+    assert list(open_store(path, targets="other").identity.decisions) == ["late"]
+    assert open_store(path).identity.decisions == {}
+    assert open_store(path, targets="other").read_tables("late")["centroids"].shape == (8, 16)
+    assert len(open_store(path).manifest.earlier) == 2
+    assert verify(Folder(path)).faults == []
+    before = open_store(path).digest
+    cache_teacher(Recipe.model_validate(content), manifest, roots, path, CPU, add=True)
+    assert open_store(path).digest == before
+
+
 def test_two_teachers_captured_separately_join_exactly_and_are_mixed(
     recipe, other_teacher, manifest, roots, store_path, where, tmp_path
 ):
