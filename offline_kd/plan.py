@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_kd.cache import ask_teacher, describe_capture
+from offline_kd.cache import ask_teacher
+from offline_kd.capture import describe_capture
 from offline_kd.data import BlockLoader, ImageBlock
 from offline_kd.manifest import Manifest
 from offline_kd.progress import say

@@ -403,3 +403,20 @@ def test_a_plan_is_near_what_the_capture_then_takes(recipe_file, where, store_pa
     assert found["teacher_passes"] == 1438 * 9 + 359
     assert found["break_even_students"] >= 1
     assert "students from which on the store pays" in invoke("store", "plan", recipe_file, *where).stdout
+
+
+def test_views_and_decisions_grow_together(recipe, manifest, roots, tmp_path):
+    path, data = tmp_path / "store", recipe.data.model_copy(update={"tars": [2]})
+    few = with_views(recipe.model_copy(update={"data": data}), 6)
+    content = few.model_dump(mode="json", exclude_none=True)
+    content["capture"]["decisions"] = {"late": {"kind": "templates", "module": "body.5", "templates": 8}}
+    late = Recipe.model_validate(content)
+    cache_teacher(few, manifest, roots, path, CPU)
+    with pytest.raises(Exception, match="holds 6 views, the recipe adds late for 3 only"):
+        cache_teacher(with_views(late, 3), manifest, roots, path, CPU)
+    cache_teacher(late, manifest, roots, path, CPU)
+    with pytest.raises(Exception, match="holds decisions late of 6 views, and the recipe, which has 9 views, does not"):
+        cache_teacher(with_views(few, 9), manifest, roots, path, CPU)
+    cache_teacher(with_views(late, 9), manifest, roots, path, CPU)
+    assert open_store(path).identity.views.num_views == 9
+    assert verify(Folder(path)).faults == []
