@@ -1,4 +1,4 @@
-"""What one run of stage 1 works on: a new store, what an unfinished one lacks, or what a finished one is to have more."""
+"""What one run of stage 1 works on: a new store, what an unfinished one lacks, or what a finished one shall gain."""
 
 import platform
 from collections.abc import Iterable, Mapping, Sequence

@@ -14,8 +14,8 @@ from offline_kd.store.schema import (
     identity_of_targets,
     ledger_name,
     parts_of,
+    small_files,
     store_digest,
-    zarr_metadata,
 )
 from offline_kd.store.writer import (
     parse_entry,
@@ -119,6 +119,5 @@ def _finish(
     card = write_card({targets: store_with(targets) for targets in all_targets}, manifest)
     for name, content in card.items():
         place.put(name, content)
-    names = ["store.json", *(f"additions/{one.name}.json" for one in additions), *zarr_metadata(parts), *card]
-    files = {name: stored_object(place.read(name)) for name in names}
+    files = {name: stored_object(place.read(name)) for name in small_files(additions, parts)}
     write_manifest(place, manifest.model_copy(update={"files": files}))

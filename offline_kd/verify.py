@@ -16,16 +16,14 @@ from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codec import Int
 from offline_kd.store.place import Place, can_list
-from offline_kd.store.reader import MAX_METADATA_BYTES, Store, open_store
+from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, open_store, promised_entries
 from offline_kd.store.schema import (
     NO_KEY,
     ArraySpec,
     LedgerEntry,
     StoredObject,
     TablesEntry,
-    ledger_name,
-    tables_ledger_name,
-    zarr_metadata,
+    small_files,
 )
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.stream import join
@@ -73,15 +71,15 @@ def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBl
         result.faults.append(Fault("manifest.json", str(error)))
         return result
     store = replace(store, downloads=None)  # what is verified is what lies there
-    _check_files(store, result, quick)
+    _check_files(store, result)
     sizes = place.sizes() if can_list(place) else None
     keys: dict[int, NDArray[np.uint64]] = {}  # by block
-    tasks = _tasks(store)
+    tasks = promised_entries(store, store.manifest.held if store.manifest else None)
     with progress("verifying", len(tasks), "blocks") as meter, ThreadPoolExecutor(place.parallel) as threads:
         for start in range(0, len(tasks), AT_ONCE):
             some = tasks[start : start + AT_ONCE]
 
-            def look(task: _Task) -> tuple[Verification, NDArray[np.uint64] | None]:
+            def look(task: PromisedEntry) -> tuple[Verification, NDArray[np.uint64] | None]:
                 return _check_entry(store, task, sizes, quick)
 
             for task, (found, key_hash) in zip(some, threads.map(look, some), strict=True):
@@ -103,41 +101,7 @@ def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBl
     return result
 
 
-@dataclass(frozen=True)
-class _Task:
-    """One ledger entry and the arrays whose objects it vouches for."""
-
-    name: str
-    part: str
-    block: int
-    group: int
-    specs: list[ArraySpec]
-    is_tables: bool = False
-
-
-def _tasks(store: Store) -> list[_Task]:
-    """Every ledger entry of every part, as far as this copy holds it."""
-    assert store.manifest is not None
-    held, tasks = store.manifest.held, []
-    for part in store.parts.values():
-        if held is None or held.has("decisions/"):
-            tasks += [
-                _Task(tables_ledger_name(name, part.name), part.name, 0, 0, specs, True)
-                for name, specs in part.tables.items()
-            ]
-        specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
-        num_views = store.manifest.views[part.name]
-        per_group = store.created.views_per_group
-        for first in range(0, min(num_views, held.views) if held else num_views, per_group):
-            views = range(first, min(first + per_group, num_views))
-            tasks += [
-                _Task(ledger_name(block, views, part.name), part.name, block, first // per_group, specs)
-                for block in store.blocks
-            ]
-    return tasks
-
-
-def _check_files(store: Store, result: Verification, quick: bool) -> None:
+def _check_files(store: Store, result: Verification) -> None:
     """manifest.json itself, and the small files that it lists."""
     manifest, place = store.manifest, store.place
     assert manifest is not None
@@ -146,8 +110,8 @@ def _check_files(store: Store, result: Verification, quick: bool) -> None:
     content = place.read("manifest.json", MAX_METADATA_BYTES)
     if manifest_bytes(manifest) != content:
         result.faults.append(Fault("manifest.json", "is not what `finish` wrote: a byte of it was changed"))
-    expected = [name for name in _small_files(store) if name in manifest.files]
-    absent = [name for name in _small_files(store) if name not in manifest.files]
+    expected = [name for name in small_files(store.additions, store.parts) if name in manifest.files]
+    absent = [name for name in small_files(store.additions, store.parts) if name not in manifest.files]
     result.faults += [Fault("manifest.json", f"does not list {name}") for name in absent]
     for name in expected:
         try:
@@ -160,14 +124,13 @@ def _check_files(store: Store, result: Verification, quick: bool) -> None:
     result.bytes += sum(manifest.files[name].bytes for name in expected) + len(content)
 
 
-def _small_files(store: Store) -> list[str]:
-    additions = [f"additions/{one.name}.json" for one in store.additions]
-    return ["store.json", *additions, "README.md", "index.html", *zarr_metadata(store.parts)]
-
-
-def _known_files(store: Store, tasks: Sequence[_Task]) -> set[str]:
+def _known_files(store: Store, tasks: Sequence[PromisedEntry]) -> set[str]:
     objects = {f"targets.zarr/{spec.object_key(task.block, task.group)}" for task in tasks for spec in task.specs}
-    return objects | {"manifest.json", *_small_files(store)} | {f"ledger/{task.name}" for task in tasks}
+    return (
+        objects
+        | {"manifest.json", *small_files(store.additions, store.parts)}
+        | {f"ledger/{task.name}" for task in tasks}
+    )
 
 
 def _difference(expected: StoredObject, size: int | None, content: bytes | None) -> str:
@@ -181,16 +144,14 @@ def _difference(expected: StoredObject, size: int | None, content: bytes | None)
 
 
 def _check_entry(
-    store: Store, task: _Task, sizes: dict[str, int] | None, quick: bool
+    store: Store, task: PromisedEntry, sizes: dict[str, int] | None, quick: bool
 ) -> tuple[Verification, NDArray[np.uint64] | None]:
     """One ledger entry and its objects; and the key hashes of its rows, if it has them."""
     found = Verification("entry")
     key_hash: NDArray[np.uint64] | None = None
     try:
         entry: LedgerEntry | TablesEntry = (
-            store.tables_entry(task.part, task.name.split(".")[0].removeprefix("templates-"))
-            if task.is_tables
-            else _block_entry(store, task)
+            store.tables_entry(task.part, task.decisions) if task.decisions else _block_entry(store, task)
         )
     except StoreError as error:
         found.faults.append(Fault(f"ledger/{task.name}", str(error), task.name))
@@ -222,7 +183,7 @@ def _check_entry(
                 problem = str(error)
             else:
                 count = entry.rows if isinstance(entry, LedgerEntry) else 0
-                problem = "" if task.is_tables else _content_problem(store, task, spec, chunk, count)
+                problem = "" if task.decisions else _content_problem(store, task, spec, chunk, count)
                 if spec.name == "key_hash":
                     key_hash = chunk[:count].astype(np.uint64)
         if problem:
@@ -232,7 +193,7 @@ def _check_entry(
     return found, key_hash
 
 
-def _block_entry(store: Store, task: _Task) -> LedgerEntry:
+def _block_entry(store: Store, task: PromisedEntry) -> LedgerEntry:
     entry = store.ledger_entry(task.name)
     tar = store.created.dataset.tars[task.block]
     if entry.rows != tar.count or tar.sha256 not in (None, entry.tar_sha256):
@@ -243,7 +204,7 @@ def _block_entry(store: Store, task: _Task) -> LedgerEntry:
     return entry
 
 
-def _content_problem(store: Store, task: _Task, spec: ArraySpec, chunk: np.ndarray[Any, Any], rows: int) -> str:
+def _content_problem(store: Store, task: PromisedEntry, spec: ArraySpec, chunk: np.ndarray[Any, Any], rows: int) -> str:
     """What is wrong with the values of a chunk, whose bytes are those that were committed."""
     fill = np.asarray(spec.fill, dtype=spec.dtype)
     if not spec.name.startswith("probe/"):
@@ -279,7 +240,7 @@ def _any_not_finite(values: NDArray[Any]) -> bool:
     return bool(np.bitwise_and(bits, sign - bits.dtype.type(1)).max(initial=0) >= infinity)
 
 
-def _range(store: Store, task: _Task, spec: ArraySpec) -> tuple[int | None, int | None]:
+def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[int | None, int | None]:
     """The smallest and largest legal value of an integer array; None where every value is legal."""
     created = store.created
     known: dict[str, tuple[int, int]] = {

@@ -26,6 +26,7 @@ from offline_kd.store.schema import (
     SCHEMA_VERSION,
     Addition,
     ArraySpec,
+    Held,
     LedgerEntry,
     Part,
     StoredObject,
@@ -41,6 +42,7 @@ from offline_kd.store.schema import (
     store_digest,
     tables_ledger_name,
 )
+from offline_kd.views import view_groups
 
 KEEP_BYTES = 2**28  # of decoded arrays, in each process
 MAX_METADATA_BYTES = 2**28
@@ -299,6 +301,46 @@ class Store:
                             key = spec.object_key(block, group)
                             self.compare(entry, key, sizes.get(f"targets.zarr/{key}"))
                 meter.advance(len(some))
+
+
+@dataclass(frozen=True)
+class PromisedEntry:
+    """A ledger entry that a store, or a part of it, must have, and the arrays whose objects it vouches for."""
+
+    name: str
+    part: str
+    decisions: str  # whose templates these are; '' for a block
+    block: int
+    group: int
+    specs: list[ArraySpec]
+
+    @property
+    def keys(self) -> list[str]:
+        return [spec.object_key(self.block, self.group) for spec in self.specs]
+
+
+def promised_entries(store: Store, held: Held | None) -> list[PromisedEntry]:
+    """The ledger entries of every part, as far as a copy that holds so much (None: all) has them."""
+    assert store.manifest is not None
+    created, promised = store.created, []
+    blocks = range(held.first_block, held.end_block) if held else range(created.num_blocks)
+    for part in store.parts.values():
+        if held is None or held.has("decisions/"):
+            promised += [
+                PromisedEntry(tables_ledger_name(name, part.name), part.name, name, 0, 0, specs)
+                for name, specs in part.tables.items()
+            ]
+        specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
+        num_views = store.manifest.views[part.name]
+        wanted = min(num_views, held.views) if held else num_views
+        groups = [group for group in view_groups(num_views, created.views_per_group) if group.start < wanted]
+        promised += [
+            PromisedEntry(ledger_name(block, views, part.name), part.name, "", block, index, specs)
+            for block in blocks
+            for index, views in enumerate(groups)
+            if specs
+        ]
+    return promised
 
 
 # ---- opening -------------------------------------------------------------------------------------------------------

@@ -475,6 +475,17 @@ def plan_views_per_group(views: AnyViews, *, rows_per_block: int, num_classes: i
     return num_views
 
 
+def small_files(additions: Iterable[Addition], parts: Mapping[str, Part]) -> list[str]:
+    """Everything but manifest.json, ledger and objects: identity, additions, card, zarr's metadata."""
+    return [
+        "store.json",
+        *(f"additions/{one.name}.json" for one in additions),
+        "README.md",
+        "index.html",
+        *zarr_metadata(parts),
+    ]
+
+
 def entry_names(identity: StoreIdentity, parts: Mapping[str, Part], views: Mapping[str, int]) -> list[str]:
     """The file names of all ledger entries of a store with so many views of every part."""
     names = [tables_ledger_name(name, part.name) for part in parts.values() for name in part.tables]

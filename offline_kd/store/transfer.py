@@ -13,15 +13,8 @@ from pathlib import Path
 from offline_kd.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.progress import progress
 from offline_kd.store.place import Place, can_list, place_at
-from offline_kd.store.reader import Store, open_store, parse_metadata
-from offline_kd.store.schema import (
-    Held,
-    StoredObject,
-    StoreManifest,
-    ledger_name,
-    tables_ledger_name,
-    zarr_metadata,
-)
+from offline_kd.store.reader import PromisedEntry, Store, open_store, parse_metadata, promised_entries
+from offline_kd.store.schema import Held, StoredObject, StoreManifest, small_files
 from offline_kd.store.writer import manifest_bytes
 
 KINDS = ("logits", "decisions")
@@ -73,14 +66,12 @@ def copy_store(
     held = _selection(store, blocks, views, only)
     new_manifest = manifest.model_copy(update={"held": held})
     _refuse_other_store(target, new_manifest, store)
-    first_files = [
-        "store.json",
-        *(f"additions/{one.name}.json" for one in store.additions),
-        *zarr_metadata(store.parts),
-    ]
-    small = [(name, manifest.files.get(name)) for name in (*first_files, "README.md", "index.html")]
+    small = [(name, manifest.files.get(name)) for name in small_files(store.additions, store.parts)]
     counts = {"files": 0, "bytes": 0, "already_there": 0}
-    entries = _wanted_entries(store, held)
+    of_block: dict[tuple[str, str, int], list[PromisedEntry]] = {}
+    for one in promised_entries(store, held):
+        of_block.setdefault((one.part, one.decisions, one.block), []).append(one)
+    entries = list(of_block.values())
     there = target.sizes()
 
     def send(name: str, expected: StoredObject) -> tuple[int, bool]:
@@ -102,14 +93,14 @@ def copy_store(
             raise StoreCorrupt(f"{target}/{name}: did not arrive as it was sent. Run the same command again.")
         return expected.bytes, False
 
-    def send_entries(some: list[_Entry]) -> list[tuple[int, bool]]:
+    def send_entries(some: list[PromisedEntry]) -> list[tuple[int, bool]]:
         """The entries of one block, one after the other: objects first, then the entry that vouches for them."""
         done: dict[str, tuple[int, bool]] = {}
         for one in some:
             entry = store.tables_entry(one.part, one.decisions) if one.decisions else store.ledger_entry(one.name)
-            if missing := one.keys - set(entry.objects):
+            if missing := set(one.keys) - set(entry.objects):
                 raise StoreCorrupt(f"{store.place}/ledger/{one.name}: does not vouch for {min(missing)}. Verify it.")
-            for key in sorted(one.keys - set(done)):
+            for key in sorted(set(one.keys) - set(done)):
                 done[key] = send(f"targets.zarr/{key}", entry.objects[key])
             content = store.place.read(f"ledger/{one.name}")
             file = f"ledger/{one.name}"
@@ -202,40 +193,6 @@ def _refuse_other_store(target: Place, manifest: StoreManifest, store: Store) ->
         found, here = target.read("store.json"), store.place.read("store.json")
         if found != here:
             raise StoreMismatch(f"{target}: holds the beginning of another store. Give another place, or delete it.")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A ledger entry to copy, and the keys of the objects to copy with it."""
-
-    name: str
-    part: str
-    decisions: str  # of templates; '' for a block
-    keys: set[str]
-
-
-def _wanted_entries(store: Store, held: Held | None) -> list[list[_Entry]]:
-    """What to copy, block by block."""
-    assert store.manifest is not None
-    wanted = []
-    blocks = range(held.first_block, held.end_block) if held else range(store.created.num_blocks)
-    for part in store.parts.values():
-        if held is None or held.has("decisions/"):
-            for name, specs in part.tables.items():
-                keys = {spec.object_key(0, 0) for spec in specs}
-                wanted.append([_Entry(tables_ledger_name(name, part.name), part.name, name, keys)])
-        specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
-        if not specs:
-            continue
-        num_views, per_group = store.manifest.views[part.name], store.created.views_per_group
-        for block in blocks:
-            of_block = []
-            for first in range(0, min(num_views, held.views) if held else num_views, per_group):
-                views = range(first, min(first + per_group, num_views))
-                keys = {spec.object_key(block, first // per_group) for spec in specs}
-                of_block.append(_Entry(ledger_name(block, views, part.name), part.name, "", keys))
-            wanted.append(of_block)
-    return wanted
 
 
 def describe(held: Held | None) -> str:
