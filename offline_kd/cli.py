@@ -18,6 +18,7 @@ import yaml
 from offline_kd import data as data_module
 from offline_kd.bench import bench, measure_drift
 from offline_kd.cache import Worker, cache_teacher
+from offline_kd.codec_bench import bench_codecs, write_plot
 from offline_kd.distill import Result, distill, train_teacher, training_images
 from offline_kd.errors import OfflineKDError, RecipeError, StoreMismatch
 from offline_kd.fidelity import measure_fidelity
@@ -217,6 +218,7 @@ def which_worker(text: str | None) -> Worker:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
 @click.option("--objective", help="Which objective of the recipe, if it has several.")
 @click.option("--seed", type=int, help="Seed of weights, order and views.  [default: the recipe's first]")
+@click.option("--allow-biased", is_flag=True, help="Train though the store's codec does not serve the objective.")
 @click.option("--online", is_flag=True, help="Ask the live teacher instead of the store: same views, same order.")
 def distill_command(
     recipe_path: Path,
@@ -225,6 +227,7 @@ def distill_command(
     out: Path,
     objective: str | None,
     seed: int | None,
+    allow_biased: bool,
     online: bool,
     **inputs: Any,
 ) -> None:
@@ -249,6 +252,7 @@ def distill_command(
         stores=stores,
         online=online,
         download_bytes=download_bytes,
+        allow_biased=allow_biased,
     )
     show_result(result, out)
 
@@ -721,7 +725,69 @@ def inspect_command(reference: str, key: str, out: Path, manifest_path: Path, da
 # ---- bench ---------------------------------------------------------------------------------------------------------
 
 
-@main.command("bench")
+class BenchGroup(click.Group):
+    """`bench RECIPE` is `bench steps RECIPE`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["steps", *args])
+
+
+@main.group("bench", cls=BenchGroup)
+def bench_group() -> None:
+    """Measure: the parts of a recipe against each other, or codecs on a store's logits. The first needs no name.
+
+    \b
+    offline-kd bench pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    offline-kd bench codecs runs/digits/store
+    """
+
+
+@bench_group.command("codecs")
+@click.argument("reference", metavar="STORE")
+@click.option("--rows", default=20_000, show_default=True, type=click.IntRange(min=1), help="At least so many rows.")
+@click.option("--out", type=click.Path(path_type=Path), help="A plot (.svg or .png) of rate against distortion.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@common_options
+def bench_codecs_command(
+    reference: str, rows: int, out: Path | None, as_json: bool, manifest_path: Path, data_root: tuple[Path, ...]
+) -> None:
+    """What every codec makes of the logits of STORE (f32 or f16): bytes, speed, and how much is lost for whom.
+
+    \b
+    offline-kd bench codecs runs/digits/store --out codecs.svg
+    """
+    store = open_named(reference, manifest_path)
+    results = bench_codecs(store, rows)
+    if out is not None:
+        write_plot(results, out, f"{store.identity.teacher.name}, {store.identity.num_classes} classes")
+        say(f"{out} written")
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in results], indent=2))
+        return
+    table = [
+        [
+            one.codec,
+            f"{one.bytes_per_row:.1f}",
+            *(f"{value:.4f}" for value in one.distortion["total_variation"].values()),
+            f"{one.distortion['kl']['1']:.1e}",
+            f"{100 * one.distortion['top1_agreement']:.2f}",
+            f"{100 * one.distortion['wttm_weight_error']:.2f}",
+            f"{100 * one.distortion['dtkd_temperature_error']:.3f}",
+            f"{one.encode_rows_per_second / 1e3:,.0f}",
+            f"{one.decode_rows_per_second / 1e3:,.0f}",
+        ]
+        for one in results
+    ]
+    columns = ["codec", "B/row", "TV1", "TV2", "TV4", "KL1", "top-1 %", "WTTM %", "DTKD %", "enc k/s", "dec k/s"]
+    show_table(reference, columns, table)
+    names = list(results[0].change)
+    changes = [[one.codec, *(f"{100 * one.change[name]:.2f}" for name in names)] for one in results]
+    show_table("change of the gradient on a student's logits, %", ["codec", *names], changes)
+
+
+@bench_group.command("steps")
 @recipe_options
 @click.option("--objective", help="Which objective of the recipe the student steps use.")
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(min=3), help="Interleaved repetitions.")
@@ -742,7 +808,7 @@ def bench_command(
     With --drift: how far students trained from each codec end from the one trained with the live teacher.
 
     \b
-    offline-kd bench pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd
+    offline-kd bench steps pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd
     offline-kd bench runs/digits/recipe.yaml --drift 200
     """
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)

@@ -44,7 +44,7 @@ from offline_kd.store.reader import Store, open_store
 from offline_kd.store.schema import plan_views_per_group
 from offline_kd.stream import Batch, Stream
 from offline_kd.student import Student, new_student
-from offline_kd.targets import AskTeacher, Mix, Targets, decisions_by_store, live_targets, stored_targets
+from offline_kd.targets import AskTeacher, Mix, Targets, decisions_by_store, live_targets, refuse_bias, stored_targets
 from offline_kd.teacher import load_teacher
 from offline_kd.terms import kd_layer_value, term_value, term_weight
 from offline_kd.views import view_groups
@@ -86,12 +86,14 @@ def distill(
     stores: Sequence[str] = (),
     online: bool = False,
     download_bytes: int = DEFAULT_BYTES,
+    allow_biased: bool = False,
 ) -> Result:
     """Train the student of a recipe into the run directory `out`, from stores or with the live teacher.
 
     Args:
         stores: folders, URLs or manifest names; by default what the recipe says.
         download_bytes: how much of remote stores is kept on the local disk.
+        allow_biased: train even where a store's codec has not kept what a term needs.
 
     Raises StoreMismatch when a store was not made for this recipe's data, views and teacher.
     """
@@ -105,6 +107,8 @@ def distill(
         raise RecipeError("--online asks the recipe's own teacher: give one --store beside it at most.")
     for store in opened:
         check_store(store, recipe, loader)
+        if not (allow_biased or online):
+            refuse_bias(store, terms)
         store.check_sizes()
     if len(opened) == 1:
         check_teacher(opened[0], recipe, manifest)

@@ -127,6 +127,7 @@ def _view(
     logits = decode(
         identity.codec,
         {name: torch.from_numpy(np.asarray(arrays[f"logits/{name}"])) for name in codec_arrays(identity.codec)},
+        identity.num_classes,
     )
     probabilities = logits.softmax(dim=0)
     bars = "".join(

@@ -8,14 +8,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offline_kd.errors import RecipeError
-from offline_kd.recipe import DTKD, AnyTerm, Recipe, kd_layer_terms
-from offline_kd.store.codec import codec_arrays, decode
+from offline_kd.errors import RecipeError, StoreMismatch
+from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
+from offline_kd.store.codec import TopK, codec_arrays, decode
 from offline_kd.store.reader import Store
 from offline_kd.stream import Batch, decision_arrays, tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import pack
+
+MOST_MEASURED_ERROR = 0.05  # of WTTM's weight and DTKD's temperature, relative
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,39 @@ def decisions_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> lis
     return wanted
 
 
+def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
+    """Raise StoreMismatch when a term needs more of the logits than the store's codec has kept.
+
+    `topk` gives KD and TTM near its `tail_temperature` what they need, and nothing else: WTTM's weight, DTKD's pair of
+    temperatures and the relations of DIST, DKD and NKD need the classes outside the top. Of the other codecs, WTTM and
+    DTKD ask what the store measured.
+    """
+    codec, manifest = store.identity.codec, store.manifest
+    fidelity = manifest.fidelity.get(store.targets) if manifest else None
+    for term in terms:
+        if isinstance(term, CE | Decisions | SubclassTerm):
+            continue
+        problem = ""
+        if isinstance(codec, TopK):
+            temperature = (
+                term.temperature if isinstance(term, KD) else 1 / term.gamma if isinstance(term, TTM) else None
+            )
+            near = (codec.tail_temperature / 2, 2 * codec.tail_temperature)
+            if temperature is None:
+                problem = "which it cannot have of the largest logits alone"
+            elif not near[0] <= temperature <= near[1]:
+                problem = f"at T = {temperature:g}; its tail is right at T = {codec.tail_temperature}"
+        elif isinstance(term, WTTM) and fidelity and (fidelity.wttm_weight_error or 0) > MOST_MEASURED_ERROR:
+            problem = f"whose weight is wrong by {fidelity.wttm_weight_error:.1%} here"
+        elif isinstance(term, DTKD) and fidelity and (fidelity.dtkd_temperature_error or 0) > MOST_MEASURED_ERROR:
+            problem = f"whose temperature is wrong by {fidelity.dtkd_temperature_error:.1%} here"
+        if problem:
+            raise StoreMismatch(
+                f"{store.place}: codec {codec.model_dump(mode='json')} does not serve term '{term.term}', {problem}. "
+                "Capture with another codec, or train with the bias: --allow-biased."
+            )
+
+
 def stored_targets(
     stores: Sequence[Store], terms: Sequence[AnyTerm], device: torch.device, mix: Mix = Mix()
 ) -> AskTeacher:
@@ -93,6 +128,7 @@ def stored_targets(
             decode(
                 store.identity.codec,
                 {name: batch.targets[prefix + name] for name in codec_arrays(store.identity.codec)},
+                store.identity.num_classes,
             )
             for store, prefix in zip(stores, prefixes, strict=True)
         ]

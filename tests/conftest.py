@@ -2,6 +2,7 @@ import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 import yaml
@@ -11,6 +12,10 @@ from offline_kd import cli
 from offline_kd.manifest import Manifest, data_roots, load_manifest
 from offline_kd.recipe import Recipe
 from offline_kd.run import pack_digits
+
+# How long an example takes says nothing here: the machine is shared, and first calls import and compile.
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

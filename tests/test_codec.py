@@ -1,15 +1,37 @@
-"""decode(encode(z)) is within the bound that the codec states, for any logits."""
+"""decode(encode(z)) is within the bound that the codec states, for any logits, and stores of every codec work."""
+
+import json
 
 import numpy as np
 import pytest
 import torch
+from conftest import CPU, invoke, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
+from offline_kd.cache import cache_teacher
 from offline_kd.errors import TeacherError
-from offline_kd.store.codec import Float16, Float32, Int, codec_arrays, decode, encode, error_bound
+from offline_kd.store.codec import Float16, Float32, Int, TopK, codec_arrays, decode, encode, error_bound
+from offline_kd.store.place import Folder
+from offline_kd.store.reader import open_store
+from offline_kd.verify import verify
 
-CODECS = [Float32(), Float16(name="f16"), Int(name="int")]
+CODECS = [
+    Float32(),
+    Float16(name="f16"),
+    Int(name="int"),
+    *(Int(name="int", bits=bits) for bits in range(3, 8)),
+    Int(name="int", bits=4, exact_top=1),
+    Int(name="int", bits=3, exact_top=8),
+    Int(name="int", exact_top=5),
+    TopK(name="topk", k=1),
+    TopK(name="topk", k=8, tail_temperature=4),
+]
+
+
+def needed_classes(codec) -> int:
+    """A codec that keeps m logits apart needs more classes than that."""
+    return max(getattr(codec, "exact_top", 0), getattr(codec, "k", 0)) + 1
 
 
 def round_trip(codec, logits):
@@ -18,8 +40,10 @@ def round_trip(codec, logits):
     assert set(arrays) == set(declared)
     for name, array in arrays.items():
         assert array.dtype == np.dtype(declared[name].dtype)
-        assert array.shape == (logits.shape if declared[name].has_classes else logits.shape[:-1])
-    return decode(codec, {name: torch.from_numpy(array) for name, array in arrays.items()}).numpy()
+        axis = declared[name].axis
+        assert array.shape == (*logits.shape[:-1], *([axis[1] or logits.shape[-1]] if axis else []))
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return decode(codec, tensors, logits.shape[-1]).numpy()
 
 
 @given(
@@ -31,10 +55,11 @@ def round_trip(codec, logits):
 )
 def test_errors_stay_within_the_stated_bound(seed, scale, offset, classes, codec):
     rng = np.random.default_rng(seed)
+    classes = max(classes, needed_classes(codec))
     logits = (offset + scale * rng.standard_normal((3, 2, classes))).astype(np.float32)
     decoded = round_trip(codec, logits)
     assert decoded.dtype == np.float32
-    assert (np.abs(decoded - logits).max(axis=-1) <= error_bound(codec, logits)).all()
+    assert (np.abs(decoded - logits) <= error_bound(codec, logits)).all()
 
 
 @given(st.integers(0, 2**31))
@@ -50,7 +75,7 @@ def test_int_keeps_the_extremes_the_order_and_never_uses_the_empty_mark(seed):
     assert (np.diff(np.take_along_axis(decoded, order, -1), axis=-1) >= 0).all()
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e-30, 12345.0])
 def test_constant_rows_survive(codec, value):
     logits = np.full((2, 10), value, dtype=np.float32)
@@ -62,3 +87,106 @@ def test_f32_is_exact_and_f16_refuses_what_does_not_fit():
     assert np.array_equal(round_trip(Float32(), logits), logits)
     with pytest.raises(TeacherError, match="does not fit f16"):
         encode(Float16(name="f16"), logits)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 4, 16]), st.sampled_from([3, 5, 8]))
+def test_the_largest_logits_that_are_kept_apart_have_the_error_of_f16(seed, top, bits):
+    logits = np.random.default_rng(seed).standard_normal((6, 50)).astype(np.float32) * 5
+    decoded = round_trip(Int(name="int", bits=bits, exact_top=top), logits)
+    ids = np.argsort(-logits, axis=-1)[:, :top]
+    kept, true = (np.take_along_axis(part, ids, axis=-1) for part in (decoded, logits))
+    np.testing.assert_allclose(kept, true, rtol=2**-11)
+    plain, short = (encode(Int(name="int", bits=bits, exact_top=count), logits)["step"] for count in (0, top))
+    assert (short < plain).all()  # the others lie on a shorter line
+
+
+@given(st.integers(0, 2**31), st.sampled_from([1, 2, 4]))
+def test_topk_has_the_teachers_mass_outside_the_top_at_its_temperature(seed, t):
+    logits = np.random.default_rng(seed).standard_normal((6, 300)).astype(np.float32) * 4
+    decoded = round_trip(TopK(name="topk", k=10, tail_temperature=t), logits)
+    ids = torch.from_numpy(np.argsort(-logits, axis=-1)[:, :10].copy())
+    true, kept = (torch.from_numpy(part).double().div(t).softmax(-1).gather(1, ids) for part in (logits, decoded))
+    torch.testing.assert_close(kept, true, rtol=2e-2, atol=1e-4)
+
+
+def test_topk_holds_tens_of_thousands_of_classes_in_few_bytes():
+    logits = np.random.default_rng(0).standard_normal((4, 21_841)).astype(np.float32)
+    arrays = encode(TopK(name="topk", k=64), logits)
+    assert sum(array.nbytes for array in arrays.values()) == 4 * (64 * 4 + 12)
+    assert arrays["top_id"].max() < 21_841
+    with pytest.raises(TeacherError, match="cannot be kept apart"):
+        encode(TopK(name="topk"), np.zeros((1, 2**16), dtype=np.float32))
+    with pytest.raises(TeacherError, match="keeps 16 of 10 classes"):
+        encode(TopK(name="topk"), np.zeros((1, 10), dtype=np.float32))
+
+
+def captured(recipe, manifest, roots, path, codec):
+    """One tar of digits with that codec."""
+    changed = recipe.model_copy(
+        update={
+            "data": recipe.data.model_copy(update={"tars": [2]}),
+            "capture": recipe.capture.model_copy(update={"codec": codec}),
+        }
+    )
+    return cache_teacher(changed, manifest, roots, path, CPU)
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [Int(name="int", bits=3), Int(name="int", bits=5, exact_top=2), TopK(name="topk", k=3), TopK(name="topk", k=9)],
+    ids=str,
+)
+def test_stores_of_every_codec_are_finished_and_proven(codec, recipe, manifest, roots, tmp_path):
+    finished = captured(recipe, manifest, roots, tmp_path / "store", codec)
+    fidelity = finished.fidelity[""]
+    assert fidelity.max_error <= fidelity.max_error_allowed
+    assert fidelity.top1_agreement > 0.97
+    assert verify(Folder(tmp_path / "store")).faults == []
+    store = open_store(tmp_path / "store")
+    assert store.identity.codec == codec
+
+
+def test_objectives_that_a_codec_cannot_serve_are_refused_unless_allowed(
+    recipe, recipe_file, manifest, roots, where, tmp_path
+):
+    captured(recipe, manifest, roots, tmp_path / "store", TopK(name="topk", k=3, tail_temperature=4))
+    command = ("distill", recipe_file, "--store", tmp_path / "store", "--set", "data.tars=[2]", *where)
+    assert invoke(*command, "--objective", "kd", "--out", tmp_path / "kd").exit_code == 0  # at T = 4
+    for objective in ("wttm", "dtkd"):
+        message = refused(*command, "--objective", objective, "--out", tmp_path / objective)
+        assert f"does not serve term '{objective}', which it cannot have of the largest logits alone" in message
+    at_t1 = ("--set", "objectives.kd.1.temperature=1")
+    message = refused(*command, "--objective", "kd", "--out", tmp_path / "cold", *at_t1)
+    assert "does not serve term 'kd', at T = 1; its tail is right at T = 4" in message
+    allowed = ("--objective", "wttm", "--allow-biased", "--out", tmp_path / "biased")
+    assert invoke(*command, *allowed).exit_code == 0
+    assert json.loads(invoke("store", "info", tmp_path / "store", "--json").stdout)["serves"] == ["kd", "ttm"]
+
+
+def test_wttm_and_dtkd_ask_what_the_store_measured(recipe, recipe_file, manifest, roots, where, tmp_path):
+    finished = captured(recipe, manifest, roots, tmp_path / "store", Int(name="int", bits=3))
+    measured = finished.fidelity[""]
+    assert measured.wttm_weight_error > 0
+    assert measured.dtkd_temperature_error < 1e-3  # the largest logit is kept
+    command = ("distill", recipe_file, "--store", tmp_path / "store", "--set", "data.tars=[2]", *where)
+    result = invoke(*command, "--objective", "wttm", "--out", tmp_path / "wttm")
+    assert (result.exit_code == 1) == (measured.wttm_weight_error > 0.05)
+    assert invoke(*command, "--objective", "dtkd", "--out", tmp_path / "dtkd").exit_code == 0
+
+
+def test_bench_codecs_compares_them_on_a_stores_logits(store_path, recipe, manifest, roots, tmp_path):
+    found = json.loads(invoke("bench", "codecs", store_path, "--rows", "5000", "--json").stdout)
+    by_name = {one["codec"]: one for one in found}
+    assert {"f16", "int 8", "int 3", "int 8 + top 8", "topk 5"} <= set(by_name)
+    widths = [by_name[f"int {bits}"] for bits in (8, 6, 4, 3)]
+    sizes = [one["bytes_per_row"] for one in widths]
+    errors = [one["distortion"]["total_variation"]["1"] for one in widths]
+    assert sizes == sorted(sizes, reverse=True)
+    assert errors == sorted(errors)
+    assert by_name["f16"]["distortion"]["total_variation"]["1"] < 1e-3
+    assert all(one["change"]["kd"] < 0.5 for one in found)
+    plot = tmp_path / "codecs.svg"
+    assert "TV1" in invoke("bench", "codecs", store_path, "--rows", "2000", "--out", plot).stdout
+    assert plot.read_text().startswith("<?xml")
+    captured(recipe, manifest, roots, tmp_path / "store", Int(name="int"))
+    assert "were kept whole" in refused("bench", "codecs", tmp_path / "store")

@@ -296,6 +296,29 @@ def test_writers_share_a_capture_in_a_bucket(s3, address, recipe_file, where, st
     assert verify(Bucket(address)).faults == []
 
 
+def test_a_writer_that_is_killed_leaves_a_bucket_that_another_one_completes(
+    s3, address, recipe_file, where, store_path
+):
+    s3.control(latency=0.01)  # so that there is time to kill it
+    command = [sys.executable, "-m", "offline_kd.cli", "cache-teacher", str(recipe_file), "--store", address, *where]
+    bucket = Bucket(address)
+    for entries in (1, 4):
+        writer = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)
+        while writer.poll() is None and len(bucket.sizes("ledger")) < entries:
+            time.sleep(0.01)
+        writer.send_signal(signal.SIGKILL)
+        writer.communicate()
+        assert writer.returncode == -signal.SIGKILL
+        assert bucket.size("manifest.json") is None
+        assert bucket.sizes("leases")
+    s3.control(latency=0)
+    committed = {name: bucket.read(name) for name in bucket.sizes("ledger")}
+    assert invoke("cache-teacher", recipe_file, "--store", address, *where).exit_code == 0
+    assert open_store(address).digest == open_store(store_path).digest
+    assert {name: bucket.read(name) for name in committed} == committed
+    assert verify(bucket).faults == []
+
+
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *arguments: object) -> None:
         pass

@@ -329,7 +329,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_metadata_with_any_field_replaced_by_anything_is_read_or_refused(data, store_path, tmp_path):
     """Fuzz: replace one field, anywhere in one metadata file, and open and verify the store."""
@@ -355,7 +355,7 @@ def test_metadata_with_any_field_replaced_by_anything_is_read_or_refused(data, s
 
 
 @given(content=st.binary(max_size=300))
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_metadata_of_any_bytes_is_refused(content, store_path, tmp_path):
     path = tmp_path / "fuzzed"
     if not path.exists():

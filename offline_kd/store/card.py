@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from offline_kd.store.codec import codec_arrays, decode
+from offline_kd.store.codec import TopK, codec_arrays, decode
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
 from offline_kd.templates import SubclassDecisions
 
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
 BINS = 15
+TOPK_TERMS = ("kd", "ttm")  # near its temperature
 LOGIT_TERMS = ("kd", "ttm", "wttm", "dtkd", "dkd", "dist", "nkd")
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
@@ -47,7 +48,9 @@ class Answers:
 def served_terms(store: Store) -> list[str]:
     """The terms of objectives that the store has targets for."""
     held = store.manifest.held if store.manifest else None
-    terms = list(LOGIT_TERMS) if held is None or held.has("logits/") else []
+    terms: list[str] = []
+    if held is None or held.has("logits/"):
+        terms += TOPK_TERMS if isinstance(store.identity.codec, TopK) else LOGIT_TERMS
     if held is None or held.has("decisions/"):
         for name, about in store.identity.decisions.items():
             kind = "subclass_decisions" if isinstance(about.config, SubclassDecisions) else "decisions"
@@ -152,6 +155,8 @@ def _measured(fidelity: Fidelity | None) -> dict[str, str]:
         f"(allowed: {fidelity.max_error_allowed:.2g})",
         "KL(teacher, store) in nats at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.kl.values()),
         "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
+        "WTTM weight / DTKD temperature error": f"{fidelity.wttm_weight_error or 0:.2g} / "
+        f"{fidelity.dtkd_temperature_error or 0:.2g}",
     }
 
 
@@ -170,7 +175,7 @@ def read_answers(store: Store) -> Answers:
         number = blocks[index * len(blocks) // count]
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays])
         encoded = {name.removeprefix("logits/"): torch.from_numpy(np.array(arrays[name])) for name in logit_arrays}
-        probabilities = decode(identity.codec, encoded).softmax(-1)  # [rows, views, C]
+        probabilities = decode(identity.codec, encoded, identity.num_classes).softmax(-1)  # [rows, views, C]
         confidence, predicted = (part.numpy() for part in probabilities.max(-1))
         label = np.broadcast_to(arrays["label"].astype(np.int64)[:, None], predicted.shape)
         confidences.append(confidence.flatten())

@@ -1,13 +1,15 @@
 """Logits to compact arrays and back: pure functions, each codec with its error bound.
 
 Raw logits are kept, offset included: DTKD's temperatures need it. `encode` works on NumPy arrays on the way to disk,
-`decode` on Tensors on the device of the student.
+`decode` on Tensors on the device of the student; both are vectorised over rows.
 
-| codec | bytes per class | largest error of a logit |
+| codec | bytes of a row of C classes, before entropy coding | largest error of a logit |
 |---|---|---|
-| f32 | 4 | 0 |
-| f16 | 2 | 2**-11 of its size (below 2**-14: 2**-25) |
-| int, 8 bits | 1, and 8 per row | (max - min) / 508 of its row; the smallest and the largest logit are exact |
+| f32 | 4 C | 0 |
+| f16 | 2 C | 2**-11 of its size (below 2**-14: 2**-25) |
+| int, b bits, the m largest apart | C codes of b bits in bytes, 8, and 4 m | half a step: (max - min) of the others
+  / (2**(b + 1) - 2), - 4 for 8 bits; the m largest have the error of f16, and for m = 0 the largest is exact |
+| topk | 4 k + 12 | the k largest: that of f16; the others share what is left evenly, so not bounded |
 """
 
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from torch import Tensor
 from offline_kd.errors import TeacherError
 from offline_kd.manifest import Strict
 
+MAX_IDS = 2**16 - 1  # class ids are uint16, the last one marks empty rows
+
 
 class Float32(Strict):
     name: Literal["f32"] = "f32"
@@ -32,44 +36,77 @@ class Float16(Strict):
 
 
 class Int(Strict):
-    """Integers on a line from each row's smallest to its largest logit."""
+    """Integers on a line from each row's smallest to its largest logit; the `exact_top` largest are kept apart.
+
+    The codes of fewer than 8 bits are stored as bytes: zstd, which follows, packs them closer than bits would lie.
+    """
 
     name: Literal["int"]
-    bits: Literal[8] = 8
+    bits: int = Field(8, ge=3, le=8)
+    exact_top: int = Field(0, ge=0, le=64)
 
     @property
     def levels(self) -> int:
-        """Number of steps; the code 2**bits - 1 is left to mark empty rows."""
-        return 2**self.bits - 2
+        """Number of steps. Of 8 bits, the code 255 is left to mark empty rows."""
+        return 2**self.bits - (2 if self.bits == 8 else 1)
 
 
-Codec = Annotated[Float32 | Float16 | Int, Field(discriminator="name")]
-AnyCodec = Float32 | Float16 | Int
+class TopK(Strict):
+    """The `k` largest logits, and what is left in all others at T = 1, 2 and 4. For plain KD and many classes.
+
+    Decoding shares what is left evenly, so that the row has the teacher's mass outside the top at `tail_temperature`.
+    """
+
+    name: Literal["topk"]
+    k: int = Field(16, ge=1, le=1024)
+    tail_temperature: Literal[1, 2, 4] = 1
+
+
+Codec = Annotated[Float32 | Float16 | Int | TopK, Field(discriminator="name")]
+AnyCodec = Float32 | Float16 | Int | TopK
+TAIL_TEMPERATURES = (1, 2, 4)
 
 
 @dataclass(frozen=True)
 class CodecArray:
-    """One array of a codec: its type, what marks an empty row, and whether it has a class axis."""
+    """One array of a codec: its type, what marks an empty row, and its axis behind row and view, if it has one."""
 
     dtype: str
     fill: float
-    has_classes: bool
+    axis: tuple[str, int | None] | None  # name and size; None for as many as classes
     description: str
+
+
+CLASSES: tuple[str, None] = ("class", None)
 
 
 def codec_arrays(codec: AnyCodec) -> dict[str, CodecArray]:
     """The arrays, below `logits/` in the store, that `encode` returns and `decode` takes."""
     match codec:
         case Float32():
-            return {"values": CodecArray("<f4", np.nan, True, "raw logits")}
+            return {"values": CodecArray("<f4", np.nan, CLASSES, "raw logits")}
         case Float16():
-            return {"values": CodecArray("<f2", np.nan, True, "raw logits")}
+            return {"values": CodecArray("<f2", np.nan, CLASSES, "raw logits")}
         case Int():
-            return {
-                "codes": CodecArray("|u1", 255, True, "logit = low + codes * step"),
-                "low": CodecArray("<f4", np.nan, False, "smallest logit of the row"),
-                "step": CodecArray("<f4", np.nan, False, "distance between neighbouring codes"),
+            what = "smallest logit of the row"
+            arrays = {
+                "codes": CodecArray("|u1", 255, CLASSES, "logit = low + codes * step"),
+                "low": CodecArray("<f4", np.nan, None, what),
+                "step": CodecArray("<f4", np.nan, None, "distance between neighbouring codes"),
             }
+            return arrays | (_top_arrays(codec.exact_top) if codec.exact_top else {})
+        case TopK():
+            rest = "log of the sum of exp(logit / T) over all other classes, for T = 1, 2, 4"
+            return _top_arrays(codec.k) | {
+                "rest": CodecArray("<f4", np.nan, ("temperature", len(TAIL_TEMPERATURES)), rest)
+            }
+
+
+def _top_arrays(count: int) -> dict[str, CodecArray]:
+    return {
+        "top_id": CodecArray("<u2", MAX_IDS, ("rank", count), "classes of the largest logits, largest first"),
+        "top_value": CodecArray("<f2", np.nan, ("rank", count), "their logits"),
+    }
 
 
 def encode(codec: AnyCodec, logits: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
@@ -78,36 +115,94 @@ def encode(codec: AnyCodec, logits: NDArray[np.float32]) -> dict[str, NDArray[np
         case Float32():
             return {"values": logits}
         case Float16():
-            largest = np.abs(logits).max(initial=0)
-            if largest > np.finfo(np.float16).max:
-                raise TeacherError(
-                    f"a logit of size {largest:g} does not fit f16, which ends at 65504. Use codec f32 or int."
-                )
-            return {"values": logits.astype(np.float16)}
+            return {"values": _as_float16(logits)}
         case Int():
-            low, high = logits.min(axis=-1), logits.max(axis=-1)
+            top = _top(logits, codec.exact_top) if codec.exact_top else {}
+            others = _without(logits, top["top_id"], -np.inf) if top else logits
+            low = logits.min(axis=-1)
+            high = np.maximum(others.max(axis=-1), low)
             step = ((high.astype(np.float64) - low) / codec.levels).astype(np.float32)
             scaled = (logits - low[..., None]) / np.where(step > 0, step, 1)[..., None]
             codes = np.rint(scaled).clip(0, codec.levels).astype(np.uint8)
-            return {"codes": codes, "low": low, "step": step}
+            return {"codes": codes, "low": low, "step": step} | top
+        case TopK():
+            if logits.shape[-1] <= codec.k:
+                raise TeacherError(f"codec topk keeps {codec.k} of {logits.shape[-1]} classes: use int instead.")
+            top = _top(logits, codec.k)
+            others = _without(logits, top["top_id"], -np.inf).astype(np.float64)
+            largest = others.max(axis=-1, keepdims=True)
+            rest = [
+                largest[..., 0] / t + np.log(np.exp((others - largest) / t).sum(axis=-1)) for t in TAIL_TEMPERATURES
+            ]
+            return top | {"rest": np.stack(rest, axis=-1).astype(np.float32)}
 
 
-def decode(codec: AnyCodec, arrays: dict[str, Tensor]) -> Tensor:
+def _as_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
+    largest = np.abs(values).max(initial=0)
+    if largest > np.finfo(np.float16).max:
+        raise TeacherError(f"a logit of size {largest:g} does not fit f16, which ends at 65504. Use codec f32 or int.")
+    return values.astype(np.float16)
+
+
+def _top(logits: NDArray[np.float32], count: int) -> dict[str, NDArray[np.generic]]:
+    """Ids and values of the `count` largest logits of every row, largest first; ties in the order of the ids."""
+    classes = logits.shape[-1]
+    if not count < classes <= MAX_IDS:
+        raise TeacherError(f"the {count} largest of {classes} logits cannot be kept apart: use another codec.")
+    ids = np.sort(np.argpartition(-logits, count - 1, axis=-1)[..., :count], axis=-1)
+    values = np.take_along_axis(logits, ids, axis=-1)
+    order = np.argsort(-values, axis=-1, kind="stable")
+    return {
+        "top_id": np.take_along_axis(ids, order, axis=-1).astype(np.uint16),
+        "top_value": _as_float16(np.take_along_axis(values, order, axis=-1)),
+    }
+
+
+def _without(logits: NDArray[np.float32], ids: NDArray[np.generic], instead: float) -> NDArray[np.float32]:
+    others = logits.copy()
+    np.put_along_axis(others, ids.astype(np.int64), instead, axis=-1)
+    return others
+
+
+def decode(codec: AnyCodec, arrays: dict[str, Tensor], num_classes: int) -> Tensor:
     """`[..., C]` float32 logits from what `encode` made."""
-    if isinstance(codec, Int):
-        return torch.addcmul(arrays["low"][..., None], arrays["codes"].float(), arrays["step"][..., None])
-    return arrays["values"].float()
+    match codec:
+        case Float32() | Float16():
+            return arrays["values"].float()
+        case Int():
+            logits = torch.addcmul(arrays["low"][..., None], arrays["codes"].float(), arrays["step"][..., None])
+            if not codec.exact_top:
+                return logits
+        case TopK():
+            t = codec.tail_temperature
+            rest = arrays["rest"][..., TAIL_TEMPERATURES.index(t)]
+            each = t * (rest - float(np.log(num_classes - codec.k)))
+            logits = each[..., None].expand(*each.shape, num_classes).clone()
+    return logits.scatter_(-1, arrays["top_id"].long(), arrays["top_value"].float())
 
 
 def error_bound(codec: AnyCodec, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`[...]`: the largest error that encoding and decoding may make on any logit of each row of `[..., C]`."""
-    largest = np.abs(logits).max(axis=-1)
+    """`[..., C]` or `[..., 1]`: the largest error that encoding and decoding may make on each logit of `[..., C]`.
+
+    Infinite where there is no bound: outside the k largest of TopK.
+    """
+    largest = np.abs(logits).max(axis=-1, keepdims=True)
+    as_float16 = np.maximum(largest * np.float32(2**-11), np.float32(2**-25))
     match codec:
         case Float32():
             return np.zeros_like(largest)
         case Float16():
-            return np.maximum(largest * np.float32(2**-11), np.float32(2**-25))
+            return as_float16
         case Int():
             # Half a step, and the float32 rounding of low, step and their sum.
-            spread = logits.max(axis=-1) - logits.min(axis=-1)
-            return (spread / (2 * codec.levels) + 2**-21 * (largest + spread)).astype(np.float32)
+            low, others = logits.min(axis=-1, keepdims=True), logits
+            if codec.exact_top:
+                others = _without(logits, _top(logits, codec.exact_top)["top_id"], -np.inf)
+            spread = np.maximum(others.max(axis=-1, keepdims=True), low) - low
+            bound = (spread / (2 * codec.levels) + 2**-21 * (largest + spread)).astype(np.float32)
+            return np.maximum(bound, as_float16) if codec.exact_top else bound
+        case TopK():
+            bound = np.full_like(logits, np.inf)
+            ids = _top(logits, codec.k)["top_id"].astype(np.int64)
+            np.put_along_axis(bound, ids, np.broadcast_to(as_float16, ids.shape), axis=-1)
+            return bound

@@ -174,6 +174,8 @@ class Fidelity(Strict):
     max_error_allowed: float
     kl: dict[str, float] = Field(description="mean KL(teacher || store) in nats, by temperature")
     total_variation: dict[str, float]
+    wttm_weight_error: float | None = Field(None, description="mean relative, at the worst of gamma .25, .5, .8")
+    dtkd_temperature_error: float | None = Field(None, description="mean relative error of the teacher's temperature")
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)
 
 
@@ -327,7 +329,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         ),
     ]
     for name, array in codec_arrays(identity.codec).items():
-        inner = [("class", identity.num_classes)] if array.has_classes else []
+        inner = [(array.axis[0], array.axis[1] or identity.num_classes)] if array.axis else []
         specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
     for name, about in identity.decisions.items():
         places = [("height", about.height), ("width", about.width)]

@@ -1,0 +1,168 @@
+"""Rate against distortion: what each codec makes of a real teacher's logits, read from a store."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kd.errors import StoreMismatch
+from offline_kd.fidelity import distortion
+from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
+from offline_kd.progress import progress
+from offline_kd.store.chunks import decode_chunk, encode_chunk
+from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, TopK, decode, encode
+from offline_kd.store.reader import Store
+from offline_kd.store.schema import array_specs
+
+# One setting of every objective, for how much its loss and gradient change.
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kd": lambda s, t, y: kd(s, t, temperature=4.0),
+    "ttm": lambda s, t, y: ttm(s, t, gamma=0.5),
+    "wttm": lambda s, t, y: wttm(s, t, gamma=0.5),
+    "dtkd": lambda s, t, y: dtkd(s, t, temperature=4.0),
+    "dkd": lambda s, t, y: dkd(s, t, y, alpha=1.0, beta=2.0, temperature=4.0),
+    "dist": lambda s, t, y: dist(s, t, beta=1.0, gamma=1.0, temperature=4.0),
+    "nkd": lambda s, t, y: nkd(s, t, y, gamma=1.5, temperature=1.0),
+}
+
+
+@dataclass(frozen=True)
+class CodecResult:
+    """One codec on the same rows as all others."""
+
+    codec: str
+    bytes_per_row: float  # as stored, entropy coding included
+    encode_rows_per_second: float
+    decode_rows_per_second: float  # on the CPU, unpacking included
+    distortion: dict[str, Any]  # as in `Fidelity`
+    change: dict[str, float]  # of the gradient on the student's logits, relative, by objective
+
+
+def candidates(num_classes: int) -> list[AnyCodec]:
+    """What is compared: every width of `int`, with and without a top, and `topk` as the reference."""
+    tops = [count for count in (0, 8) if count < num_classes]
+    ints: list[AnyCodec] = [Int(name="int", bits=bits, exact_top=top) for top in tops for bits in range(8, 2, -1)]
+    lists: list[AnyCodec] = [TopK(name="topk", k=k) for k in (5, 10, 16, 50, 100) if k < num_classes]
+    return [Float16(name="f16"), *ints, *lists]
+
+
+def bench_codecs(store: Store, num_rows: int) -> list[CodecResult]:
+    """Encode whole stored blocks of a store of f32 or f16 with every candidate and decode them again.
+
+    Raises StoreMismatch when the store's own codec has lost more than rounding.
+    """
+    identity = store.identity
+    if not isinstance(identity.codec, Float32 | Float16):
+        raise StoreMismatch(
+            f"{store.place}: its codec is {identity.codec.model_dump(mode='json')}; codecs are compared on logits that "
+            "were kept whole: capture with codec f32 or f16."
+        )
+    blocks, labels = _read(store, num_rows)
+    z_t = torch.cat([torch.from_numpy(block).flatten(0, 1) for block in blocks])
+    y = torch.cat(labels)
+    # A student that has learned something: the teacher's answers for other rows, half as sure, and noise.
+    noise = torch.randn(z_t.shape, generator=torch.Generator().manual_seed(0))
+    student = 0.5 * z_t.roll(1, dims=0) + 0.5 * z_t + noise
+    true = {name: _gradient(loss, student, z_t, y) for name, loss in OBJECTIVES.items()}
+    results = []
+    chosen = candidates(identity.num_classes)
+    with progress("codecs", len(chosen), "codecs") as meter:
+        for codec in chosen:
+            results.append(_measure(store, codec, blocks, z_t, student, y, true))
+            meter.advance()
+    return results
+
+
+def _read(store: Store, num_rows: int) -> tuple[list[Any], list[Tensor]]:
+    """Logits `[rows, views, C]` of whole blocks and view groups until there are enough rows, and labels of all rows."""
+    blocks, labels, rows = [], [], 0
+    for block in store.blocks:
+        for group in range(len(store.identity.groups)):
+            arrays = store.read(block, group, ["label", "logits/values"])
+            logits = arrays["logits/values"].astype(np.float32)
+            blocks.append(logits)
+            label = torch.from_numpy(arrays["label"].astype(np.int64))
+            labels.append(label[:, None].expand(-1, logits.shape[1]).flatten())
+            rows += logits.shape[0] * logits.shape[1]
+            if rows >= num_rows:
+                return blocks, labels
+    return blocks, labels
+
+
+def _gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, teacher, y), leaf)
+    return gradient
+
+
+def _measure(
+    store: Store, codec: AnyCodec, blocks: list[Any], z_t: Tensor, student: Tensor, y: Tensor, true: dict[str, Tensor]
+) -> CodecResult:
+    identity = store.identity.model_copy(update={"codec": codec})
+    specs = {spec.name: spec for spec in array_specs(identity)}
+    stored, decoded, encoding, decoding = 0, [], 0.0, 0.0
+    for logits in blocks:
+        started = time.perf_counter()
+        arrays = encode(codec, logits)
+        sized = {name: replace(specs[f"logits/{name}"], chunks=array.shape) for name, array in arrays.items()}
+        objects = {name: encode_chunk(sized[name], array) for name, array in arrays.items()}
+        encoding += time.perf_counter() - started
+        stored += sum(map(len, objects.values()))
+        started = time.perf_counter()
+        unpacked = {name: decode_chunk(sized[name], content, name) for name, content in objects.items()}
+        tensors = {name: torch.from_numpy(array) for name, array in unpacked.items()}
+        decoded.append(decode(codec, tensors, identity.num_classes).flatten(0, 1))
+        decoding += time.perf_counter() - started
+    z = torch.cat(decoded)
+    change = {
+        name: ((_gradient(OBJECTIVES[name], student, z, y) - gradient).norm() / gradient.norm()).item()
+        for name, gradient in true.items()
+    }
+    return CodecResult(
+        codec=describe(codec),
+        bytes_per_row=stored / len(z),
+        encode_rows_per_second=len(z) / encoding,
+        decode_rows_per_second=len(z) / decoding,
+        distortion=distortion(z_t, z),
+        change=change,
+    )
+
+
+def describe(codec: AnyCodec) -> str:
+    match codec:
+        case Int():
+            return f"int {codec.bits}" + (f" + top {codec.exact_top}" if codec.exact_top else "")
+        case TopK():
+            return f"topk {codec.k}"
+        case _:
+            return codec.name
+
+
+def write_plot(results: Sequence[CodecResult], file: Path, title: str) -> None:
+    """Total variation at T = 1 and 4 against bytes per row, one line per family, as SVG or PNG by the file's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    families: dict[str, list[CodecResult]] = {}
+    for one in results:
+        family = "topk" if one.codec.startswith("topk") else "int + top 8" if "+ top" in one.codec else one.codec[:3]
+        families.setdefault(family, []).append(one)
+    for axes, t in zip(figure.subplots(1, 2), ("1", "4"), strict=True):
+        for family, members in families.items():
+            members = sorted(members, key=lambda one: one.bytes_per_row)
+            values = [max(one.distortion["total_variation"][t], 1e-6) for one in members]
+            axes.plot([one.bytes_per_row for one in members], values, "o-", label=family)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes per row")
+        axes.set_ylabel(f"total variation at T = {t}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.suptitle(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)
