@@ -26,7 +26,7 @@ from offline_kd.inspect_page import write_inspect_page
 from offline_kd.manifest import MANIFEST_NAME, Manifest, Split, Tar, data_roots, load_manifest, locate_weights
 from offline_kd.models import build
 from offline_kd.plan import plan
-from offline_kd.progress import progress, say, show_table
+from offline_kd.progress import printable, progress, say, show_table
 from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.report import COLUMNS, read_runs, summarise, table_rows, write_report
 from offline_kd.run import run
@@ -49,7 +49,7 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except OfflineKDError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(printable(f"Error: {error}"), err=True)
         except OSError as error:
             if error.errno not in DISK_ERRORS:
                 raise
@@ -557,7 +557,7 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
         click.echo(faults_as_json(result))
         return
     for fault in result.faults:
-        click.echo(f"{fault.file}: {fault.problem}")
+        click.echo(printable(f"{fault.file}: {fault.problem}"))
     found = f"{len(result.faults)} FAULTS" if result.faults else "no fault"
     say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
 

@@ -1,14 +1,14 @@
 """Declare a store complete, after asking the teacher once more about rows that are read back as stage 2 will."""
 
 from offline_kd.capture import Capture, current_manifest
+from offline_kd.errors import StoreIncomplete
 from offline_kd.fidelity import measure_fidelity
 from offline_kd.progress import say
 from offline_kd.store.card import write_card
 from offline_kd.store.leases import Leases
-from offline_kd.store.reader import Store, read_identity, stored_object
+from offline_kd.store.reader import Store, read_addition, read_identity, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
-    Addition,
     StoreManifest,
     entry_names,
     identity_of_targets,
@@ -26,37 +26,39 @@ from offline_kd.views import view_groups
 
 
 def finish_if_complete(capture: Capture, leases: Leases) -> StoreManifest | None:
-    """Declare the store complete, after asking the teacher once more about rows that are read back as stage 2 will.
+    """Declare the store complete, unless other writers have blocks to do yet or one of them has declared it.
 
     Raises StoreCorrupt when teacher and store disagree.
     """
-    place, created = capture.place, capture.created
-    old = current_manifest(place)
-    views = dict(old.views) if old else _views_in_ledger(capture)
-    for part in capture.own_parts:
-        views[part] = max(views.get(part, 0), capture.num_views)
-    additions = [one for one in capture.additions if one.name in views]
-    names = entry_names(created, parts_of(created, additions), views)
+    place, own = capture.place, dict.fromkeys(capture.own_parts, capture.num_views)
+    names = _expected(capture, own)
     present = place.sizes("ledger")
     missing = [name for name in names if f"ledger/{name}" not in present]
     if missing:
         say(f"{place}: {len(missing)} blocks are left for other writers, such as {missing[0]}; the last one finishes")
         return None
-    contents = read_ledger(place, names)
-    entries = {name: stored_object(content).sha256 for name, content in contents.items()}
+    entries = {name: stored_object(content).sha256 for name, content in read_ledger(place, names).items()}
 
     def finished() -> StoreManifest | None:
+        """The manifest, if it vouches for what this run is about and the files that it lists are there."""
         manifest = current_manifest(place)
-        if manifest is None or manifest.views != views or manifest.entries != entries:
+        if manifest is None or any(manifest.entries.get(name) != sha256 for name, sha256 in entries.items()):
             return None
         whole = all(place.size(name) == stored.bytes for name, stored in manifest.files.items())
         return manifest if whole else None
 
     if leases.wait_for("finish", lambda: finished() is not None):
-        _finish(capture, views, additions, contents, entries, old)
+        _finish(capture, own)
+        leases.release("finish")
     manifest = finished()
     assert manifest is not None
     return manifest
+
+
+def _expected(capture: Capture, views: dict[str, int]) -> list[str]:
+    """The ledger entries of these parts with so many views each."""
+    parts = parts_of(capture.created, [one for one in capture.additions if one.name in views])
+    return entry_names(capture.created, {name: parts[name] for name in views}, views)
 
 
 def _views_in_ledger(capture: Capture) -> dict[str, int]:
@@ -72,16 +74,25 @@ def _views_in_ledger(capture: Capture) -> dict[str, int]:
     return views
 
 
-def _finish(
-    capture: Capture,
-    views: dict[str, int],
-    additions: list[Addition],
-    contents: dict[str, bytes],
-    entries: dict[str, str],
-    old: StoreManifest | None,
-) -> None:
+def _finish(capture: Capture, own: dict[str, int]) -> None:
+    """With the lease: nobody else changes the manifest, whose other parts, if it has any, are kept."""
     place, created = capture.place, capture.created
+    old = current_manifest(place)
+    views = dict(old.views) if old else _views_in_ledger(capture)
+    for part, num_views in own.items():
+        views[part] = max(views.get(part, 0), num_views)
+    known = {one.name: one for one in capture.additions}
+    additions = [known.get(name) or read_addition(place, name) for name in views if name]
     raw, _ = read_identity(place)
+    names = entry_names(created, parts_of(created, additions), views)
+    present = place.sizes("ledger")
+    if missing := [name for name in names if f"ledger/{name}" not in present]:
+        raise StoreIncomplete(
+            f"{place}: {len(missing)} blocks of other targets are missing, such as ledger/{missing[0]}. Run the recipe "
+            "that they were added with."
+        )
+    contents = read_ledger(place, names)
+    entries = {name: stored_object(content).sha256 for name, content in contents.items()}
     digest = store_digest(raw, [one.model_dump(mode="json") for one in additions], entries)
     parsed = {name: parse_entry(name, content, name) for name, content in contents.items()}
     fidelity = dict(old.fidelity) if old else {}

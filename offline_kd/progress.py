@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0
 
@@ -50,9 +51,14 @@ def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
         yield Meter(title, total, unit, bar)
 
 
+def printable(text: str) -> str:
+    """One line without control characters: names in a shared store may hold anything, escape sequences too."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def say(message: str) -> None:
     """One line about what is going on, on standard error."""
-    console.print(message, highlight=False, soft_wrap=True, markup=False)
+    console.print(printable(message), highlight=False, soft_wrap=True, markup=False)
 
 
 def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
@@ -61,8 +67,8 @@ def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))  # not as markup
     width = None if sys.stdout.isatty() else 140
     out = Console(width=width)
-    out.print(title, highlight=False, markup=False)
+    out.print(printable(title), highlight=False, markup=False)
     out.print(table)

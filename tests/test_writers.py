@@ -420,3 +420,18 @@ def test_views_and_decisions_grow_together(recipe, manifest, roots, tmp_path):
     cache_teacher(with_views(late, 9), manifest, roots, path, CPU)
     assert open_store(path).identity.views.num_views == 9
     assert verify(Folder(path)).faults == []
+
+
+def test_two_additions_at_the_same_time_both_stay(recipe, manifest, roots, where, tmp_path):
+    path = tmp_path / "store"
+    cache_teacher(recipe, manifest, roots, path, CPU)
+    writers = []
+    for tap in ("one", "other"):
+        content = recipe.model_dump(mode="json", exclude_none=True)
+        content["capture"]["decisions"] = {tap: {"kind": "templates", "module": "body.5", "templates": 8}}
+        (tmp_path / f"{tap}.yaml").write_text(yaml.safe_dump(content))
+        writers.append(start_writer(tmp_path / f"{tap}.yaml", path, where))
+    finish(writers)
+    assert set(open_store(path).identity.decisions) == {"one", "other"}
+    assert len(open_store(path).manifest.earlier) == 2
+    assert verify(Folder(path)).faults == []

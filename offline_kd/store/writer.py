@@ -30,7 +30,6 @@ from offline_kd.store.schema import (
     StoreIdentity,
     StoreManifest,
     TablesEntry,
-    ledger_name,
     parts_of,
     tables_ledger_name,
     zarr_metadata,
@@ -57,7 +56,7 @@ def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
         if difference:
             raise StoreMismatch(
                 f"{place}: holds another capture: {difference}. Repeat the recipe and data that this store was begun "
-                "with, give another --store, or add another teacher or more decisions to it with --grow."
+                "with, give another --store, or add another teacher's targets to it with --add."
             )
         identity = existing
     write_zarr_metadata(place, parts_of(identity))
@@ -112,27 +111,13 @@ def create_addition(place: Place, identity: StoreIdentity, addition: Addition) -
     return addition
 
 
-def committed(place: Place, identity: StoreIdentity, part: str, block: int, views: range) -> LedgerEntry | None:
-    """The ledger entry of a block and view group of a part, if it was committed."""
-    name = ledger_name(block, views, part)
-    entry = _read_entry(place, name, LedgerEntry)
-    if entry is not None and (entry.file_name != name or not 0 <= entry.block < identity.num_blocks):
-        raise StoreCorrupt(
-            f"{place}/ledger/{name}: speaks of block {entry.block}, {entry.file_name}. Restore or delete it."
-        )
-    return entry
-
-
 def committed_tables(place: Place, part: str, name: str) -> TablesEntry | None:
-    return _read_entry(place, tables_ledger_name(name, part), TablesEntry)
-
-
-def _read_entry(place: Place, name: str, model: Any) -> Any:
+    """The ledger entry of the templates behind decisions, if they were committed."""
+    file = f"ledger/{tables_ledger_name(name, part)}"
     try:
-        content = place.read(f"ledger/{name}")
-    except (FileNotFoundError, NotADirectoryError):
+        return parse_metadata(TablesEntry, place.read(file), f"{place}/{file}")
+    except FileNotFoundError:
         return None
-    return parse_metadata(model, content, f"{place}/ledger/{name}")
 
 
 def commit(
