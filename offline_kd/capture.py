@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from offline_kd.codec_choice import choose_codec
 from offline_kd.data import BlockLoader, dataset_fingerprint
 from offline_kd.errors import StoreCorrupt, StoreMismatch
 from offline_kd.manifest import Manifest
 from offline_kd.progress import say
-from offline_kd.recipe import Recipe
+from offline_kd.recipe import AutoCodec, Recipe
+from offline_kd.store.codec import AnyCodec
 from offline_kd.store.place import Place
 from offline_kd.store.reader import Store, parse_metadata, read_addition, read_identity, stored_object
 from offline_kd.store.schema import (
@@ -169,17 +171,18 @@ def identify(
 ) -> StoreIdentity:
     """Everything the store will be about. The teacher passes its gate here, unless the store says it did."""
     existing = read_identity(place)[1] if place.size("store.json") is not None else None
-    gated = [existing.teacher] if existing else []
+    there: list[StoreIdentity | Addition] = [existing] if existing else []
     if existing and place.size(f"additions/{recipe.name}.json") is not None:
-        gated.append(read_addition(place, recipe.name).teacher)
-    known = next((one for one in gated if one.weights_sha256 == teacher.weights_sha256), None)
+        there.append(read_addition(place, recipe.name))
+    known = next((one for one in there if one.teacher.weights_sha256 == teacher.weights_sha256), None)
     if known:
-        evaluated_on, measured = known.evaluated_on, known.measured_top1
+        evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
     else:
         evaluated_on, measured = gate(teacher, recipe, manifest, roots, device)
         expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
         say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
-    return describe_capture(recipe, loader, teacher, evaluated_on, measured, existing, device)
+    codec = known.codec if known else None
+    return describe_capture(recipe, loader, teacher, evaluated_on, measured, existing, codec, device)
 
 
 def describe_capture(
@@ -189,9 +192,14 @@ def describe_capture(
     evaluated_on: str,
     measured_top1: float,
     existing: StoreIdentity | None,
+    known_codec: AnyCodec | None,
     device: torch.device,
 ) -> StoreIdentity:
-    """The identity of the store that a recipe makes; one that exists already decides how views are grouped."""
+    """The identity of the store that a recipe makes; one that exists already decides how views are grouped.
+
+    Args:
+        known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
+    """
     first = loader[0]
     rows_per_block = max(tar.count for tar in loader.split.tars)
     return StoreIdentity(
@@ -219,7 +227,9 @@ def describe_capture(
             licence=teacher.licence,
         ),
         views=recipe.views,
-        codec=recipe.capture.codec,
+        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, first, device)
+        if isinstance(recipe.capture.codec, AutoCodec)
+        else recipe.capture.codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, first.images[:1].to(device)),
         rows_per_block=rows_per_block,
         views_per_group=plan_views_per_group(

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kd.codec_choice import describe_codec, integer_codecs, pack_logits
 from offline_kd.errors import StoreMismatch
 from offline_kd.fidelity import distortion
 from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
 from offline_kd.progress import progress
-from offline_kd.store.chunks import decode_chunk, encode_chunk
-from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, TopK, decode, encode
+from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, decode
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import array_specs
 
 # One setting of every objective, for how much its loss and gradient change.
 OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
@@ -45,10 +45,8 @@ class CodecResult:
 
 def candidates(num_classes: int) -> list[AnyCodec]:
     """What is compared: every width of `int`, with and without a top, and `topk` as the reference."""
-    tops = [count for count in (0, 8) if count < num_classes]
-    ints: list[AnyCodec] = [Int(name="int", bits=bits, exact_top=top) for top in tops for bits in range(8, 2, -1)]
     lists: list[AnyCodec] = [TopK(name="topk", k=k) for k in (5, 10, 16, 50, 100) if k < num_classes]
-    return [Float16(name="f16"), *ints, *lists]
+    return [Float16(name="f16"), *integer_codecs(num_classes), *lists]
 
 
 def bench_codecs(store: Store, num_rows: int) -> list[CodecResult]:
@@ -103,20 +101,16 @@ def _gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor,
 def _measure(
     store: Store, codec: AnyCodec, blocks: list[Any], z_t: Tensor, student: Tensor, y: Tensor, true: dict[str, Tensor]
 ) -> CodecResult:
-    identity = store.identity.model_copy(update={"codec": codec})
-    specs = {spec.name: spec for spec in array_specs(identity)}
     stored, decoded, encoding, decoding = 0, [], 0.0, 0.0
     for logits in blocks:
         started = time.perf_counter()
-        arrays = encode(codec, logits)
-        sized = {name: replace(specs[f"logits/{name}"], chunks=array.shape) for name, array in arrays.items()}
-        objects = {name: encode_chunk(sized[name], array) for name, array in arrays.items()}
+        objects = pack_logits(codec, logits)
         encoding += time.perf_counter() - started
-        stored += sum(map(len, objects.values()))
+        stored += sum(len(content) for _, content in objects.values())
         started = time.perf_counter()
-        unpacked = {name: decode_chunk(sized[name], content, name) for name, content in objects.items()}
+        unpacked = {name: decode_chunk(spec, content, name) for name, (spec, content) in objects.items()}
         tensors = {name: torch.from_numpy(array) for name, array in unpacked.items()}
-        decoded.append(decode(codec, tensors, identity.num_classes).flatten(0, 1))
+        decoded.append(decode(codec, tensors, store.identity.num_classes).flatten(0, 1))
         decoding += time.perf_counter() - started
     z = torch.cat(decoded)
     change = {
@@ -124,23 +118,13 @@ def _measure(
         for name, gradient in true.items()
     }
     return CodecResult(
-        codec=describe(codec),
+        codec=describe_codec(codec),
         bytes_per_row=stored / len(z),
         encode_rows_per_second=len(z) / encoding,
         decode_rows_per_second=len(z) / decoding,
         distortion=distortion(z_t, z),
         change=change,
     )
-
-
-def describe(codec: AnyCodec) -> str:
-    match codec:
-        case Int():
-            return f"int {codec.bits}" + (f" + top {codec.exact_top}" if codec.exact_top else "")
-        case TopK():
-            return f"topk {codec.k}"
-        case _:
-            return codec.name
 
 
 def write_plot(results: Sequence[CodecResult], file: Path, title: str) -> None:

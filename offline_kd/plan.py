@@ -46,7 +46,7 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torc
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     loader = BlockLoader(dataset, split, roots, keep_bytes=2**30)
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
-    identity = describe_capture(recipe, loader, teacher, "not asked", 0.0, None, device)
+    identity = describe_capture(recipe, loader, teacher, "not asked", 0.0, None, None, device)
     part = parts_of(identity)[""]
     block = _first(loader[0], MAX_SAMPLES)
     views = identity.groups[0]

@@ -14,7 +14,7 @@ from pydantic import Field
 from offline_kd.errors import RecipeError, did_you_mean
 from offline_kd.manifest import ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
 from offline_kd.objectives.dtkd import Sharpness
-from offline_kd.store.codec import Codec, Float16
+from offline_kd.store.codec import AnyCodec, Float16
 from offline_kd.templates import AnyDecisions, DecisionsConfig, SubclassDecisions
 from offline_kd.views import NoAugmentation, Views
 
@@ -171,10 +171,17 @@ class TeacherNetwork(Strict):
     licence: str = ""
 
 
+class AutoCodec(Strict):
+    """The smallest codec whose total variation, at the worst of T = 1, 2, 4, is within the budget on first views."""
+
+    name: Literal["auto"]
+    error_budget: float = Field(0.01, gt=0, lt=1)
+
+
 class Capture(Strict):
     """How stage 1 stores the teacher's targets."""
 
-    codec: Codec = Float16(name="f16")
+    codec: Annotated[AnyCodec | AutoCodec, Field(discriminator="name")] = Float16(name="f16")
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
     batch_size: int | None = Field(None, ge=1, description="of the teacher; no effect on what is stored")

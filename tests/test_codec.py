@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from offline_kd.cache import cache_teacher
 from offline_kd.errors import TeacherError
+from offline_kd.recipe import AutoCodec
 from offline_kd.store.codec import Float16, Float32, Int, TopK, codec_arrays, decode, encode, error_bound
 from offline_kd.store.place import Folder
 from offline_kd.store.reader import open_store
@@ -172,6 +173,24 @@ def test_wttm_and_dtkd_ask_what_the_store_measured(recipe, recipe_file, manifest
     result = invoke(*command, "--objective", "wttm", "--out", tmp_path / "wttm")
     assert (result.exit_code == 1) == (measured.wttm_weight_error > 0.05)
     assert invoke(*command, "--objective", "dtkd", "--out", tmp_path / "dtkd").exit_code == 0
+
+
+def test_auto_takes_the_smallest_codec_within_the_budget_and_keeps_it(recipe, manifest, roots, tmp_path, capsys):
+    path, sizes = tmp_path / "store", []
+    for budget, expected in ((0.1, Int), (0.01, Int), (1e-3, Float16), (1e-9, Float32)):
+        where = tmp_path / f"{budget}"
+        finished = captured(recipe, manifest, roots, where, AutoCodec(name="auto", error_budget=budget))
+        codec = open_store(where).identity.codec
+        assert isinstance(codec, expected)
+        # Measured on other rows than those that decided.
+        assert max(finished.fidelity[""].total_variation.values()) <= 1.5 * budget + 1e-6
+        sizes.append(sum(size for name, size in finished.bytes_by_array.items() if name.startswith("logits/")))
+    assert sizes == sorted(sizes)
+    assert "codec auto: nothing but f32" in capsys.readouterr().err
+    # What was chosen stays, whatever a later run would choose.
+    captured(recipe, manifest, roots, path, Int(name="int", bits=6))
+    captured(recipe, manifest, roots, path, AutoCodec(name="auto", error_budget=1e-9))
+    assert open_store(path).identity.codec == Int(name="int", bits=6)
 
 
 def test_bench_codecs_compares_them_on_a_stores_logits(store_path, recipe, manifest, roots, tmp_path):

@@ -1,0 +1,89 @@
+"""`codec: {name: auto}`: the smallest codec whose distortion on this teacher's own logits stays within a budget."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offline_kd.data import ImageBlock
+from offline_kd.fidelity import distortion
+from offline_kd.progress import say
+from offline_kd.recipe import AutoCodec
+from offline_kd.store.chunks import encode_chunk
+from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, codec_arrays, decode, encode
+from offline_kd.store.schema import ArraySpec
+from offline_kd.teacher import Teacher
+from offline_kd.views import AnyViews, draw, render
+
+MAX_SAMPLES, MAX_VIEWS = 1024, 4  # of the first tar
+
+
+def integer_codecs(num_classes: int) -> list[AnyCodec]:
+    """Every width of `int`, with and without the largest logits apart."""
+    return [
+        Int(name="int", bits=bits, exact_top=top) for top in (0, 8) if top < num_classes for bits in range(8, 2, -1)
+    ]
+
+
+def pack_logits(codec: AnyCodec, logits: NDArray[np.float32]) -> dict[str, tuple[ArraySpec, bytes]]:
+    """The objects that `[rows, views, C]` logits become, with what describes them, by array."""
+    declared, packed = codec_arrays(codec), {}
+    for name, array in encode(codec, logits).items():
+        axes = tuple(f"axis {index}" for index in range(array.ndim))
+        spec = ArraySpec(name, declared[name].dtype, array.shape, array.shape, axes, declared[name].fill, "whole", "")
+        packed[name] = (spec, encode_chunk(spec, array))
+    return packed
+
+
+def describe_codec(codec: AnyCodec) -> str:
+    match codec:
+        case Int():
+            return f"int {codec.bits}" + (f" + top {codec.exact_top}" if codec.exact_top else "")
+        case Float32() | Float16():
+            return codec.name
+        case _:
+            return f"topk {codec.k}"
+
+
+def choose_codec(
+    wanted: AutoCodec, teacher: Teacher, views: AnyViews, block: ImageBlock, device: torch.device
+) -> AnyCodec:
+    """Ask the teacher about some views of a block and take the codec with the fewest bytes within the budget.
+
+    `topk` is not among them, because it serves few objectives. Where nothing else is good enough, f32 is.
+    """
+    logits = _ask(teacher, views, block, device)
+    z_t = torch.from_numpy(logits).flatten(0, 1)
+    best: tuple[float, AnyCodec, float] | None = None
+    for codec in [Float16(name="f16"), *integer_codecs(logits.shape[-1])]:
+        arrays = {name: torch.from_numpy(np.array(array)) for name, array in encode(codec, logits).items()}
+        measured = distortion(z_t, decode(codec, arrays, logits.shape[-1]).flatten(0, 1))
+        worst = max(measured["total_variation"].values())
+        size = sum(len(content) for _, content in pack_logits(codec, logits).values()) / len(z_t)
+        if worst <= wanted.error_budget and (best is None or size < best[0]):
+            best = (size, codec, worst)
+    if best is None:
+        say(f"codec auto: nothing but f32 is within a total variation of {wanted.error_budget:g}")
+        return Float32()
+    size, codec, worst = best
+    say(
+        f"codec auto: {describe_codec(codec)}, {size:.1f} bytes per row, total variation {worst:.2g} at the worst of "
+        f"T = 1, 2, 4 (allowed: {wanted.error_budget:g}), on {len(z_t):,} views of {block.name}"
+    )
+    return codec
+
+
+def _ask(teacher: Teacher, views: AnyViews, block: ImageBlock, device: torch.device) -> NDArray[np.float32]:
+    """`[rows, views, C]` logits of the first samples and views of a block."""
+    count, num_views = min(len(block), MAX_SAMPLES), min(views.num_views, MAX_VIEWS)
+    height, width = block.images.shape[2:]
+    parameters = draw(views, block.key_hash[:count], height, width)
+    answers: Sequence[list[torch.Tensor]] = [[] for _ in range(num_views)]
+    for view in range(num_views):
+        for start in range(0, count, teacher.batch_size):
+            part = slice(start, min(start + teacher.batch_size, count))
+            box, flip = (torch.from_numpy(a[part, view]).to(device) for a in (parameters.box, parameters.flip))
+            pixels = render(block.images[part].to(device), box, flip, views.fill)
+            answers[view].append(teacher.logits(pixels).cpu())
+    return torch.stack([torch.cat(answer) for answer in answers], dim=1).numpy()
