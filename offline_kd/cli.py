@@ -179,7 +179,7 @@ def cache_command(recipe_path: Path, store: str, worker: str | None, add: bool, 
     finished = cache_teacher(recipe, manifest, roots, store, device, worker=which_worker(worker), add=add)
     if finished is None:
         return
-    fidelity = list(finished.fidelity.values())[-1]
+    fidelity = finished.fidelity.get(recipe.name) or next(iter(finished.fidelity.values()))
     show_table(
         f"store {store}",
         ["", "value"],
