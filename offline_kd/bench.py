@@ -27,8 +27,9 @@ from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_
 from offline_kd.progress import progress
 from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder
-from offline_kd.store.reader import Store, open_store
+from offline_kd.store.reader import Store
 from offline_kd.store.schema import StoreIdentity, create_array, parts_of
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.stream import Batch, Stream, tables_on

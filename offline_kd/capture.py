@@ -15,8 +15,9 @@ from offline_kd.manifest import Manifest
 from offline_kd.progress import say
 from offline_kd.recipe import AutoCodec, Recipe
 from offline_kd.store.codec import AnyCodec
+from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.place import Place
-from offline_kd.store.reader import Store, parse_metadata, read_addition, read_identity, stored_object
+from offline_kd.store.reader import Store, parse_metadata, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     Addition,

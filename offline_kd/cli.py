@@ -32,8 +32,9 @@ from offline_kd.report import COLUMNS, read_runs, summarise, table_rows, write_r
 from offline_kd.run import run
 from offline_kd.store.card import served_terms
 from offline_kd.store.downloads import DEFAULT_BYTES
+from offline_kd.store.opening import group_digests, open_store
 from offline_kd.store.place import Place, place_at
-from offline_kd.store.reader import Store, group_digests, open_store
+from offline_kd.store.reader import Store
 from offline_kd.store.transfer import KINDS, copy_store, describe
 from offline_kd.taps import feature_maps
 from offline_kd.teacher import load_teacher

@@ -40,7 +40,8 @@ from offline_kd.recipe import (
     needs_teacher,
 )
 from offline_kd.store.downloads import DEFAULT_BYTES
-from offline_kd.store.reader import Store, open_store
+from offline_kd.store.opening import open_store
+from offline_kd.store.reader import Store
 from offline_kd.store.schema import plan_views_per_group
 from offline_kd.stream import Batch, Stream
 from offline_kd.student import Student, new_student

@@ -6,7 +6,8 @@ from offline_kd.fidelity import measure_fidelity
 from offline_kd.progress import say
 from offline_kd.store.card import write_card
 from offline_kd.store.leases import Leases
-from offline_kd.store.reader import Store, read_addition, read_identity, stored_object
+from offline_kd.store.opening import read_addition, read_identity
+from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     StoreManifest,

@@ -15,8 +15,9 @@ from offline_kd.errors import OfflineKDError, StoreCorrupt, StoreError
 from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codec import Int
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Place, can_list
-from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, open_store, promised_entries
+from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
 from offline_kd.store.schema import (
     NO_KEY,
     ArraySpec,

@@ -20,8 +20,9 @@ from offline_kd.cli import keep_freed_memory
 from offline_kd.manifest import Normalisation, Tar
 from offline_kd.progress import say, show_table
 from offline_kd.store.codec import AnyCodec, Float16, Int, encode
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder
-from offline_kd.store.reader import open_store, stored_object
+from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     DatasetIdentity,

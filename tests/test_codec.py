@@ -13,8 +13,8 @@ from offline_kd.cache import cache_teacher
 from offline_kd.errors import TeacherError
 from offline_kd.recipe import AutoCodec
 from offline_kd.store.codec import Float16, Float32, Int, TopK, codec_arrays, decode, encode, error_bound
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder
-from offline_kd.store.reader import open_store
 from offline_kd.verify import verify
 
 CODECS = [

@@ -21,7 +21,7 @@ from offline_kd.manifest import file_sha256
 from offline_kd.objectives import dkd, nkd
 from offline_kd.optimisation import learning_rate
 from offline_kd.recipe import CE, DKD, DTKD, NKD, load_recipe
-from offline_kd.store.reader import open_store
+from offline_kd.store.opening import open_store
 from offline_kd.terms import term_value, term_weight
 
 

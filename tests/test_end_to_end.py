@@ -12,7 +12,7 @@ import yaml
 from conftest import RECIPE, ROOT, invoke, merged, refused
 
 from offline_kd import cli
-from offline_kd.store.reader import open_store
+from offline_kd.store.opening import open_store
 
 
 class Page(html.parser.HTMLParser):

@@ -19,8 +19,8 @@ from conftest import ROOT, invoke, refused
 
 from offline_kd.errors import StoreError
 from offline_kd.store.downloads import Downloads
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Bucket, Folder
-from offline_kd.store.reader import open_store
 from offline_kd.store.transfer import copy_store
 from offline_kd.verify import verify
 

@@ -25,7 +25,7 @@ from offline_kd.errors import DataError, RecipeError, StoreCorrupt, StoreError, 
 from offline_kd.manifest import Dataset, Split
 from offline_kd.models import build
 from offline_kd.store.codec import Int
-from offline_kd.store.reader import open_store
+from offline_kd.store.opening import open_store
 from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, array_specs, store_digest
 from offline_kd.store.writer import manifest_bytes
 

@@ -16,7 +16,7 @@ from offline_kd.distill import make_stream, training_images
 from offline_kd.errors import StoreMismatch
 from offline_kd.manifest import Dataset, Split, Tar
 from offline_kd.store.codec import decode
-from offline_kd.store.reader import open_store
+from offline_kd.store.opening import open_store
 from offline_kd.stream import Stream
 from offline_kd.teacher import Teacher, load_teacher
 from offline_kd.views import PadCropFlip, view_groups, view_of_epoch

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from offline_kd.cache import cache_teacher
 from offline_kd.errors import OfflineKDError, StoreError
 from offline_kd.store.chunks import decode_chunk, encode_chunk
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder, place_at
-from offline_kd.store.reader import open_store
 from offline_kd.store.schema import ArraySpec
 from offline_kd.verify import verify
 

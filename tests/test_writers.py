@@ -21,8 +21,8 @@ from offline_kd.distill import make_stream, open_stores, training_images
 from offline_kd.models import build
 from offline_kd.recipe import Recipe
 from offline_kd.store.leases import Leases, leases_at
+from offline_kd.store.opening import group_digests, open_store
 from offline_kd.store.place import Folder
-from offline_kd.store.reader import group_digests, open_store
 from offline_kd.store.schema import LedgerEntry
 from offline_kd.targets import Mix, mix_logits, stored_targets
 from offline_kd.verify import verify

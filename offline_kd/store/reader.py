@@ -10,20 +10,18 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.errors import RecipeError, StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
-from offline_kd.manifest import M, fingerprint, parse
+from offline_kd.errors import RecipeError, StoreCorrupt, StoreIncomplete
+from offline_kd.manifest import M, parse
 from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.downloads import DEFAULT_BYTES, Downloads, cache_folder
-from offline_kd.store.place import Place, can_list, place_at
+from offline_kd.store.downloads import Downloads
+from offline_kd.store.place import Place, can_list
 from offline_kd.store.schema import (
-    SCHEMA_VERSION,
     Addition,
     ArraySpec,
     Held,
@@ -33,13 +31,9 @@ from offline_kd.store.schema import (
     StoreIdentity,
     StoreManifest,
     TablesEntry,
-    check_bounds,
-    entry_names,
-    identity_of_targets,
     kind_of,
     ledger_name,
     parts_of,
-    store_digest,
     tables_ledger_name,
 )
 from offline_kd.views import view_groups
@@ -343,192 +337,15 @@ def promised_entries(store: Store, held: Held | None) -> list[PromisedEntry]:
     return promised
 
 
-# ---- opening -------------------------------------------------------------------------------------------------------
-
-
-def open_store(
-    location: Place | str | Path,
-    *,
-    targets: str = "",
-    digest: str | None = None,
-    download_bytes: int = DEFAULT_BYTES,
-) -> Store:
-    """Open a finished store. Nothing but metadata is read; `Store.check_sizes` looks for every object.
-
-    Args:
-        targets: whose, if the store holds those of several teachers; by default of the first.
-        digest: what the store must be, or must have been before it grew.
-        download_bytes: how much of a remote store is kept on the local disk.
-
-    Raises StoreIncomplete when something is missing, StoreCorrupt when parts disagree and StoreMismatch when it has
-    another digest or lacks these targets.
-    """
-    place = location if not isinstance(location, str | Path) else place_at(location)
-    raw, created = read_identity(place)
-    check_bounds(f"{place}/store.json", parts_of(created))
-    try:
-        content = place.read("manifest.json", MAX_METADATA_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreIncomplete(f"{place}: not finished: {_what_is_missing(place, created)}") from None
-    if raw["schema_version"] == 1:
-        manifest, additions, found = _upgrade_manifest_1(raw, created, content, f"{place}/manifest.json")
-        parsed = manifest.entries
-    else:
-        manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
-        additions = [read_addition(place, name) for name in manifest.views if name]
-        _check_counts(created, manifest, f"{place}/manifest.json")
-        parsed = manifest.entries
-        found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
-    if found != manifest.digest:
-        raise StoreCorrupt(
-            f"{place}: identity and ledger have digest {found[:16]}..., manifest.json says {manifest.digest[:16]}.... "
-            "Something was changed after the store was finished: copy it again."
-        )
-    views = manifest.views
-    if digest not in (None, manifest.digest):
-        assert digest is not None
-        views, additions, parsed = _as_it_was(raw, created, additions, manifest, digest, str(place))
-    names = {created.name: "", "": ""} | {one.name: one.name for one in additions if one.extends is None}
-    if targets not in names:
-        raise StoreMismatch(f"{place}: holds no targets '{targets}'.{did_you_mean(targets, [n for n in names if n])}")
-    chosen = names[targets]
-    num_views = min(views[part] for part in views if _belongs(part, chosen, additions))
-    if manifest.held:
-        num_views = min(num_views, manifest.held.views)
-    effective = identity_of_targets(created, additions, chosen, num_views)
-    downloads = Downloads(cache_folder(), download_bytes) if place.is_remote else None
-    store = Store(place, created, additions, chosen, effective, parsed, digest or manifest.digest, manifest, downloads)
-    check_bounds(f"{place}/store.json", store.parts)
-    missing = set(entry_names(created, store.parts, views)) - set(parsed)
-    if missing:
-        raise StoreCorrupt(
-            f"{place}: manifest.json lacks {len(missing)} entries, the first is {min(missing)}: {REPAIR}"
-        )
-    return store
-
-
-def _check_counts(created: StoreIdentity, manifest: StoreManifest, where: str) -> None:
-    """Counts that cannot be true must not cost memory or time."""
-    held = manifest.held
-    most, blocks = created.views.num_distinct, created.num_blocks
-    views_are_wrong = any(
-        not 0 < count <= most for counts in (manifest.views, *manifest.earlier) for count in counts.values()
-    )
-    if "" not in manifest.views or views_are_wrong:
-        raise StoreCorrupt(f"{where}: says {manifest.views} views, an image has 1 to {most}: {REPAIR}")
-    promised = sum(blocks * -(-count // created.views_per_group) for count in manifest.views.values())
-    if promised > len(manifest.entries):
-        raise StoreCorrupt(
-            f"{where}: lists {len(manifest.entries):,} entries, {promised:,} blocks are promised: {REPAIR}"
-        )
-    if held and not (held.first_block < held.end_block <= blocks and 0 < held.views <= most):
-        raise StoreCorrupt(
-            f"{where}: holds blocks {held.first_block} to {held.end_block} of {blocks}, {held.views} views of {most}: "
-            f"{REPAIR}"
-        )
-
-
-def group_digests(store: Store) -> dict[str, str]:
-    """The digest of every view group alone, by its views: they stay as they are when a store grows."""
-    raw, _ = read_identity(store.place)
-    digests = {}
-    for views in store.identity.groups:
-        names = [ledger_name(block, views) for block in range(store.created.num_blocks)]
-        digests[f"{views.start}:{views.stop}"] = store_digest(raw, [], {name: store.entries[name] for name in names})
-    return digests
-
-
-def _belongs(part: str, targets: str, additions: list[Addition]) -> bool:
-    return (
-        part == targets
-        if part in ("", targets)
-        else any(one.name == part and one.targets == targets for one in additions)
-    )
-
-
-def _as_it_was(
-    raw: dict[str, Any],
-    created: StoreIdentity,
-    additions: list[Addition],
-    manifest: StoreManifest,
-    digest: str,
-    where: str,
-) -> tuple[dict[str, int], list[Addition], dict[str, str]]:
-    """Views, additions and entries of a grown store when it had that digest."""
-    for views in reversed(manifest.earlier):
-        then = [one for one in additions if one.name in views]
-        names = entry_names(created, parts_of(created, then), views)
-        entries = {name: manifest.entries[name] for name in names if name in manifest.entries}
-        if store_digest(raw, [one.model_dump(mode="json") for one in then], entries) == digest:
-            return views, then, entries
-    raise StoreMismatch(
-        f"{where}: its digest is sha256:{manifest.digest}, wanted is sha256:{digest}. It is another store, or was "
-        "captured anew: correct the digest after looking at `offline-kd store info`, or get the right store."
-    )
-
-
-def _what_is_missing(place: Place, created: StoreIdentity) -> str:
-    missing = missing_entries(place, created, [], {"": created.views.num_views})
-    total = created.num_blocks * len(created.groups)
-    return (
-        f"{len(missing)} of {total} blocks are missing"
-        f"{f', the first is ledger/{missing[0]}' if missing else ', only manifest.json'}. "
-        "Run the same `offline-kd cache-teacher` command again: it resumes and finishes."
-    )
-
-
-def read_identity(place: Place) -> tuple[dict[str, Any], StoreIdentity]:
-    """`store.json`, as JSON and checked; raises StoreError when there is none or when a newer version wrote it."""
-    where = f"{place}/store.json"
-    try:
-        content = place.read("store.json", MAX_METADATA_BYTES)
-    except (FileNotFoundError, NotADirectoryError):
-        raise StoreError(
-            f"{place}: no teacher store there (no store.json). Make one with `offline-kd cache-teacher`."
-        ) from None
-    raw = _read_json(content, where)
-    version = raw.get("schema_version") if isinstance(raw, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise StoreError(
-            f"{place}: schema version {version}, this offline-kd reads up to {SCHEMA_VERSION}. "
-            "Upgrade: pip install --upgrade offline-kd."
-        )
-    identity = _checked(StoreIdentity, raw, where)
-    assert isinstance(raw, dict)
-    return raw, identity
-
-
-def read_addition(place: Place, name: str) -> Addition:
-    file = f"additions/{name}.json"
-    # The name comes from manifest.json: it must not lead elsewhere.
-    if not name.replace("_", "").replace("-", "").isalnum():
-        raise StoreCorrupt(f"{place}/manifest.json: '{name[:100]}' is no name of an addition. Copy the store again.")
-    try:
-        addition = parse_metadata(Addition, place.read(file, MAX_METADATA_BYTES), f"{place}/{file}")
-    except FileNotFoundError:
-        raise StoreIncomplete(
-            f"{place}/{file}: missing, though manifest.json lists it: copy the store again."
-        ) from None
-    if addition.name != name:
-        raise StoreCorrupt(f"{place}/{file}: speaks of '{addition.name}': copy the store again.")
-    return addition
-
-
-def missing_entries(
-    place: Place, created: StoreIdentity, additions: list[Addition], views: dict[str, int]
-) -> list[str]:
-    """Names of the ledger entries that a store with so many views would have and this one has not."""
-    present = set(place.sizes("ledger")) if can_list(place) else set()
-    names = entry_names(created, parts_of(created, additions), views)
-    return [name for name in names if f"ledger/{name}" not in present]
+# ---- metadata -------------------------------------------------------------------------------------------------------
 
 
 def parse_metadata(model: type[M], content: bytes, where: str) -> M:
     """Checked metadata from JSON; raises StoreCorrupt naming the field that is wrong."""
-    return _checked(model, _read_json(content, where), where)
+    return checked(model, read_json(content, where), where)
 
 
-def _read_json(content: bytes, where: str) -> Any:
+def read_json(content: bytes, where: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, UnicodeDecodeError, RecursionError) as error:
@@ -537,50 +354,11 @@ def _read_json(content: bytes, where: str) -> Any:
         ) from error
 
 
-def _checked(model: type[M], content: object, where: str) -> M:
+def checked(model: type[M], content: object, where: str) -> M:
     try:
         return parse(model, content, where=where)
     except RecipeError as error:
         raise StoreCorrupt(f"{error}. Restore the file, or copy the store again.") from error
-
-
-def _upgrade_manifest_1(
-    raw: dict[str, Any], created: StoreIdentity, content: bytes, where: str
-) -> tuple[StoreManifest, list[Addition], str]:
-    """The manifest of a store of version 1 (which held whole ledger entries), and the digest by that version's rule."""
-    old = _read_json(content, where)
-    try:
-        entries = {**{_checked(LedgerEntry, one, where).file_name: one for one in old["entries"]}}
-        tables = {_checked(TablesEntry, one, where).file_name: one for one in old["tables"]}
-        identity_digest = fingerprint({name: value for name, value in raw.items() if name != "versions"})
-        ordered = [entries[name] for name in sorted(entries)] + [tables[name] for name in sorted(tables)]
-        digest = fingerprint([identity_digest, ordered])
-        by_array: dict[str, int] = {}
-        for one in ordered:
-            for key, stored in one["objects"].items():
-                by_array[key.split("/c/")[0]] = by_array.get(key.split("/c/")[0], 0) + stored["bytes"]
-        manifest = _checked(
-            StoreManifest,
-            {
-                "schema_version": 1,
-                "digest": old["digest"],
-                "views": {"": created.views.num_views},
-                "entries": {name: _sha256_of_entry_1(one) for name, one in {**entries, **tables}.items()},
-                "files": {},
-                "fidelity": {"": old["fidelity"]},
-                "total_bytes": old["total_bytes"],
-                "bytes_by_array": by_array,
-            },
-            where,
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise StoreCorrupt(f"{where}: no manifest of schema version 1 ({error!r}). Copy the store again.") from error
-    return manifest, [], digest
-
-
-def _sha256_of_entry_1(entry: dict[str, Any]) -> str:
-    """Of the ledger file that version 1 wrote beside the manifest."""
-    return hashlib.sha256((json.dumps(entry, indent=1, ensure_ascii=False) + "\n").encode()).hexdigest()
 
 
 def stored_object(content: bytes) -> StoredObject:

@@ -39,7 +39,7 @@ from offline_kd.store.codec import Codec, codec_arrays
 from offline_kd.templates import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
 from offline_kd.views import AnyViews, NoAugmentation, Views, view_groups
 
-SCHEMA_VERSION = 2  # version 1 is still read: see reader.py
+SCHEMA_VERSION = 2  # version 1 is still read: see opening.py
 PROBES_PER_GROUP = 4
 NO_KEY = 2**64 - 1
 MIN_OBJECT_BYTES = 256 * 1024  # below this a request costs more than its bytes

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from offline_kd.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.progress import progress
+from offline_kd.store.opening import open_store
 from offline_kd.store.place import Place, can_list, place_at
-from offline_kd.store.reader import PromisedEntry, Store, open_store, parse_metadata, promised_entries
+from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries
 from offline_kd.store.schema import Held, StoredObject, StoreManifest, small_files
 from offline_kd.store.writer import manifest_bytes
 

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from offline_kd.errors import StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.store.chunks import decode_chunk, encode_chunk
+from offline_kd.store.opening import read_identity
 from offline_kd.store.place import Folder, Place
-from offline_kd.store.reader import Arrays, parse_metadata, read_identity, stored_object
+from offline_kd.store.reader import Arrays, parse_metadata, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     Addition,
