@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import RECIPE, ROOT, invoke, merged, refused
 
-from offline_kd import cli
+from offline_kd import cli, options
 from offline_kd.store.opening import open_store
 
 
@@ -123,7 +123,7 @@ def test_usage_errors_exit_with_2_and_bugs_keep_their_traceback(recipe_file, whe
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(cli, "load_recipe", broken)
+    monkeypatch.setattr(options, "load_recipe", broken)
     with pytest.raises(ZeroDivisionError):
         invoke("run", recipe_file, *where)
 
