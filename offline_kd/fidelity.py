@@ -1,13 +1,13 @@
 """How faithful a store is: the teacher is asked again about rows that are read back from disk as stage 2 reads them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from offline_kd.data import BlockLoader
+from offline_kd.data import ImageBlock
 from offline_kd.errors import StoreCorrupt
 from offline_kd.objectives import kd, power_sum
 from offline_kd.progress import progress
@@ -32,9 +32,12 @@ DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
 
 @torch.no_grad()
 def measure_fidelity(
-    store: Store, loader: BlockLoader, teacher: Teacher, num_rows: int, device: torch.device
+    store: Store, images: Callable[[int], ImageBlock], teacher: Teacher, num_rows: int, device: torch.device
 ) -> Fidelity:
     """Run the teacher on at least `num_rows` stored rows (all, if there are fewer), joined and rendered as in stage 2.
+
+    Args:
+        images: gives the images of a block of the store.
 
     Raises StoreCorrupt when a logit is further from the teacher's than codec and arithmetic explain, or when decisions
     are not the teacher's.
@@ -46,7 +49,7 @@ def measure_fidelity(
     same: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
     likeliest: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
     with progress("fidelity", num_rows, "rows") as meter:
-        for rows in _sample(store, loader, num_rows):
+        for rows in _sample(store, images, num_rows):
             for start in range(0, len(rows), teacher.batch_size):
                 part = rows.take(torch.arange(start, min(start + teacher.batch_size, len(rows))))
                 pixels = render(part.images.to(device), part.box.to(device), part.flip.to(device), identity.views.fill)
@@ -125,11 +128,11 @@ def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:
     }
 
 
-def _sample(store: Store, loader: BlockLoader, num_rows: int) -> Iterator[Rows]:
+def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) -> Iterator[Rows]:
     """Rows of up to MAX_BLOCKS evenly spaced blocks, with other views in every round, until there are enough."""
     identity = store.identity
-    count = min(MAX_BLOCKS, identity.num_blocks)
-    blocks = [index * identity.num_blocks // count for index in range(count)]
+    count = min(MAX_BLOCKS, len(store.blocks))
+    blocks = [store.blocks[index * len(store.blocks) // count] for index in range(count)]
     each = -(-num_rows // count)
     taken = 0
     for turn in range(identity.views.num_views):
@@ -138,7 +141,7 @@ def _sample(store: Store, loader: BlockLoader, num_rows: int) -> Iterator[Rows]:
                 return
             first = counter_hash(FIDELITY_STREAM, number).item() % len(identity.groups)
             group = (first + turn) % len(identity.groups)
-            block = loader[number]
+            block = images(number)
             draws = counter_hash(FIDELITY_STREAM, number, block.key_hash)
             position = ((draws + np.uint64(turn // len(identity.groups))) % len(identity.groups[group])).astype(
                 np.int64

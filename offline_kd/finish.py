@@ -107,7 +107,7 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
 
     store = store_with(targets_of_run)
     fidelity[targets_of_run] = measure_fidelity(
-        store, capture.loader, capture.teacher, capture.recipe.capture.fidelity_rows, capture.device
+        store, capture.loader.__getitem__, capture.teacher, capture.recipe.capture.fidelity_rows, capture.device
     )
     by_array: dict[str, dict[str, int]] = {}
     for entry in parsed.values():

@@ -3,20 +3,19 @@
 import json
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from offline_kd import data as data_module
 from offline_kd.cache import cache_teacher
-from offline_kd.distill import training_images
+from offline_kd.data import ImageBlock, load_block
 from offline_kd.errors import RecipeError, StoreMismatch
 from offline_kd.fidelity import measure_fidelity
 from offline_kd.inspect_page import write_inspect_page
-from offline_kd.manifest import Manifest, Split, data_roots, load_manifest
+from offline_kd.manifest import Manifest, data_roots, load_manifest, locate
 from offline_kd.options import common_options, read_inputs, recipe_options
 from offline_kd.plan import plan
 from offline_kd.progress import printable, say, show_table
@@ -129,10 +128,8 @@ def verify_command(
     place = place_named(reference, manifest_path)
     images = None
     if with_dataset:
-        store = open_named(reference, manifest_path)
-        about, roots = store.identity.dataset, data_roots(data_root)
-        dataset = load_manifest(manifest_path).dataset(about.name)
-        images = data_module.BlockLoader(dataset, Split(tars=about.tars), roots, keep_bytes=0).__getitem__
+        store, manifest = open_named(reference, manifest_path), load_manifest(manifest_path)
+        images = images_of(store, manifest, data_roots(data_root))
     result = verify(place, quick=quick, images=images)
     show_faults(result, reference, as_json)
     if result.faults:
@@ -144,19 +141,35 @@ def verify_command(
         raise RecipeError("--teacher needs --recipe, which names the teacher.")
     recipe, manifest, roots, on = read_inputs(recipe_path, (), manifest_path, data_root, device)
     store = open_named(reference, manifest_path)
-    loader = training_images(recipe, manifest, roots)
-    teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), on)
+    teacher = load_teacher(recipe, manifest, roots, store.identity.num_classes, on)
     if teacher.weights_sha256 != store.identity.teacher.weights_sha256:
         raise StoreMismatch(
             f"{reference}: was made by weights {store.identity.teacher.weights_sha256}, the recipe's teacher has "
             f"{teacher.weights_sha256}. Name the right recipe, or other targets of the store: STORE#TARGETS."
         )
-    found = measure_fidelity(store, loader, teacher, rows, on).model_dump(mode="json")
     assert store.manifest is not None
+    held = store.manifest.held
+    if held and not held.has("logits/"):
+        raise StoreMismatch(f"{reference}: holds {describe(held)}: there are no logits to ask the teacher about.")
+    if held and not held.has("decisions/"):
+        store = replace(store, identity=store.identity.model_copy(update={"decisions": {}}))
+    found = measure_fidelity(store, images_of(store, manifest, roots), teacher, rows, on).model_dump(mode="json")
     before = store.manifest.fidelity.get(store.targets)
     known = before.model_dump(mode="json") if before else {}
     table = [[name, f"{value}", f"{known.get(name, '')}"] for name, value in found.items()]
     show_table(f"{reference}: the teacher, asked again", ["field", "now", "when finished"], table)
+
+
+def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callable[[int], ImageBlock]:
+    """The images of each block of a store: those tars that it was made from, whatever a recipe says."""
+    about = store.identity.dataset
+    folder = manifest.dataset(about.name).folder
+
+    def images(block: int) -> ImageBlock:
+        tar = about.tars[block]
+        return load_block(locate(f"{folder}/{tar.file}", roots), tar, store.identity.num_classes)
+
+    return images
 
 
 def show_faults(result: Verification, reference: str, as_json: bool) -> None:

@@ -196,6 +196,10 @@ def test_a_part_without_decisions_says_so(s3, recipe, manifest, roots, where, tm
     assert invoke("store", "push", tmp_path / "store", address, "--only", "logits").exit_code == 0
     assert "decisions" not in " ".join(json.loads(invoke("store", "info", address, "--json").stdout)["serves"])
     assert json.loads(invoke("store", "verify", address, "--json").stdout)["faults"] == []
+    asked = ("--teacher", "100", "--recipe", tmp_path / "recipe.yaml", *where)
+    assert invoke("store", "verify", address, *asked).exit_code == 0
+    assert invoke("store", "pull", tmp_path / "store", tmp_path / "late", "--only", "decisions").exit_code == 0
+    assert "there are no logits" in refused("store", "verify", tmp_path / "late", *asked)
     options = ("--store", address, "--out", tmp_path / "run", *where)
     assert "holds ['logits'] only, not decisions/last" in refused("distill", tmp_path / "recipe.yaml", *options)
 

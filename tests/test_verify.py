@@ -51,6 +51,20 @@ def test_a_whole_store_has_no_fault_in_any_mode(store_path, recipe_file, where):
     assert "top1_agreement" in result.stdout
 
 
+def test_a_part_of_a_dataset_or_of_a_store_is_verified_with_its_own_tars(
+    recipe, recipe_file, manifest, roots, where, store_path, tmp_path
+):
+    """Whatever tars the recipe says: blocks are those of the store."""
+    one_tar = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tars": [2]})})
+    cache_teacher(one_tar, manifest, roots, tmp_path / "one", CPU)
+    assert invoke("store", "pull", store_path, tmp_path / "part", "--blocks", "2:3", "--views", "0:3").exit_code == 0
+    for path in (tmp_path / "one", tmp_path / "part"):
+        assert verified(path, "--dataset", *where) == []
+        result = invoke("store", "verify", path, "--teacher", "100", "--recipe", recipe_file, *where)
+        assert result.exit_code == 0, result.output
+        assert "top1_agreement" in result.stdout
+
+
 def flip_one_bit(path: Path, moment: random.Random) -> str:
     """Flip a random bit of a random file, each file as likely as it is large, small ones not forgotten."""
     names = files_of(path)
@@ -384,7 +398,7 @@ def test_memory_stays_bounded_for_a_store_that_declares_gigabytes(store_path, tm
     path = copy_of(store_path, tmp_path / "copy")
     change_json(path / "store.json", lambda c: c.update(rows_per_block=2**22, views_per_group=9))
     program = (
-        "import resource, sys; from offline_kd.store.reader import open_store\n"
+        "import resource, sys; from offline_kd.store.opening import open_store\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))\n"
         "try: open_store(sys.argv[1]); print('opened')\n"
