@@ -148,13 +148,12 @@ def verify_command(
             f"{teacher.weights_sha256}. Name the right recipe, or other targets of the store: STORE#TARGETS."
         )
     assert store.manifest is not None
-    held = store.manifest.held
+    held, before = store.manifest.held, store.manifest.fidelity.get(store.targets)
     if held and not held.has("logits/"):
         raise StoreMismatch(f"{reference}: holds {describe(held)}: there are no logits to ask the teacher about.")
     if held and not held.has("decisions/"):
         store = replace(store, identity=store.identity.model_copy(update={"decisions": {}}))
     found = measure_fidelity(store, images_of(store, manifest, roots), teacher, rows, on).model_dump(mode="json")
-    before = store.manifest.fidelity.get(store.targets)
     known = before.model_dump(mode="json") if before else {}
     table = [[name, f"{value}", f"{known.get(name, '')}"] for name, value in found.items()]
     show_table(f"{reference}: the teacher, asked again", ["field", "now", "when finished"], table)
