@@ -435,3 +435,26 @@ def test_two_additions_at_the_same_time_both_stay(recipe, manifest, roots, where
     assert set(open_store(path).identity.decisions) == {"one", "other"}
     assert len(open_store(path).manifest.earlier) == 2
     assert verify(Folder(path)).faults == []
+
+
+def test_another_teacher_is_not_added_over_images_that_changed_since(
+    recipe, other_teacher, manifest, data_root, tmp_path
+):
+    """A dataset without sha256 in the manifest, so that only the rows themselves can tell."""
+    from test_store import small_dataset
+
+    from offline_kd.data import pack, read_tar
+
+    samples = read_tar(data_root / "digits" / "train-000000.tar")[0][:100]
+    dataset = small_dataset(tmp_path, data_root, {"train": [samples], "test": [samples]})
+    unproven = {
+        name: split.model_copy(update={"tars": [tar.model_copy(update={"sha256": None}) for tar in split.tars]})
+        for name, split in dataset.splits.items()
+    }
+    changed = manifest.model_copy(update={"datasets": {"digits": dataset.model_copy(update={"splits": unproven})}})
+    cache_teacher(recipe, changed, [tmp_path], tmp_path / "store", CPU)
+    digest = open_store(tmp_path / "store").digest
+    pack([samples[1], samples[0], *samples[2:]], tmp_path / "set", "train0", 10_000)  # two rows change places
+    with pytest.raises(Exception, match=r"block 0 \(train0-000000\.tar\), key_hash is not what this capture has"):
+        cache_teacher(other_teacher, changed, [tmp_path], tmp_path / "store", CPU, add=True)
+    assert open_store(tmp_path / "store").digest == digest
