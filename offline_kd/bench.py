@@ -26,6 +26,7 @@ from offline_kd.models import normalise
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.progress import progress
 from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
+from offline_kd.rendering import plain_images
 from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder
@@ -37,7 +38,7 @@ from offline_kd.student import Student, new_student
 from offline_kd.targets import AskTeacher, Targets, live_targets, stored_targets
 from offline_kd.teacher import Teacher, load_teacher
 from offline_kd.terms import kd_layer_value, term_weight
-from offline_kd.views import PadCropFlip, ViewParameters, draw
+from offline_kd.views import PadCropFlip, RandomCrop, draw, is_exact
 
 BENCH_VIEWS = 4
 DRIFT_CODECS: dict[str, AnyCodec] = {"f32": Float32(), "f16": Float16(name="f16"), "int8": Int(name="int")}
@@ -76,7 +77,7 @@ def bench(
         from_store = make_stream(recipe, loader, [store], terms, 0, device)
         plain = make_stream(recipe, loader, [], [], 0, device)
         batch_size = recipe.training.batch_size
-        images = torch.cat([batch.images for batch in plain.epoch(0)])
+        images, _ = plain_images(loader[0], teacher.crop, 0, len(loader[0]))
         num_batches = -(-len(images) // batch_size)
 
         def ask_bare() -> None:
@@ -169,10 +170,10 @@ def _small(
         splits={"all": Split(tars=pack(samples, folder / "bench", "all", wanted))},
     )
     views = recipe.views
-    if isinstance(views, PadCropFlip):
+    if isinstance(views, PadCropFlip | RandomCrop):
         views = views.model_copy(update={"count": min(BENCH_VIEWS, views.num_views)})
     ungated = {name: teacher.model_copy(update={"expected": None}) for name, teacher in manifest.teachers.items()}
-    changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "workers": 0}
+    changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "workers": 0, "keep_bytes": 2**30}
     return (
         recipe.model_copy(
             update={
@@ -220,16 +221,16 @@ def _stage_1(
 ) -> Callable[[], None]:
     """Read, decode, ask and commit one block and view group, as `cache_teacher` does for this identity."""
     tables = {name: tables_on(store, name, device) for name in identity.decisions}
-    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0)
+    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0, decode=is_exact(recipe.views))
 
     def work() -> None:
         place = Folder(folder / "stage-1")
         create_or_resume(place, identity)
         block = undecoded[0]
-        parameters = draw(recipe.views, block.key_hash, identity.dataset.height, identity.dataset.width)
+        parameters = draw(recipe.views, block.key_hash, block.sizes())
         end = identity.groups[0].stop
-        chosen = ViewParameters(parameters.box[:, :end], parameters.flip[:, :end])
-        arrays = ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)
+        chosen = {name: array[:, :end] for name, array in parameters.items()}
+        arrays, _ = ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)
         part, views = parts_of(identity)[""], identity.groups[0]
         commit(place, part, 0, 0, views, arrays, tar=block.name, tar_sha256=block.sha256)
         shutil.rmtree(place.path)
@@ -323,7 +324,7 @@ def measure_drift(
 
         network.eval()
         here, there = (torch.cat([p.detach().double().flatten() for p in one.parameters()]) for one in (network, live))
-        top1 = evaluate(predict, evaluation, 256, device, title="evaluation").top1
+        top1 = evaluate(predict, evaluation, 256, device, "evaluation", recipe.evaluation_crop).top1
         return {"distance": ((here - there).norm() / there.norm()).item(), "top1": top1}
 
     live = {name: train(terms, None, from_teacher) for name, terms in objectives.items()}
@@ -355,10 +356,10 @@ def _train(
     optimizer = make_optimizer(recipe.training, student.network)
     student.network.train()
     for step in range(steps):
-        epoch, in_epoch = divmod(step, stream.steps_per_epoch)
+        epoch, in_epoch = divmod(step, stream.steps_per_pass)
         if in_epoch == 0:
             batches = stream.epoch(epoch)
-        set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_epoch))
+        set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_pass))
         batch = next(batches)
         weights = [term_weight(term, epoch) for term in terms]
         train_step(student, optimizer, batch, ask(batch), terms, weights, recipe.training, recipe.data.normalisation)

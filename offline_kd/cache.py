@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from offline_kd.capture import Capture, announce, identify, refuse_uneven_views, store_of
-from offline_kd.data import BlockLoader, ImageBlock
+from offline_kd.data import BadImage, BlockLoader, Decoder, ImageBlock
 from offline_kd.errors import DataError, StoreMismatch, TeacherError
 from offline_kd.finish import finish_if_complete
 from offline_kd.manifest import Manifest, Split
 from offline_kd.progress import progress, say
 from offline_kd.recipe import Recipe
+from offline_kd.rendering import choose, render_some, view_batches
 from offline_kd.store.codec import encode
 from offline_kd.store.leases import POLL_SECONDS, Leases, leases_at
 from offline_kd.store.place import Folder, Place, place_at
@@ -48,7 +50,7 @@ from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher, load_teacher
 from offline_kd.template_fitting import fit_tables
 from offline_kd.templates import pack
-from offline_kd.views import ViewParameters, counter_hash, draw, render
+from offline_kd.views import Parameters, counter_hash, draw, is_exact, view_arrays
 
 PROBE_STREAM = 0x70726F6265  # first counter of the draws made here
 
@@ -93,7 +95,9 @@ def cache_teacher(
     place = location if not isinstance(location, str | Path) else place_at(location)
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
-    loader = BlockLoader(dataset, split, roots, keep_bytes=0)
+    loader = BlockLoader(
+        dataset, split, roots, keep_bytes=0, decode=is_exact(recipe.views), on_bad=recipe.data.bad_images
+    )
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
     wanted = identify(recipe, manifest, roots, loader, teacher, place, device)
     created, additions, own_parts = announce(place, wanted, recipe, add)
@@ -150,13 +154,16 @@ def _capture_part(capture: Capture, part: Part, worker: Worker, leases: Leases) 
             for number, images in _blocks(loader, claimed(), workers):
                 if part.name == "":
                     _refuse_used_keys(images, number, key_owner, loader.split)
-                parameters = draw(identity.views, images.key_hash, identity.dataset.height, identity.dataset.width)
+                parameters = draw(identity.views, images.key_hash, images.sizes())
                 for group in open_groups(number):
                     of_group = slice(capture.groups[group].start, capture.groups[group].stop)
-                    chosen = ViewParameters(parameters.box[:, of_group], parameters.flip[:, of_group])
-                    arrays = ask_teacher(
+                    chosen = {name: array[:, of_group] for name, array in parameters.items()}
+                    arrays, left_out = ask_teacher(
                         capture.teacher, identity, tables, images, chosen, number, group, capture.device
                     )
+                    if group == 0 and part.name == "":
+                        for bad in left_out:
+                            say(f"{images.path}: sample '{bad.key}' is left out: {bad.problem}")
                     if part.name:
                         _refuse_other_rows(capture, arrays, images, number, group)
                     commit(
@@ -168,6 +175,7 @@ def _capture_part(capture: Capture, part: Part, worker: Worker, leases: Leases) 
                         arrays,
                         tar=images.name,
                         tar_sha256=images.sha256,
+                        left_out={bad.key: bad.problem for bad in left_out},
                         still_mine=lambda: leases.is_mine(_lease(part, number)),  # noqa: B023
                     )
                     done.add((number, group))
@@ -195,7 +203,7 @@ def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, blo
             "teacher before, or add fewer: --set views.count=..."
         )
     store = store_of(capture, "", capture.created, contents)
-    for array in ("key_hash", "image_crc", "label", "view/box", "view/flip"):
+    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in view_arrays(capture.created.views))):
         if not np.array_equal(store.read(block, group, [array])[array], arrays[array]):
             raise StoreMismatch(
                 f"{capture.place}: block {block} ({images.name}), {array} is not what this capture has: the images or "
@@ -235,69 +243,84 @@ def ask_teacher(
     identity: StoreIdentity,
     tables: Mapping[str, dict[str, Tensor]],
     block: ImageBlock,
-    parameters: ViewParameters,
+    parameters: Parameters,
     number: int,
     group: int,
     device: torch.device,
-) -> Arrays:
-    """Every array of the store for one block and view group, by asking the teacher about every view."""
-    count, num_views = parameters.flip.shape
-    if block.images.shape[2:] != (identity.dataset.height, identity.dataset.width):
+) -> tuple[Arrays, list[BadImage]]:
+    """Every array of the store for one block and view group, by asking the teacher about every view.
+
+    And the samples of the tar that have no row, because their images cannot be decoded.
+    """
+    dataset = identity.dataset
+    if dataset.height is not None and block.images.shape[2:] != (dataset.height, dataset.width):
         raise DataError(
             f"tar {block.name}: images are {block.images.shape[3]}x{block.images.shape[2]}, the store is for "
-            f"{identity.dataset.width}x{identity.dataset.height}. Images of one dataset must have one size."
+            f"{dataset.width}x{dataset.height}. Images of one dataset must have one size, or views that resize them."
         )
-    images = block.images.to(device)
-    box, flip = (torch.from_numpy(array).to(device) for array in (parameters.box, parameters.flip))
-    total = count * num_views
-    probes = np.sort(counter_hash(PROBE_STREAM, number, group, np.arange(PROBES_PER_GROUP, dtype=np.uint64)) % total)
-    probes = probes.astype(np.int64)
-    probe_pixels = np.zeros((PROBES_PER_GROUP, *block.images.shape[1:]), dtype=np.uint8)
-    logits = np.empty((total, identity.num_classes), dtype=np.float32)
+    size = identity.seen_size[0]  # of resampled views, which are square
     labels = torch.from_numpy(block.labels).long().to(device)
     points: list[TapPoint] = [about.config for about in identity.decisions.values()]
     decided: dict[str, list[Tensor]] = {}
-    for start in range(0, total, teacher.batch_size):
-        flat = torch.arange(start, min(start + teacher.batch_size, total), device=device)
-        sample, view = flat // num_views, flat % num_views
-        pixels = render(images[sample], box[sample, view], flip[sample, view], identity.views.fill)
+    encoded: dict[str, list[NDArray[np.generic]]] = {}
+    decoder = Decoder(block)
+    for row, view, pixels in view_batches(block, decoder, parameters, identity.views, size, teacher.batch_size, device):
         answer, maps = teacher.logits_and_maps(pixels, points)
         if answer.shape[1] != identity.num_classes:
             raise TeacherError(
-                f"teacher '{teacher.name}' gives {answer.shape[1]} logits, dataset '{identity.dataset.name}' has "
+                f"teacher '{teacher.name}' gives {answer.shape[1]} logits, dataset '{dataset.name}' has "
                 f"{identity.num_classes} classes."
             )
         if not answer.isfinite().all():
-            row, column = (~answer.isfinite()).nonzero()[0].tolist()
+            at, column = (~answer.isfinite()).nonzero()[0].tolist()
             raise TeacherError(
-                f"teacher '{teacher.name}': logit {column} is {answer[row, column].item()} for sample "
-                f"'{block.keys[sample[row]]}' of {block.name}, view {identity.groups[group][view[row]]}. "
+                f"teacher '{teacher.name}': logit {column} is {answer[at, column].item()} for sample "
+                f"'{block.keys[row[at]]}' of {block.name}, view {identity.groups[group][view[at]]}. "
                 "The block was not committed. Check the weights, and the dtype if it is not float32."
             )
-        stop = start + len(flat)
-        logits[start:stop] = answer.cpu().numpy()
+        for name, array in encode(identity.codec, answer.cpu().numpy()).items():
+            encoded.setdefault(f"logits/{name}", []).append(array)
+        of_rows = labels[torch.from_numpy(row).to(device)]
         for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
             _check_map(about, features, block.name)
-            for part, values in pack(about.config, features, labels[sample], tables[name]).items():
+            for part, values in pack(about.config, features, of_rows, tables[name]).items():
                 decided.setdefault(f"decisions/{name}/{part}", []).append(values.cpu())
-        seen = np.flatnonzero((probes >= start) & (probes < stop))
-        probe_pixels[seen] = pixels[torch.from_numpy(probes[seen] - start).to(device)].cpu().numpy()
+    kept, parameters = _without_bad_rows(block, decoder, parameters)
+    count, num_views = parameters["flip"].shape
+    probes = counter_hash(PROBE_STREAM, number, group, np.arange(PROBES_PER_GROUP, dtype=np.uint64))
+    probes = np.sort(probes % (count * num_views)).astype(np.int64)
     arrays: Arrays = {
-        "key_hash": block.key_hash,
-        "image_crc": block.image_crc,
-        "label": block.labels,
-        "view/box": parameters.box,
-        "view/flip": parameters.flip,
+        "key_hash": kept.key_hash,
+        "image_crc": kept.image_crc,
+        "label": kept.labels,
+        **{f"view/{name}": array for name, array in parameters.items()},
         "probe/row": (probes // num_views).astype(np.int32),
         "probe/view": (probes % num_views).astype(np.int32),
-        "probe/pixels": probe_pixels,
+        "probe/pixels": render_some(
+            kept, choose(parameters, probes // num_views, probes % num_views), identity.views, size
+        ),
     }
-    encoded = encode(identity.codec, logits.reshape(count, num_views, -1))
-    arrays |= {f"logits/{name}": array for name, array in encoded.items()}
+    for name, pieces in encoded.items():
+        together = np.concatenate(pieces)
+        arrays[name] = together.reshape(count, num_views, *together.shape[1:])
     for name, parts in decided.items():
         whole = torch.cat(parts)
         arrays[name] = whole.view(count, num_views, *whole.shape[1:]).numpy()
-    return arrays
+    return arrays, kept.left_out
+
+
+def _without_bad_rows(block: ImageBlock, decoder: Decoder, parameters: Parameters) -> tuple[ImageBlock, Parameters]:
+    """Block and parameters without the rows that could not be decoded; partners are numbered anew."""
+    if len(decoder.bad) == len(block):
+        raise DataError(f"{block.path}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
+    if not decoder.bad:
+        return block, parameters
+    good = ~np.isin(np.arange(len(block)), list(decoder.bad))
+    kept = {name: array[good] for name, array in parameters.items()}
+    if "partner" in kept:
+        partner = kept["partner"]
+        kept["partner"] = np.where(partner < 0, partner, (np.cumsum(good) - 1)[partner]).astype(partner.dtype)
+    return block.without(decoder.bad), kept
 
 
 def _check_map(about: DecisionsIdentity, features: Tensor, where: str) -> None:

@@ -14,6 +14,7 @@ from offline_kd.errors import StoreCorrupt, StoreMismatch
 from offline_kd.manifest import Manifest
 from offline_kd.progress import say
 from offline_kd.recipe import AutoCodec, Recipe
+from offline_kd.rendering import decoder_versions, plain_images
 from offline_kd.store.codec import AnyCodec
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.place import Place
@@ -37,7 +38,7 @@ from offline_kd.store.writer import (
 )
 from offline_kd.teacher import Teacher, gate
 from offline_kd.template_fitting import identify_decisions
-from offline_kd.views import view_groups
+from offline_kd.views import is_exact, view_groups
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def describe_capture(
         known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
     """
     first = loader[0]
+    example = plain_images(first, teacher.crop, 0, 8)[0][:1]
     rows_per_block = max(tar.count for tar in loader.split.tars)
     return StoreIdentity(
         schema_version=SCHEMA_VERSION,
@@ -211,8 +213,8 @@ def describe_capture(
             split=recipe.data.train,
             fingerprint=dataset_fingerprint(loader.dataset, loader.split),
             classes=loader.dataset.classes,
-            height=first.images.shape[2],
-            width=first.images.shape[3],
+            height=first.images.shape[2] if is_exact(recipe.views) else None,
+            width=first.images.shape[3] if is_exact(recipe.views) else None,
             tars=loader.split.tars,
             licence=loader.dataset.licence,
         ),
@@ -222,6 +224,7 @@ def describe_capture(
             model_args=teacher.model_args,
             weights_sha256=teacher.weights_sha256,
             normalisation=teacher.normalisation,
+            crop=teacher.crop,
             dtype=teacher.dtype,
             evaluated_on=evaluated_on,
             measured_top1=measured_top1,
@@ -231,7 +234,7 @@ def describe_capture(
         codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, first, device)
         if isinstance(recipe.capture.codec, AutoCodec)
         else recipe.capture.codec,
-        decisions=identify_decisions(teacher, recipe.capture.decisions, first.images[:1].to(device)),
+        decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
         rows_per_block=rows_per_block,
         views_per_group=plan_views_per_group(
             recipe.views,
@@ -240,7 +243,8 @@ def describe_capture(
             requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
         ),
         versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")},
+        | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")}
+        | decoder_versions(),
     )
 
 

@@ -1,20 +1,19 @@
 """`codec: {name: auto}`: the smallest codec whose distortion on this teacher's own logits stays within a budget."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offline_kd.data import ImageBlock
+from offline_kd.data import Decoder, ImageBlock
 from offline_kd.fidelity import distortion
 from offline_kd.progress import say
 from offline_kd.recipe import AutoCodec
+from offline_kd.rendering import view_batches
 from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, codec_arrays, decode, encode
 from offline_kd.store.schema import ArraySpec
 from offline_kd.teacher import Teacher
-from offline_kd.views import AnyViews, draw, render
+from offline_kd.views import AnyViews, draw
 
 MAX_SAMPLES, MAX_VIEWS = 1024, 4  # of the first tar
 
@@ -77,13 +76,8 @@ def choose_codec(
 def _ask(teacher: Teacher, views: AnyViews, block: ImageBlock, device: torch.device) -> NDArray[np.float32]:
     """`[rows, views, C]` logits of the first samples and views of a block."""
     count, num_views = min(len(block), MAX_SAMPLES), min(views.num_views, MAX_VIEWS)
-    height, width = block.images.shape[2:]
-    parameters = draw(views, block.key_hash[:count], height, width)
-    answers: Sequence[list[torch.Tensor]] = [[] for _ in range(num_views)]
-    for view in range(num_views):
-        for start in range(0, count, teacher.batch_size):
-            part = slice(start, min(start + teacher.batch_size, count))
-            box, flip = (torch.from_numpy(a[part, view]).to(device) for a in (parameters.box, parameters.flip))
-            pixels = render(block.images[part].to(device), box, flip, views.fill)
-            answers[view].append(teacher.logits(pixels).cpu())
-    return torch.stack([torch.cat(answer) for answer in answers], dim=1).numpy()
+    parameters = {name: array[:count, :num_views] for name, array in draw(views, block.key_hash, block.sizes()).items()}
+    decoder, size = Decoder(block), teacher.crop.size if teacher.crop else 0
+    batches = view_batches(block, decoder, parameters, views, size, teacher.batch_size, device)
+    logits = torch.cat([teacher.logits(pixels).cpu() for _, _, pixels in batches])
+    return logits.view(-1, num_views, logits.shape[1]).numpy()

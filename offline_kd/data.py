@@ -2,6 +2,10 @@
 
 One input format: WebDataset tars (`.tar` or `.tar.gz`) with members `KEY.(png|jpg|webp)` and `KEY.cls`.
 A tar is read whole: the bytes whose sha256 is checked are the bytes that are decoded.
+
+What an image file means, whatever wrote it: 8-bit RGB pixels, turned upright as its EXIF orientation says; grey is
+repeated, CMYK and palettes are converted, of 16 bits the upper 8 count, and what is transparent is laid over white.
+Images of up to MAX_PIXELS pixels and sides up to 32,767 are read; larger, cut and unreadable ones are bad images.
 """
 
 import hashlib
@@ -9,17 +13,19 @@ import io
 import os
 import re
 import tarfile
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import google_crc32c
 import numpy as np
 import torch
 import webdataset
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from webdataset import tariterators
 
@@ -28,6 +34,8 @@ from offline_kd.files import flush_to_disk
 from offline_kd.manifest import Dataset, Split, Tar, fingerprint, locate
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+MAX_PIXELS = 2**27
+MAX_SIDE = 2**15 - 1
 KEY_PATTERN = re.compile(r"[0-9A-Za-z_\-]+(/[0-9A-Za-z_\-]+)*")
 
 
@@ -40,19 +48,104 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class ImageBlock:
-    """One decoded image tar. Row i of every field is the i-th sample of the tar."""
+class BadImage:
+    """A sample that was left out, and why."""
 
-    name: str
+    key: str
+    problem: str
+
+
+OnBadImage = Literal["fail", "skip"]
+
+
+@dataclass(frozen=True)
+class ImageBlock:
+    """One image tar. Row i of every field is the i-th sample of the tar that was not left out."""
+
+    path: Path
     sha256: str
     keys: list[str]
     key_hash: NDArray[np.uint64]  # [n]
     image_crc: NDArray[np.uint32]  # [n] crc32c of the encoded image
     labels: NDArray[np.int32]  # [n]
-    images: Tensor  # [n, 3, H, W] uint8
+    encoded: list[bytes]
+    pixels: Tensor | None  # [n, 3, H, W] uint8, where all images have one size and were decoded
+    on_bad: OnBadImage = "fail"
+    left_out: list[BadImage] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def images(self) -> Tensor:
+        assert self.pixels is not None, "a block of images of different sizes is decoded by a Decoder"
+        return self.pixels
+
+    def sizes(self) -> NDArray[np.int64]:
+        """`[n, 2]` height and width, upright; 1 x 1 for what is no image, which decoding will find."""
+        if self.pixels is not None:
+            return np.broadcast_to(np.array(self.pixels.shape[2:], dtype=np.int64), (len(self), 2))
+        sizes = np.ones((len(self), 2), dtype=np.int64)
+        for row, encoded in enumerate(self.encoded):
+            try:
+                sizes[row] = image_size(encoded)
+            except UNDECODABLE:
+                continue
+        return sizes
+
+    def without(self, bad: dict[int, str]) -> "ImageBlock":
+        """The block without these rows, which are listed as left out."""
+        kept = np.array([row for row in range(len(self)) if row not in bad], dtype=np.int64)
+        return ImageBlock(
+            path=self.path,
+            sha256=self.sha256,
+            keys=[self.keys[row] for row in kept],
+            key_hash=self.key_hash[kept],
+            image_crc=self.image_crc[kept],
+            labels=self.labels[kept],
+            encoded=[self.encoded[row] for row in kept],
+            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(kept)],
+            on_bad=self.on_bad,
+            left_out=[*self.left_out, *(BadImage(self.keys[row], bad[row]) for row in sorted(bad))],
+        )
+
+
+class Decoder:
+    """The images of a block's rows, decoded when they are asked for and kept until `forget`.
+
+    Raises DataError for an image that cannot be decoded, unless the block says that such are skipped: then it gives
+    None and lists the row in `bad`.
+    """
+
+    def __init__(self, block: ImageBlock) -> None:
+        self.block = block
+        self.kept: dict[int, Image.Image | None] = {}
+        self.bad: dict[int, str] = {}
+
+    def __call__(self, row: int) -> Image.Image | None:
+        if row not in self.kept:
+            try:
+                self.kept[row] = decode_image(self.block.encoded[row])
+            except UNDECODABLE as error:
+                problem = f"the image cannot be decoded ({' '.join(str(error).split())})"
+                if self.block.on_bad == "fail":
+                    raise _bad_image(self.block.path, self.block.keys[row], problem) from error
+                self.kept[row] = None
+                self.bad[row] = problem
+        return self.kept[row]
+
+    def forget(self) -> None:
+        self.kept.clear()
+
+
+def _bad_image(path: Path, key: str, problem: str) -> DataError:
+    return DataError(
+        f"{path}: sample '{key}': {problem}. Repair or remove it, or leave such images out: --set data.bad_images=skip"
+    )
 
 
 def hash_key(key: str) -> int:
@@ -64,14 +157,15 @@ def hash_key(key: str) -> int:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_tar(path: Path, *, expected: Tar | None = None) -> tuple[list[Sample], str]:
-    """Read all samples of a tar, in order, with the file's sha256.
+def read_tar(path: Path, *, expected: Tar | None = None, prove: bool = True) -> tuple[list[Sample], str]:
+    """Read all samples of a tar, in order, with the file's sha256; without `prove`, the one that is expected of it.
 
     Raises DataError when the file is damaged or truncated, when a key is used twice, is not legal or lacks its image
     or its label, and when sha256 or count are not the `expected` ones.
     """
     content = path.read_bytes()
-    sha256 = hashlib.sha256(content).hexdigest()
+    known = expected.sha256 if expected else None
+    sha256 = known if known and not prove else hashlib.sha256(content).hexdigest()
     if expected is not None and expected.sha256 not in (None, sha256):
         problem = _why_unreadable(content)
         raise DataError(
@@ -140,41 +234,89 @@ def _parse_sample(path: Path, member: dict[str, object]) -> Sample:
     return Sample(key, int(text), encoded, images[0])
 
 
-def decode_image(encoded: bytes) -> NDArray[np.uint8]:
-    """`[H, W, 3]` RGB pixels of an encoded image; raises OSError or ValueError when it cannot be decoded."""
-    with Image.open(io.BytesIO(encoded)) as image:
-        return np.asarray(image.convert("RGB"))
+UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, MemoryError)
 
 
-def load_block(path: Path, tar: Tar, num_classes: int) -> ImageBlock:
-    """Read, check and decode one tar. All its images must have one size."""
-    samples, sha256 = read_tar(path, expected=tar)
-    pixels = []
+def decode_image(encoded: bytes) -> Image.Image:
+    """The RGB image that an image file means, by the rules above; raises one of UNDECODABLE."""
+    with _open_image(encoded) as image:
+        upright = ImageOps.exif_transpose(image)
+    if upright.mode == "RGB" and "transparency" not in upright.info:
+        return upright
+    if upright.mode.startswith("I"):
+        return Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
+        over = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return upright.convert("RGB")
+
+
+def image_size(encoded: bytes) -> tuple[int, int]:
+    """Height and width of the upright image, without decoding it."""
+    with _open_image(encoded) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return (image.width, image.height) if turned else (image.height, image.width)
+
+
+def _open_image(encoded: bytes) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here
+        image = Image.open(io.BytesIO(encoded))
+    if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
+        raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read, {MAX_SIDE} a side")
+    return image
+
+
+def load_block(
+    path: Path, tar: Tar, num_classes: int, *, decode: bool = True, on_bad: OnBadImage = "fail", prove: bool = True
+) -> ImageBlock:
+    """Read and check one tar.
+
+    Args:
+        decode: decode all images, which must have one size; otherwise a `Decoder` does it when they are needed.
+        on_bad: whether an image that cannot be decoded is an error, or left out and listed.
+        prove: compare the file's sha256 with the manifest's. Who compares every image with a store need not.
+    """
+    samples, sha256 = read_tar(path, expected=tar, prove=prove)
     for sample in samples:
-        where = f"{path}: sample '{sample.key}'"
         if sample.label >= num_classes:
             raise DataError(
-                f"{where}: label {sample.label}, but the dataset has {num_classes} classes (0..{num_classes - 1}). "
-                "Correct `classes` in the manifest, or pack the dataset again."
+                f"{path}: sample '{sample.key}': label {sample.label}, but the dataset has {num_classes} classes "
+                f"(0..{num_classes - 1}). Correct `classes` in the manifest, or pack the dataset again."
             )
-        try:
-            pixels.append(decode_image(sample.encoded))
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:
-            raise DataError(f"{where}: the image cannot be decoded ({error}). Repair or remove it.") from error
-        if pixels[-1].shape != pixels[0].shape:
-            raise DataError(
-                f"{where}: the image is {_size(pixels[-1])}, the first of the tar is {_size(pixels[0])}. "
-                "Images of one dataset must have one size: resize them before packing."
-            )
-    return ImageBlock(
-        name=path.name,
+    block = ImageBlock(
+        path=path,
         sha256=sha256,
         keys=[sample.key for sample in samples],
         key_hash=np.array([hash_key(sample.key) for sample in samples], dtype=np.uint64),
         image_crc=np.array([google_crc32c.value(sample.encoded) for sample in samples], dtype=np.uint32),
         labels=np.array([sample.label for sample in samples], dtype=np.int32),
-        images=torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous(),
+        encoded=[sample.encoded for sample in samples],
+        pixels=None,
+        on_bad=on_bad,
     )
+    return _with_pixels(block) if decode else block
+
+
+def _with_pixels(block: ImageBlock) -> ImageBlock:
+    decoder, pixels = Decoder(block), []
+    for row, key in enumerate(block.keys):
+        image = decoder(row)
+        decoder.forget()
+        if image is None:
+            continue
+        pixels.append(np.asarray(image))
+        if pixels[-1].shape != pixels[0].shape:
+            raise DataError(
+                f"{block.path}: sample '{key}': the image is {_size(pixels[-1])}, the first of the tar is "
+                f"{_size(pixels[0])}. Images of different sizes need views that resize them: `views: {{kind: "
+                "random_resized_crop, ...}` or `{kind: center_crop, ...}`."
+            )
+    if not pixels:
+        raise DataError(f"{block.path}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
+    kept = block.without(decoder.bad) if decoder.bad else block
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    return replace(kept, pixels=images, encoded=[])
 
 
 def _size(pixels: NDArray[np.uint8]) -> str:
@@ -182,13 +324,29 @@ def _size(pixels: NDArray[np.uint8]) -> str:
 
 
 class BlockLoader:
-    """Blocks of one dataset split by number; decoded blocks are kept while they fit `keep_bytes`.
+    """Blocks of one dataset split by number; those that were read are kept while they fit `keep_bytes`.
 
     A kept block saves reading, checking and decoding its tar again in every later epoch.
+
+    Args:
+        decode: decode all images when a tar is read; they must have one size.
+        on_bad: whether an image that cannot be decoded is an error, or left out and listed.
+        prove: compare sha256 with the manifest's.
     """
 
-    def __init__(self, dataset: Dataset, split: Split, roots: Sequence[Path], keep_bytes: int = 2**30) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: Split,
+        roots: Sequence[Path],
+        keep_bytes: int = 2**30,
+        *,
+        decode: bool = True,
+        on_bad: OnBadImage = "fail",
+        prove: bool = True,
+    ) -> None:
         self.dataset, self.split, self.keep_bytes = dataset, split, keep_bytes
+        self.decode, self.on_bad, self.prove = decode, on_bad, prove
         self.paths = [locate(f"{dataset.folder}/{tar.file}", roots) for tar in split.tars]
         self.kept: dict[int, ImageBlock] = {}
         self.kept_bytes = 0
@@ -199,10 +357,18 @@ class BlockLoader:
     def __getitem__(self, number: int) -> ImageBlock:
         if number in self.kept:
             return self.kept[number]
-        block = load_block(self.paths[number], self.split.tars[number], len(self.dataset.classes))
-        if self.kept_bytes + block.images.nbytes <= self.keep_bytes:
+        block = load_block(
+            self.paths[number],
+            self.split.tars[number],
+            len(self.dataset.classes),
+            decode=self.decode,
+            on_bad=self.on_bad,
+            prove=self.prove,
+        )
+        size = sum(map(len, block.encoded)) if block.pixels is None else block.pixels.nbytes
+        if self.kept_bytes + size <= self.keep_bytes:
             self.kept[number] = block
-            self.kept_bytes += block.images.nbytes
+            self.kept_bytes += size
         return block
 
     def __iter__(self) -> Iterator[ImageBlock]:
@@ -247,7 +413,7 @@ def check_dataset(
                 first_use[use] = tar.file
                 try:
                     decode_image(sample.encoded)
-                except (OSError, ValueError, SyntaxError) as error:
+                except UNDECODABLE as error:
                     raise DataError(f"{where}: cannot be decoded ({error}). Repair or remove it.") from error
                 per_class[sample.label] += 1
         for index in np.flatnonzero(per_class == 0):
@@ -378,7 +544,7 @@ def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
                 encoded = path.read_bytes()
                 try:
                     decode_image(encoded)
-                except (OSError, ValueError, SyntaxError) as error:
+                except UNDECODABLE as error:
                     raise DataError(f"{path}: cannot be decoded ({error}). Repair or remove it.") from error
                 yield Sample(key, label, encoded, extension)
 

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ from offline_kd.student import Student, new_student
 from offline_kd.targets import AskTeacher, Mix, Targets, decisions_by_store, live_targets, refuse_bias, stored_targets
 from offline_kd.teacher import load_teacher
 from offline_kd.terms import kd_layer_value, term_value, term_weight
-from offline_kd.views import view_groups
+from offline_kd.views import RandomCrop, is_exact, view_groups
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,11 @@ def distill(
     Raises StoreMismatch when a store was not made for this recipe's data, views and teacher.
     """
     name, terms = recipe.objective(objective)
+    if recipe.training.epochs % recipe.training.views_per_decode:
+        raise RecipeError(
+            f"training.epochs is {recipe.training.epochs}, training.views_per_decode {recipe.training.views_per_decode}"
+            ": so many epochs pass at once, so it must divide their number."
+        )
     seed = recipe.seeds[0] if seed is None else seed
     loader = training_images(recipe, manifest, roots)
     opened, mix = open_stores(recipe, manifest, stores, download_bytes)
@@ -115,16 +120,18 @@ def distill(
         check_teacher(opened[0], recipe, manifest)
     check_groups(opened)
     student = new_student(recipe, loader, seed, device, terms)
-    ask = None
+    ask, teacher_crop = None, None
     if needs_teacher(terms):
         if online:
             teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
+            teacher_crop = teacher.crop
             ask = live_targets(teacher, recipe, terms, opened[0] if opened else None, device)
         else:
             ask = stored_targets(opened, terms, device, mix)
     groups = groups_for(opened[0], recipe) if opened else None
     read = [] if online else opened
-    stream = make_stream(recipe, loader, read, terms, seed, device, groups=groups)
+    live_size = teacher_crop.size if teacher_crop else None
+    stream = make_stream(recipe, loader, read, terms, seed, device, groups=groups, live_size=live_size)
     return fit(
         recipe=recipe,
         student=student,
@@ -202,12 +209,26 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
 def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
-    return BlockLoader(dataset, split, roots, keep_bytes=recipe.data.keep_bytes)
+    return BlockLoader(
+        dataset,
+        split,
+        roots,
+        keep_bytes=recipe.data.keep_bytes // max(recipe.data.workers, 1),
+        decode=is_exact(recipe.views),
+        on_bad=recipe.data.bad_images,
+    )
 
 
 def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
     split = manifest.split(recipe.data.dataset, recipe.data.evaluation)
-    return BlockLoader(manifest.dataset(recipe.data.dataset), split, roots, keep_bytes=recipe.data.keep_bytes)
+    return BlockLoader(
+        manifest.dataset(recipe.data.dataset),
+        split,
+        roots,
+        keep_bytes=recipe.data.keep_bytes,
+        decode=recipe.evaluation_crop is None,
+        on_bad=recipe.data.bad_images,
+    )
 
 
 def make_stream(
@@ -218,8 +239,12 @@ def make_stream(
     seed: int,
     device: torch.device,
     groups: list[range] | None = None,
+    live_size: int | None = None,
 ) -> Stream:
     """The batches of a run, with what its terms want of the stores.
+
+    Args:
+        live_size: of the same views for a live teacher.
 
     Without a store, views are grouped as stage 1 would group them, so that a run with the live teacher sees the same
     views in the same order.
@@ -243,6 +268,8 @@ def make_stream(
         labelled_fraction=recipe.data.labelled_fraction,
         workers=recipe.data.workers,
         decisions=decisions_by_store(stores, terms),
+        views_per_decode=recipe.training.views_per_decode,
+        live_size=live_size,
         device=device,
     )
 
@@ -338,52 +365,62 @@ def fit(
     """
     out.mkdir(parents=True, exist_ok=True)
     description = dump_recipe(recipe)
-    identity = fingerprint([recipe.model_dump(mode="json"), objective, seed, targets, store_digest])
+    identity = fingerprint([_what_matters(recipe), objective, seed, targets, store_digest])
     title = f"{objective}, seed {seed}"
     network = student.network
     optimizer = make_optimizer(training, network)
-    first_epoch, history = _resume(out, identity, network, optimizer, device)
-    if first_epoch == training.epochs and (out / "result.json").is_file():
+    progressed = _resume(out, identity, network, optimizer, device) or Progress(sums=[0.0] * len(terms))
+    history = progressed.history
+    if progressed.epochs_done == training.epochs and (out / "result.json").is_file():
         say(f"{out}: finished already, nothing to do")
         return Result(**json.loads((out / "result.json").read_text()))
     write_atomically(out / "recipe.yaml", description)
+    has_mixing = isinstance(recipe.views, RandomCrop) and recipe.views.mixing is not None
+    passes = range(progressed.epochs_done, training.epochs, stream.views_per_decode)
 
     @torch.inference_mode()
     def predict(images: Tensor) -> Tensor:
         network.eval()
         return network(normalise(images, recipe.data.normalisation))
 
-    with progress(title, (training.epochs - first_epoch) * stream.steps_per_epoch, "steps") as meter:
-        for epoch in range(first_epoch, training.epochs):
+    with progress(title, len(passes) * stream.steps_per_pass - progressed.steps_done, "steps") as meter:
+        for epoch in passes:
             network.train()
             weights = [term_weight(term, epoch) for term in terms]
-            sums = torch.zeros(len(terms), device=device)
-            fallbacks = torch.zeros((), dtype=torch.int64, device=device)
-            images_seen, started = 0, time.perf_counter()
-            for step, batch in enumerate(stream.epoch(epoch)):
-                set_learning_rate(optimizer, learning_rate(training, epoch + step / stream.steps_per_epoch))
+            sums = torch.tensor(progressed.sums, dtype=torch.float64).to(device, torch.float32)
+            fallbacks = torch.tensor(progressed.fallbacks, device=device)
+            images_seen, seconds_before, started = progressed.images, progressed.seconds, time.perf_counter()
+            for batch in stream.epoch(epoch, progressed.steps_done):
+                at = epoch + batch.step / stream.steps_per_pass * stream.views_per_decode
+                set_learning_rate(optimizer, learning_rate(training, at))
                 asked = ask(batch) if ask else Targets()
                 logits, values = train_step(
-                    student, optimizer, batch, asked, terms, weights, training, recipe.data.normalisation
+                    student, optimizer, batch, asked, terms, weights, training, recipe.data.normalisation, has_mixing
                 )
                 sums += values
                 if asked.logits is not None and any(isinstance(term, DTKD) for term in terms):
                     fallbacks += dtkd_fallbacks(logits, asked.logits)
                 images_seen += len(batch.labels)
                 meter.advance()
-            means = (sums / stream.steps_per_epoch).tolist()  # waits for the device, so that the time is the epoch's
-            seconds = time.perf_counter() - started
+                steps = batch.step + 1
+                if training.checkpoint_steps and steps % training.checkpoint_steps == 0 < stream.steps_per_pass - steps:
+                    spent = seconds_before + time.perf_counter() - started
+                    now = Progress(epoch, steps, sums.tolist(), int(fallbacks), images_seen, spent, history)
+                    _save(out, identity, network, optimizer, now)
+            means = (sums / stream.steps_per_pass).tolist()  # waits for the device, so that the time is the epoch's
+            seconds = seconds_before + time.perf_counter() - started
             losses = dict(zip(_loss_names(terms), means, strict=True))
             for name, mean in losses.items():
                 if mean != mean or abs(mean) == float("inf"):
                     raise TrainingError(
-                        f"{out}: {name} is {mean} in epoch {epoch + 1}: training diverged. The last good epoch "
+                        f"{out}: {name} is {mean} in epoch {epoch + 1}: training diverged. The last good state "
                         "is in last.ckpt. Use a smaller training.optimizer.lr and another --out folder."
                     )
-            measured = evaluate(predict, evaluation, 256, device, title="evaluation")
+            measured = evaluate(predict, evaluation, 256, device, "evaluation", recipe.evaluation_crop)
+            epochs_done = epoch + stream.views_per_decode
             history.append(
                 {
-                    "epoch": epoch + 1,
+                    "epoch": epochs_done,
                     **losses,
                     "lr": optimizer.param_groups[0]["lr"],
                     "top1": measured.top1,
@@ -391,11 +428,14 @@ def fit(
                     "ece": measured.ece,
                     "seconds": seconds,
                     "images": images_seen,
+                    "left_out": len(stream.bad),
                     "dtkd_fallbacks": int(fallbacks),
                 }
             )
-            _save(out, identity, network, optimizer, epoch + 1, history)
-    return _finish(out, recipe, student, history, stream.steps_per_epoch, seed, objective, targets, store_digest)
+            progressed = Progress(epochs_done, sums=[0.0] * len(terms), history=history)
+            _save(out, identity, network, optimizer, progressed)
+            write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    return _finish(out, recipe, student, history, stream, seed, objective, targets, store_digest)
 
 
 def _loss_names(terms: Sequence[AnyTerm]) -> list[str]:
@@ -416,6 +456,7 @@ def train_step(
     weights: Sequence[float],
     training: Training,
     normalisation: Normalisation,
+    has_mixing: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """One update of the student; returns its logits `[B, C]` and the bare value of every term `[terms]`, detached."""
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=training.amp):
@@ -426,7 +467,8 @@ def train_step(
         if isinstance(term, Decisions | SubclassTerm):
             values.append(_kd_layer_value(student, term, targets, batch, logits.shape[1]))
         else:
-            values.append(term_value(term, logits, targets.logits, batch.labels, training.label_smoothing))
+            mixed = (batch.other_labels, batch.share) if has_mixing else None
+            values.append(term_value(term, logits, targets.logits, batch.labels, training.label_smoothing, mixed))
     bare = torch.stack(values)
     optimizer.zero_grad(set_to_none=True)
     (bare * torch.tensor(weights, device=bare.device)).sum().backward()  # type: ignore[no-untyped-call]
@@ -446,38 +488,51 @@ def _kd_layer_value(student: Student, term: KDLayerTerm, targets: Targets, batch
     return kd_layer_value(term, scores.float(), decided, batch.labels, num_classes)
 
 
-def _save(
-    out: Path,
-    identity: str,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    epochs_done: int,
-    history: list[dict[str, Any]],
-) -> None:
-    """Everything that the rest of the run depends on. Order and views need nothing: they are functions of the epoch."""
+def _what_matters(recipe: Recipe) -> dict[str, Any]:
+    """The recipe without what may change when a run goes on."""
+    content = recipe.model_dump(mode="json")
+    for field_name in ("workers", "keep_bytes", "root"):
+        del content["data"][field_name]
+    del content["training"]["checkpoint_steps"]
+    return content
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is, and what it has measured. Order and views need nothing: they are functions of the epoch."""
+
+    epochs_done: int = 0
+    steps_done: int = 0  # of the pass that is not over
+    sums: list[float] = field(default_factory=list)  # of every term over these steps
+    fallbacks: int = 0
+    images: int = 0
+    seconds: float = 0.0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _save(out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progress) -> None:
+    """Everything that the rest of the run depends on."""
     partial = out / "last.ckpt.partial"
     torch.save(
         {
             "identity": identity,
-            "epochs_done": epochs_done,
+            "progress": json.dumps(asdict(progressed)),
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "rng": torch.get_rng_state(),  # for networks with dropout
-            "history": json.dumps(history),
         },
         partial,
     )
     flush_to_disk(partial)
     partial.replace(out / "last.ckpt")
-    write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
 
 
 def _resume(
     out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, list[dict[str, Any]]]:
+) -> Progress | None:
     file = out / "last.ckpt"
     if not file.is_file():
-        return 0, []
+        return None
     saved = torch.load(file, map_location=device, weights_only=True)
     if saved["identity"] != identity:
         raise TrainingError(
@@ -487,9 +542,10 @@ def _resume(
     network.load_state_dict(saved["network"])
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"].cpu())
-    history: list[dict[str, Any]] = json.loads(saved["history"])
-    say(f"{out}: resuming after epoch {saved['epochs_done']}")
-    return int(saved["epochs_done"]), history
+    progressed = Progress(**json.loads(saved["progress"]))
+    after = f"after epoch {progressed.epochs_done}"
+    say(f"{out}: resuming {after}" + (f" and {progressed.steps_done} steps" if progressed.steps_done else ""))
+    return progressed
 
 
 def _finish(
@@ -497,7 +553,7 @@ def _finish(
     recipe: Recipe,
     student: Student,
     history: list[dict[str, Any]],
-    steps_per_epoch: int,
+    stream: Stream,
     seed: int,
     objective: str,
     targets: str,
@@ -506,7 +562,7 @@ def _finish(
     weights = {name: tensor.contiguous().cpu() for name, tensor in student.network.state_dict().items()}
     content = safetensors.torch.save(weights)
     write_atomically(out / "student.safetensors", content)
-    seconds = statistics.median(line["seconds"] for line in history)
+    per_pass = statistics.median(line["seconds"] for line in history)
     result = Result(
         recipe=recipe.name,
         objective=objective,
@@ -516,13 +572,13 @@ def _finish(
         best_top1=max(line["top1"] for line in history),
         nll=history[-1]["nll"],
         ece=history[-1]["ece"],
-        epochs=len(history),
-        steps=len(history) * steps_per_epoch,
+        epochs=history[-1]["epoch"],
+        steps=len(history) * stream.steps_per_pass,
         parameters=parameter_count(student.network),
         kd_layer_parameters=sum(parameter_count(layer.kd_layer) for layer in student.kd_layers.values()),
-        seconds_per_epoch=seconds,
-        seconds_per_step=seconds / steps_per_epoch,
-        images_per_second=history[-1]["images"] / seconds,
+        seconds_per_epoch=per_pass / stream.views_per_decode,
+        seconds_per_step=per_pass / stream.steps_per_pass,
+        images_per_second=history[-1]["images"] / per_pass,
         dtkd_fallbacks=sum(line["dtkd_fallbacks"] for line in history),
         store_digest=store_digest,
         student_sha256=hashlib.sha256(content).hexdigest(),

@@ -1,6 +1,8 @@
 """How good a classifier is on a dataset split."""
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +11,9 @@ from torch.nn import functional as F
 
 from offline_kd.data import BlockLoader
 from offline_kd.errors import ModelError
+from offline_kd.manifest import EvaluationCrop
 from offline_kd.progress import progress
+from offline_kd.rendering import plain_images
 
 ECE_BINS = 15
 
@@ -24,18 +28,28 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    predict: Callable[[Tensor], Tensor], loader: BlockLoader, batch_size: int, device: torch.device, title: str
+    predict: Callable[[Tensor], Tensor],
+    loader: BlockLoader,
+    batch_size: int,
+    device: torch.device,
+    title: str,
+    crop: EvaluationCrop | None = None,
 ) -> Evaluation:
     """Run `predict` (`[B, 3, H, W]` uint8 -> `[B, C]` logits) over every image of a split, un-augmented.
+
+    Args:
+        crop: of images of different sizes; None: they are taken as they are.
 
     Raises ModelError when there is not one finite logit for every class of the dataset.
     """
     logits, labels = [], []
-    with progress(title, loader.split.count, "images") as meter:
+    with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
         for block in loader:
-            labels.append(torch.from_numpy(block.labels).long())
             for start in range(0, len(block), batch_size):
-                images = block.images[start : start + batch_size]
+                images, rows = plain_images(block, crop, start, start + batch_size, threads)
+                if not rows:
+                    continue
+                labels.append(torch.from_numpy(block.labels[rows]).long())
                 logits.append(predict(images.to(device)).float().cpu())
                 meter.advance(len(images))
                 if logits[0].shape[1] != len(loader.dataset.classes):

@@ -11,14 +11,15 @@ from offline_kd.data import ImageBlock
 from offline_kd.errors import StoreCorrupt
 from offline_kd.objectives import kd, power_sum
 from offline_kd.progress import progress
+from offline_kd.rendering import render_some
 from offline_kd.store.codec import TopK, decode, error_bound
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity
-from offline_kd.stream import Rows, join, tables_on
+from offline_kd.stream import Joined, as_stored, join, tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import SubclassDecisions, pack, unpack_probs
-from offline_kd.views import counter_hash, render
+from offline_kd.views import counter_hash
 
 FIDELITY_STREAM = 0x66696465  # first counter of the draws made here
 MAX_BLOCKS = 8
@@ -49,10 +50,11 @@ def measure_fidelity(
     same: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
     likeliest: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
     with progress("fidelity", num_rows, "rows") as meter:
-        for rows in _sample(store, images, num_rows):
-            for start in range(0, len(rows), teacher.batch_size):
-                part = rows.take(torch.arange(start, min(start + teacher.batch_size, len(rows))))
-                pixels = render(part.images.to(device), part.box.to(device), part.flip.to(device), identity.views.fill)
+        for block, rows in _sample(store, images, num_rows):
+            for start in range(0, len(rows.labels), teacher.batch_size):
+                part = rows.take(slice(start, start + teacher.batch_size))
+                choice = part.choice
+                pixels = torch.from_numpy(render_some(block, choice, identity.views, identity.seen_size[0])).to(device)
                 logits, maps = teacher.logits_and_maps(pixels, points)
                 live.append(logits.cpu())
                 stored.append(decode(identity.codec, part.targets, identity.num_classes))
@@ -128,7 +130,7 @@ def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:
     }
 
 
-def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) -> Iterator[Rows]:
+def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) -> Iterator[tuple[ImageBlock, Joined]]:
     """Rows of up to MAX_BLOCKS evenly spaced blocks, with other views in every round, until there are enough."""
     identity = store.identity
     count = min(MAX_BLOCKS, len(store.blocks))
@@ -141,12 +143,12 @@ def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) ->
                 return
             first = counter_hash(FIDELITY_STREAM, number).item() % len(identity.groups)
             group = (first + turn) % len(identity.groups)
-            block = images(number)
+            block = as_stored(store, images(number))
             draws = counter_hash(FIDELITY_STREAM, number, block.key_hash)
             position = ((draws + np.uint64(turn // len(identity.groups))) % len(identity.groups[group])).astype(
                 np.int64
             )
             rows = join(store, block, group, position, list(identity.decisions))
-            rows = rows.take(torch.from_numpy(draws.argsort()[:each]))
-            taken += len(rows)
-            yield rows
+            rows = rows.take(draws.argsort()[:each])
+            taken += len(rows.labels)
+            yield block, rows

@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offline_kd.data import ImageBlock, encode_png, hash_key, load_block
+from offline_kd.data import ImageBlock, OnBadImage, encode_png, hash_key, load_block
 from offline_kd.errors import DataError
 from offline_kd.manifest import locate
+from offline_kd.rendering import Choice, plain_images, render_some
 from offline_kd.store.codec import codec_arrays, decode
 from offline_kd.store.reader import Arrays, Store
+from offline_kd.stream import as_stored, join
 from offline_kd.templates import TemplateDecisions, unpack_probs
-from offline_kd.views import render
+from offline_kd.views import OPS, WHOLE, is_exact
 
 MAX_VIEWS, MAX_TEMPLATES = 8, 12
 CELLS_ACROSS_PATCH = 3
@@ -85,7 +87,10 @@ class _Images:
         if number not in self.blocks:
             tar = self.store.identity.dataset.tars[number]
             path = locate(f"{self.folder}/{tar.file}", self.roots)
-            self.blocks[number] = load_block(path, tar, self.store.identity.num_classes)
+            identity = self.store.identity
+            on_bad: OnBadImage = "skip" if self.store.entry("", number, 0).left_out else "fail"
+            block = load_block(path, tar, identity.num_classes, decode=is_exact(identity.views), on_bad=on_bad)
+            self.blocks[number] = as_stored(self.store, block)
         return self.blocks[number]
 
 
@@ -108,12 +113,10 @@ def _view(
     wanted = [f"logits/{name}" for name in codec_arrays(identity.codec)]
     wanted += [f"decisions/{name}/id" for name in maps]
     wanted += [f"decisions/{name}/prob" for name in maps if _top(store, name) > 1]
-    arrays: Arrays = {
-        name: array[row, position]
-        for name, array in store.read(number, group, ["view/box", "view/flip", *wanted]).items()
-    }
-    box, flip = torch.from_numpy(arrays["view/box"])[None], torch.tensor([int(arrays["view/flip"])])
-    pixels = render(block.images[row][None], box, flip, identity.views.fill)[0].permute(1, 2, 0).numpy()
+    arrays: Arrays = {name: array[row, position] for name, array in store.read(number, group, wanted).items()}
+    at = np.zeros(len(block), dtype=np.int64) + position
+    choice = join(store, block, group, at).choice.take(np.array([row]))
+    pixels = render_some(block, choice, identity.views, store.created.seen_size[0])[0].transpose(1, 2, 0)
     pictures = [_img(pixels, f"view {view}")]
     for name in maps:
         ids = arrays[f"decisions/{name}/id"][..., 0].astype(np.int64)
@@ -135,9 +138,23 @@ def _view(
         f'<i style="width:{100 * probability:.1f}%"></i><b>{100 * probability:.1f} %</b></div>'
         for probability, index in zip(*(part.tolist() for part in probabilities.topk(min(5, len(logits)))), strict=True)
     )
-    top, left = int(box[0, 0]), int(box[0, 1])
-    caption = f"view {view}: shifted by {top}, {left}{', mirrored' if int(flip) else ''}"
+    caption = f"view {view}: {_describe(choice, block)}"
     return f'<div class="view"><div class="pictures">{"".join(pictures)}</div><small>{caption}</small>{bars}</div>'
+
+
+def _describe(choice: Choice, block: ImageBlock) -> str:
+    own = {name: array[0] for name, array in choice.own.items()}
+    top, left, height, width = own["box"].tolist()
+    said = [f"{width} x {height} at {left}, {top}", *(["mirrored"] if own["flip"] else [])]
+    for op, magnitude in zip(own.get("op", ()), own.get("magnitude", ()), strict=True):
+        if OPS[op] != "identity":
+            said.append(f"{OPS[op]} {magnitude:.2f}")
+    if "erase" in own and own["erase"][2]:
+        said.append("erased")
+    if choice.partner_row[0] >= 0:
+        how = "covered by" if own["mix_box"][2] else "blended with"
+        said.append(f"{1 - own['share'] / WHOLE:.0%} {how} {html.escape(block.keys[choice.partner_row[0]])}")
+    return ", ".join(said)
 
 
 def _top(store: Store, name: str) -> int:
@@ -160,7 +177,8 @@ def _templates(store: Store, name: str, used: list[int], images: _Images) -> str
             if row < 0:
                 continue
             number, inside = divmod(row, store.identity.rows_per_block)
-            image = images.block(number).images[inside].permute(1, 2, 0).numpy()
+            plain, _ = plain_images(images.block(number), store.created.teacher.crop, inside, inside + 1)
+            image = plain[0].permute(1, 2, 0).numpy()
             patches.append(_img(_patch(image, place, about.height, about.width), f"row {row}"))
         vectors = int(tables["count"][template])
         lines.append(

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -69,6 +69,17 @@ class Normalisation(Strict):
     std: tuple[float, float, float]
 
 
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class EvaluationCrop(Strict):
+    """An image of any size as a network takes it: the short side to `resize`, the middle `size` x `size` cut out."""
+
+    size: int = Field(ge=1, le=4096)
+    resize: int = Field(ge=1, le=8192)
+    interpolation: Interpolation = "bilinear"
+
+
 class Weights(Strict):
     file: str
     sha256: Sha256
@@ -88,6 +99,7 @@ class Teacher(Strict):
     model_args: dict[str, int | float | str | bool] = {}
     weights: Weights
     normalisation: Normalisation
+    crop: EvaluationCrop | None = Field(None, description="by default what timm knows of the model")
     expected: ExpectedAccuracy | None = None
     source: str = ""
     licence: str = ""

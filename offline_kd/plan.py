@@ -16,11 +16,12 @@ from offline_kd.data import BlockLoader, ImageBlock
 from offline_kd.manifest import Manifest
 from offline_kd.progress import say
 from offline_kd.recipe import Recipe
+from offline_kd.rendering import plain_images
 from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import StoreIdentity, entry_names, kind_of, parts_of
 from offline_kd.teacher import Teacher, load_teacher
-from offline_kd.views import ViewParameters, draw
+from offline_kd.views import draw, is_exact
 
 MAX_SAMPLES, MIN_SECONDS = 512, 3.0  # of the first tar; of the warm-up
 
@@ -44,18 +45,18 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torc
     """Ask the teacher about some views of the first tar, pack them, and work out the whole capture."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
-    loader = BlockLoader(dataset, split, roots, keep_bytes=2**30)
+    loader = BlockLoader(dataset, split, roots, 2**30, decode=is_exact(recipe.views), on_bad=recipe.data.bad_images)
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
     identity = describe_capture(recipe, loader, teacher, "not asked", 0.0, None, None, device)
     part = parts_of(identity)[""]
     block = _first(loader[0], MAX_SAMPLES)
     views = identity.groups[0]
-    parameters = draw(recipe.views, block.key_hash, identity.dataset.height, identity.dataset.width)
-    chosen = ViewParameters(parameters.box[:, : views.stop], parameters.flip[:, : views.stop])
+    parameters = draw(recipe.views, block.key_hash, block.sizes())
+    chosen = {name: array[:, : views.stop] for name, array in parameters.items()}
     tables = _stand_ins(identity, device)
 
     def stage_1() -> Arrays:
-        return ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)
+        return ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)[0]
 
     arrays = stage_1()
     size_per_kind: dict[str, float] = {}
@@ -74,7 +75,8 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torc
     for specs in part.tables.values():
         size_per_kind["templates"] = size_per_kind.get("templates", 0) + sum(spec.chunk_bytes for spec in specs)
 
-    bare = _seconds(lambda: _bare(teacher, block, len(views), device), "teacher alone") / (len(block) * len(views))
+    images, _ = plain_images(block, teacher.crop, 0, len(block))
+    bare = _seconds(lambda: _bare(teacher, images, len(views), device), "teacher alone") / (len(images) * len(views))
     whole = _seconds(stage_1, "stage 1") / (len(block) * len(views)) + packing
     num_views = identity.views.num_views
     passes = samples * num_views + (samples if part.tables else 0) + _evaluation_images(recipe, manifest)
@@ -103,14 +105,15 @@ def _first(block: ImageBlock, count: int) -> ImageBlock:
         key_hash=block.key_hash[:count],
         image_crc=block.image_crc[:count],
         labels=block.labels[:count],
-        images=block.images[:count],
+        encoded=block.encoded[:count],
+        pixels=None if block.pixels is None else block.pixels[:count],
     )
 
 
-def _bare(teacher: Teacher, block: ImageBlock, num_views: int, device: torch.device) -> None:
-    for start in range(0, len(block) * num_views, teacher.batch_size):
-        index = torch.arange(start, min(start + teacher.batch_size, len(block) * num_views)) % len(block)
-        teacher.logits(block.images[index].to(device))
+def _bare(teacher: Teacher, images: Tensor, num_views: int, device: torch.device) -> None:
+    for start in range(0, len(images) * num_views, teacher.batch_size):
+        index = torch.arange(start, min(start + teacher.batch_size, len(images) * num_views)) % len(images)
+        teacher.logits(images[index].to(device))
 
 
 def _seconds(work: Callable[[], object], title: str) -> float:

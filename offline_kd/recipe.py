@@ -11,12 +11,13 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from offline_kd.data import OnBadImage
 from offline_kd.errors import RecipeError, did_you_mean
-from offline_kd.manifest import ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
+from offline_kd.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
 from offline_kd.objectives.dtkd import Sharpness
 from offline_kd.store.codec import AnyCodec, Float16
 from offline_kd.templates import AnyDecisions, DecisionsConfig, SubclassDecisions
-from offline_kd.views import NoAugmentation, Views
+from offline_kd.views import CenterCrop, NoAugmentation, PadCropFlip, Views
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -35,6 +36,10 @@ class Data(Strict):
     )
     normalisation: Normalisation = Field(description="of the student, and of a teacher that has none of its own")
     root: str | None = Field(None, description="folder of the data, before OFFLINE_KD_DATA")
+    crop: EvaluationCrop | None = Field(
+        None, description="of the student's evaluation, where views resize; by default views.size of 8/7 of it"
+    )
+    bad_images: OnBadImage = Field("fail", description="skip: leave out images that cannot be decoded, and list them")
     keep_bytes: int = Field(2**30, ge=0, description="decoded images kept in memory between epochs")
     workers: int = Field(0, ge=0, description="processes that read and decode tars")
 
@@ -77,6 +82,10 @@ class Training(Strict):
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
     schedule: Annotated[Step | Cosine, Field(discriminator="name")]
     label_smoothing: float = Field(0, ge=0, lt=1)
+    views_per_decode: int = Field(
+        1, ge=1, description="views shown of an image once it is decoded; so many epochs pass at once"
+    )
+    checkpoint_steps: int | None = Field(None, ge=1, description="save every so many steps, beside every epoch's end")
     amp: bool = Field(False, description="bfloat16 autocast of the student; helps on GPUs with tensor cores")
     pool_blocks: int = Field(16, ge=1, description="tars whose rows are shuffled together")
 
@@ -164,7 +173,8 @@ class TeacherNetwork(Strict):
     model: str | None = None
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
     weights: str | None = Field(None, description="manifest name, path, or torchvision weights name")
-    normalisation: Normalisation | None = None
+    normalisation: Normalisation | None = Field(None, description="by default the manifest's, or timm's of the model")
+    crop: EvaluationCrop | None = Field(None, description="the same; its size is that of the views the teacher sees")
     expected: ExpectedAccuracy | None = None
     training: Training | None = Field(None, description="how `run` and `train --teacher` make the weights")
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -214,6 +224,17 @@ class Recipe(Strict):
     training: Training
     objectives: dict[Name, Objective] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
+
+    @property
+    def evaluation_crop(self) -> EvaluationCrop | None:
+        """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
+        views = self.views
+        if isinstance(views, NoAugmentation | PadCropFlip):
+            return self.data.crop
+        if self.data.crop:
+            return self.data.crop
+        resize = views.resize if isinstance(views, CenterCrop) else round(views.size * 8 / 7)
+        return EvaluationCrop(size=views.size, resize=resize, interpolation=views.interpolation)
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""

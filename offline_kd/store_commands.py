@@ -26,6 +26,7 @@ from offline_kd.store.reader import Store
 from offline_kd.store.transfer import KINDS, copy_store, describe
 from offline_kd.teacher import load_teacher
 from offline_kd.verify import Verification, faults_as_json, take_back, verify
+from offline_kd.views import is_exact
 
 
 @click.group("store")
@@ -166,7 +167,13 @@ def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callab
 
     def images(block: int) -> ImageBlock:
         tar = about.tars[block]
-        return load_block(locate(f"{folder}/{tar.file}", roots), tar, store.identity.num_classes)
+        return load_block(
+            locate(f"{folder}/{tar.file}", roots),
+            tar,
+            store.identity.num_classes,
+            decode=is_exact(store.identity.views),
+            on_bad="skip" if store.entry("", block, 0).left_out else "fail",
+        )
 
     return images
 

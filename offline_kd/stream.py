@@ -7,59 +7,104 @@ rendering happen afterwards in the training process, so the batches do not depen
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from offline_kd.data import BlockLoader, ImageBlock
-from offline_kd.errors import StoreCorrupt, StoreMismatch, did_you_mean
+from offline_kd.data import BlockLoader, Decoder, ImageBlock
+from offline_kd.errors import RecipeError, StoreCorrupt, StoreMismatch, did_you_mean
+from offline_kd.progress import say
+from offline_kd.rendering import Choice, choose, render, render_choice, render_some
 from offline_kd.store.codec import codec_arrays
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.templates import SubclassDecisions
-from offline_kd.views import AnyViews, counter_hash, counter_uniform, draw, render, view_of_epoch
+from offline_kd.views import (
+    NO_PARTNER,
+    PARTNERS,
+    WHOLE,
+    AnyViews,
+    NoAugmentation,
+    PadCropFlip,
+    Parameters,
+    counter_hash,
+    counter_uniform,
+    draw,
+    is_exact,
+    outside,
+    view_arrays,
+    view_of_epoch,
+)
 
-# First counters of the draws made here, so that they are independent of each other and of those of views.py.
+SMALL = 8  # a last batch of less than an eighth is not worth a step
 READ_AHEAD = 4  # tars, from a remote store
-BLOCK_STREAM, ROW_STREAM, LABEL_STREAM = 0x626C6F636B, 0x726F77, 0x6C6162656C
+LANES = 96  # ranks are a divisor of it
+LIVE_IMAGES = "live:images"
+PART_BYTES = 2**26  # of pixels that a worker hands over at once
+# First counters of the draws made here, so that they are independent of each other and of those of views.py.
+BLOCK_STREAM, ROW_STREAM, LABEL_STREAM, LANE_STREAM = 0x626C6F636B, 0x726F77, 0x6C6162656C, 0x6C616E65
+
+
+@dataclass(frozen=True)
+class Joined:
+    """n samples of a tar with one view each: what it is, and what stores say of it; without pixels."""
+
+    choice: Choice
+    labels: Tensor  # [n] int64
+    other_labels: Tensor  # [n] of the image that is mixed in; where there is none, as `labels`
+    share: Tensor  # [n] float32, of the image itself
+    key_hash: NDArray[np.uint64]  # [n]
+    targets: dict[str, Tensor]  # by codec array or `decisions/...`, [n, ...]; empty without a store
+
+    def take(self, index: NDArray[Any] | slice) -> "Joined":
+        return Joined(
+            self.choice.take(index),
+            self.labels[index],
+            self.other_labels[index],
+            self.share[index],
+            self.key_hash[index],
+            {name: array[index] for name, array in self.targets.items()},
+        )
 
 
 @dataclass(frozen=True)
 class Rows:
-    """n samples with one view each, not yet rendered."""
+    """n samples with one view each, in the training process."""
 
-    images: Tensor  # [n, 3, H, W] uint8, un-augmented
-    box: Tensor  # [n, 4] int16
-    flip: Tensor  # [n] uint8
+    images: Tensor  # [n, 3, H, W] uint8: un-augmented where views are exact, otherwise the rendered views
+    box: Tensor  # [n, 4] int16 and
+    flip: Tensor  # [n] uint8: what is to be rendered of un-augmented images
     labels: Tensor  # [n] int64
+    other_labels: Tensor  # [n] int64
+    share: Tensor  # [n] float32
     key_hash: NDArray[np.uint64]  # [n]
-    targets: dict[str, Tensor]  # by codec array or `decisions/...`, [n, ...]; empty without a store
+    targets: dict[str, Tensor]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "Rows":
+        tensors = {name: getattr(self, name)[index] for name in TENSORS}
         targets = {name: array[index] for name, array in self.targets.items()}
-        key_hash = self.key_hash[index.numpy()]
-        return Rows(self.images[index], self.box[index], self.flip[index], self.labels[index], key_hash, targets)
+        return Rows(**tensors, key_hash=self.key_hash[index.numpy()], targets=targets)
 
     @staticmethod
     def concatenate(parts: list["Rows"]) -> "Rows":
         if len(parts) == 1:
             return parts[0]
-        tensors = {
-            field.name: torch.cat([getattr(part, field.name) for part in parts])
-            for field in fields(Rows)
-            if field.name not in ("key_hash", "targets")
-        }
         return Rows(
-            **tensors,
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in TENSORS},
             key_hash=np.concatenate([part.key_hash for part in parts]),
             targets={name: torch.cat([part.targets[name] for part in parts]) for name in parts[0].targets},
         )
+
+
+TENSORS = ("images", "box", "flip", "labels", "other_labels", "share")
 
 
 @dataclass(frozen=True)
@@ -70,6 +115,9 @@ class Batch:
     labels: Tensor  # [B] int64; -1 where the label is hidden from the student
     targets: dict[str, Tensor]  # encoded teacher targets, [B, ...]; empty without a store
     key_hash: NDArray[np.uint64]  # [B]
+    other_labels: Tensor  # [B] int64, of what is mixed in
+    share: Tensor  # [B] float32, of the image itself; 1: nothing is mixed in
+    step: int  # of the pass
 
 
 # ---- joining -------------------------------------------------------------------------------------------------------
@@ -77,7 +125,7 @@ class Batch:
 
 def join(
     store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str] = ()
-) -> Rows:
+) -> Joined:
     """Give each sample of an image tar what the store says of one of its views.
 
     Args:
@@ -98,7 +146,7 @@ def join_all(
     group: int,
     position: NDArray[np.int64],
     decisions: Sequence[Sequence[str]],
-) -> Rows:
+) -> Joined:
     """The same from several stores; targets of the second one have `1:` before their names, and so on.
 
     Raises StoreMismatch, too, when the stores mean different crops by one view.
@@ -108,26 +156,33 @@ def join_all(
     ]
     targets = dict(first.targets)
     for number, (store, rows) in enumerate(zip(stores[1:], others, strict=True), start=1):
-        different = (rows.box != first.box).any(dim=1) | (rows.flip != first.flip)
-        if different.any():
-            index = int(different.nonzero()[0])
-            raise StoreMismatch(
-                f"{store.place}: view {store.identity.groups[group][int(position[index])]} of sample "
-                f"'{block.keys[index]}' is box {rows.box[index].tolist()}, flip {int(rows.flip[index])}, in "
-                f"{stores[0].place} it is {first.box[index].tolist()}, {int(first.flip[index])}. Stores that are mixed "
-                "must hold the same views: capture both with the same views (kind, seed and views_per_group)."
-            )
+        for name, array in first.choice.own.items():
+            other = rows.choice.own[name]
+            # A store of its own may have left out other rows, so that partners are numbered in another way.
+            if name == "partner":
+                array, other = first.choice.partner_row, rows.choice.partner_row
+            different = (array != other).reshape(len(array), -1).any(axis=1)
+            if different.any():
+                index = int(different.nonzero()[0][0])
+                raise StoreMismatch(
+                    f"{store.place}: view {store.identity.groups[group][int(position[index])]} of sample "
+                    f"'{block.keys[index]}' has {name} {other[index].tolist()}, in {stores[0].place} it is "
+                    f"{array[index].tolist()}. Stores that are mixed must hold the same views: capture both with the "
+                    "same views (kind, seed and views_per_group)."
+                )
         targets |= {f"{number}:{name}": array for name, array in rows.targets.items()}
     return replace(first, targets=targets)
 
 
 def _join_one(
     store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str]
-) -> Rows:
+) -> Joined:
     names = joined_arrays(store, decisions)
     store_rows = _find_rows(store, block)
     store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
     found: Arrays = {}
+    partner_row = np.full(len(block), NO_PARTNER, dtype=np.int64)
+    partner: Parameters = {}
     slabs = []
     for number in np.unique(store_blocks):
         arrays = store.read(int(number), group, names)
@@ -138,9 +193,12 @@ def _join_one(
                 continue
             per_view = name.startswith(("view/", "logits/", "decisions/"))
             values = arrays[name][offsets[here], position[here]] if per_view else arrays[name][offsets[here]]
-            if name not in found:
-                found[name] = np.empty((len(block), *values.shape[1:]), dtype=values.dtype)
-            found[name][here] = values
+            _put(found, name, here, values, len(block))
+        if "view/partner" in arrays:
+            at = found["view/partner"][here].astype(np.int64)
+            for name in view_arrays(store.identity.views):
+                _put(partner, name, here, arrays[f"view/{name}"][at.clip(min=0), position[here]], len(block))
+            partner_row[here] = _rows_in_tar(store, block, arrays["key_hash"], at)
     _check_samples(store, block, found)
     for number, arrays, here in slabs:
         _check_probes(store, block, number, arrays, here, offsets[here])
@@ -150,19 +208,59 @@ def _join_one(
         for name, array in found.items()
         if name.startswith(("logits/", "decisions/"))
     }
-    return Rows(
-        images=block.images,
-        box=torch.from_numpy(found["view/box"]),
-        flip=torch.from_numpy(found["view/flip"]),
-        labels=torch.from_numpy(block.labels).long(),
-        key_hash=block.key_hash,
-        targets=targets,
-    )
+    own = {name: found[f"view/{name}"] for name in view_arrays(store.identity.views)}
+    return _joined(block, Choice(np.arange(len(block)), own, partner_row, partner or own), targets)
+
+
+def _put(found: dict[str, NDArray[Any]], name: str, here: NDArray[np.int64], values: NDArray[Any], count: int) -> None:
+    if name not in found:
+        found[name] = np.empty((count, *values.shape[1:]), dtype=values.dtype)
+    found[name][here] = values
+
+
+def _rows_in_tar(
+    store: Store, block: ImageBlock, key_hash: NDArray[Any], partner: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Which rows of a tar are the rows `partner` of a store's block, by key; NO_PARTNER stays what it is."""
+    mixed = partner >= 0
+    wanted = key_hash[partner[mixed]]
+    order = block.key_hash.argsort()
+    place = np.searchsorted(block.key_hash, wanted, sorter=order).clip(max=len(block) - 1)
+    rows = order[place]
+    absent = np.flatnonzero(block.key_hash[rows] != wanted)
+    if len(absent):
+        raise StoreMismatch(
+            f"{block.name}: {len(absent)} of its images are mixed with images of other tars (the first has key hash "
+            f"{wanted[absent[0]]:016x}). Mixed views of {store.place} need the tars that it was made from."
+        )
+    found = np.full(len(partner), NO_PARTNER, dtype=np.int64)
+    found[mixed] = rows
+    return found
+
+
+def _joined(block: ImageBlock, choice: Choice, targets: dict[str, Tensor]) -> Joined:
+    labels = torch.from_numpy(block.labels[choice.row]).long()
+    mixed = torch.from_numpy(choice.partner_row >= 0)
+    other = torch.from_numpy(block.labels[choice.partner_row.clip(min=0)]).long()
+    share = torch.ones(len(labels))
+    if "share" in choice.own:
+        share = torch.from_numpy(choice.own["share"].astype(np.float32) / WHOLE)
+    return Joined(choice, labels, torch.where(mixed, other, labels), share, block.key_hash[choice.row], targets)
 
 
 def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
     """The arrays that a join reads."""
-    names = ["image_crc", "label", "view/box", "view/flip", "probe/row", "probe/view", "probe/pixels"]
+    views = store.identity.views
+    names = [
+        "image_crc",
+        "label",
+        "probe/row",
+        "probe/view",
+        "probe/pixels",
+        *(f"view/{n}" for n in view_arrays(views)),
+    ]
+    if "partner" in view_arrays(views):
+        names.append("key_hash")
     names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
     return names + [name for one in decisions for name in decision_arrays(store, one)]
 
@@ -187,21 +285,20 @@ def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor
 
 def without_store(
     views: AnyViews, groups: list[range], block: ImageBlock, group: int, position: NDArray[np.int64]
-) -> Rows:
+) -> Joined:
     """The same rows with the same views as `join`, drawn here and without targets."""
-    parameters = draw(views, block.key_hash, block.images.shape[2], block.images.shape[3])
-    sample, view = np.arange(len(block)), groups[group].start + position
-    return Rows(
-        images=block.images,
-        box=torch.from_numpy(parameters.box[sample, view]),
-        flip=torch.from_numpy(parameters.flip[sample, view]),
-        labels=torch.from_numpy(block.labels).long(),
-        key_hash=block.key_hash,
-        targets={},
-    )
+    parameters = draw(views, block.key_hash, block.sizes())
+    choice = choose(parameters, np.arange(len(block)), groups[group].start + position)
+    return _joined(block, choice, {})
 
 
 def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:
+    """The store's row of every sample: of the block that was made from this tar, or by an index of all keys."""
+    number = store.block_of_tar.get(block.sha256)
+    if number is not None:
+        hashes = store.read(number, 0, ["key_hash"])["key_hash"]
+        if np.array_equal(hashes, block.key_hash):
+            return number * store.identity.rows_per_block + np.arange(len(block))
     hashes, rows = store.row_index
     place = np.searchsorted(hashes, block.key_hash).clip(max=len(hashes) - 1)
     absent = np.flatnonzero(hashes[place] != block.key_hash)
@@ -212,6 +309,22 @@ def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:
             "Use the dataset the store was made from, or a part of it."
         )
     return rows[place]
+
+
+def as_stored(store: Store, block: ImageBlock) -> ImageBlock:
+    """A tar without the bad images that the store left out of it."""
+    bad = left_out_of([store], block)
+    return block.without(bad) if bad else block
+
+
+def left_out_of(stores: Sequence[Store], block: ImageBlock) -> dict[int, str]:
+    """Rows of a tar that the stores left out, because they were bad images, and why."""
+    bad: dict[int, str] = {}
+    for store in stores:
+        number = store.block_of_tar.get(block.sha256)
+        if number is not None and (left_out := store.entry("", number, 0).left_out):
+            bad |= {row: left_out[key] for row, key in enumerate(block.keys) if key in left_out}
+    return bad
 
 
 def _check_samples(store: Store, block: ImageBlock, found: Arrays) -> None:
@@ -250,9 +363,13 @@ def _check_probes(
     if not here.any():
         return
     row, view = arrays["probe/row"][here].astype(np.int64), arrays["probe/view"][here].astype(np.int64)
-    box, flip = arrays["view/box"][row, view], arrays["view/flip"][row, view]
-    images = block.images[torch.from_numpy(at[row])]
-    pixels = render(images, torch.from_numpy(box), torch.from_numpy(flip), store.identity.views.fill).numpy()
+    parameters = {name: arrays[f"view/{name}"] for name in view_arrays(store.identity.views)}
+    choice = choose(parameters, row, view)
+    partner_row = (
+        _rows_in_tar(store, block, arrays["key_hash"], choice.partner_row) if "partner" in parameters else None
+    )
+    choice = replace(choice, row=at[row], partner_row=choice.partner_row if partner_row is None else partner_row)
+    pixels = render_some(block, choice, store.identity.views, store.created.seen_size[0])
     seen = arrays["probe/pixels"][here]
     wrong = np.flatnonzero((pixels != seen).any(axis=(1, 2, 3)))
     if len(wrong):
@@ -260,17 +377,82 @@ def _check_probes(
         difference = np.abs(pixels[first].astype(int) - seen[first].astype(int))
         raise StoreCorrupt(
             f"{store.place}: block {number}, sample '{block.keys[at[row[first]]]}': the stored view (box "
-            f"{box[first].tolist()}, flip {int(flip[first])}) renders to pixels that differ from those the teacher "
-            f"saw, by up to {difference.max()} of 255 in {np.count_nonzero(difference.any(axis=0))} places. Parameters "
-            "and targets do not belong together, or images are decoded differently here: capture the store again."
+            f"{choice.own['box'][first].tolist()}, flip {int(choice.own['flip'][first])}) renders to pixels that "
+            f"differ from those the teacher saw, by up to {difference.max()} of 255 in "
+            f"{np.count_nonzero(difference.any(axis=0))} places (mean {difference.mean():.2g}). Parameters and targets "
+            "do not belong together, or images are decoded differently here: capture the store again."
         )
 
 
-# ---- batching ------------------------------------------------------------------------------------------------------
+# ---- reading in order ------------------------------------------------------------------------------------------------
 
 
-class _Pool(Dataset[Rows]):
-    """Joined tars, by (epoch, block number); runs in the worker processes."""
+@dataclass(frozen=True)
+class Part:
+    """Some joined and rendered rows of one tar."""
+
+    position: int  # of the tar in the epoch
+    is_last: bool  # of this tar
+    rows: Rows
+    lane: NDArray[np.int64]  # [n]
+    shuffle: NDArray[np.uint64]  # [n] by which the rows of a lane are ordered within their pool
+    bad: list[str]  # what was left out, one line each
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The order of one pass over the data, a pure function of seed, epoch, keys and the manifest's counts.
+
+    A pass shows `views_per_decode` epochs at once. Its rows are numbered by tar, in the pass's order of tars, by
+    epoch and by a permutation of the tar; row i is in lane i % LANES. Slot s of the pass shows a row of the lane
+    s % LANES, out of the same pool of tars. A rank takes whole lanes, and a step so many consecutive slots: so every
+    rank knows its rows by itself, whatever is known of the other tars, and a pass that was stopped goes on with the
+    slots that are left, with any number of ranks and workers.
+    """
+
+    seed: int
+    first_epoch: int
+    epochs: int
+    counts: list[int]  # of the tars, by number
+    pool_blocks: int
+
+    @cached_property
+    def order(self) -> NDArray[np.int64]:
+        """The numbers of the tars."""
+        numbers = np.arange(len(self.counts), dtype=np.uint64)
+        return counter_hash(BLOCK_STREAM, self.seed, self.first_epoch, numbers).argsort()
+
+    @cached_property
+    def starts(self) -> NDArray[np.int64]:
+        """The number of each tar's first row, by position; behind the last one, the number of rows."""
+        return np.concatenate([[0], np.cumsum(np.array(self.counts)[self.order])]) * self.epochs
+
+    def pool_of(self, position: int) -> int:
+        return position // self.pool_blocks
+
+    def pool_slots(self, pool: int) -> range:
+        first, end = (min(number * self.pool_blocks, len(self.order)) for number in (pool, pool + 1))
+        return range(int(self.starts[first]), int(self.starts[end]))
+
+    def lanes(self, position: int, epoch: int, key_hash: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """`[n]` lane of every row of a tar, bad images included, in one of the pass's epochs."""
+        place = np.empty(len(key_hash), dtype=np.int64)
+        place[counter_hash(LANE_STREAM, self.seed, epoch, key_hash).argsort()] = np.arange(len(key_hash))
+        first = self.starts[position] + (epoch - self.first_epoch) * len(key_hash)
+        return (first + place) % LANES
+
+    def slots(self, pool: int, lane: NDArray[np.int64], shuffle: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """`[n]` slot of all rows of a pool that are in some lanes."""
+        slots = np.empty(len(lane), dtype=np.int64)
+        first = self.pool_slots(pool).start
+        for one in np.unique(lane):
+            rows = np.flatnonzero(lane == one)
+            slots[rows[shuffle[rows].argsort()]] = first + (one - first) % LANES + LANES * np.arange(len(rows))
+        return slots
+
+
+class _Reader(IterableDataset[Part]):
+    """Tars in a plan's order, joined and rendered part by part; runs in the worker processes."""
 
     def __init__(
         self,
@@ -280,26 +462,120 @@ class _Pool(Dataset[Rows]):
         stores: Sequence[Store],
         decisions: Sequence[Sequence[str]],
         seed: int,
+        pool_blocks: int,
+        views_per_decode: int,
+        rank: int,
+        world: int,
+        size: int,
+        live_size: int | None,
     ) -> None:
         self.loader, self.views, self.groups, self.stores, self.seed = loader, views, groups, stores, seed
-        self.decisions = decisions
+        self.decisions, self.pool_blocks, self.views_per_decode = decisions, pool_blocks, views_per_decode
+        self.rank, self.world, self.size, self.live_size = rank, world, size, live_size
+        # What the next pass begins with, in memory that workers share: they outlive a pass.
+        self.start = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        # first epoch, first slot
 
-    def fetch_ahead(self, place: tuple[int, int]) -> None:
+    def plan(self) -> Plan:
+        first_epoch = int(self.start[0])
+        counts = [tar.count for tar in self.loader.split.tars]
+        return Plan(self.seed, first_epoch, self.views_per_decode, counts, self.pool_blocks)
+
+    def __iter__(self) -> Iterator[Part]:
+        plan, info = self.plan(), get_worker_info()
+        done = int(self.start[1])
+        positions = [at for at in range(len(plan.order)) if plan.pool_slots(plan.pool_of(at)).stop > done]
+        mine = positions[info.id :: info.num_workers] if info else positions
+        for index, position in enumerate(mine):
+            for later in mine[index + 1 : index + 1 + READ_AHEAD]:
+                self._fetch_ahead(plan, int(plan.order[later]))
+            yield from self._parts(plan, position)
+
+    def _fetch_ahead(self, plan: Plan, number: int) -> None:
         """Begin to fetch what a tar will need of remote stores, as far as a tar is known to be a block of theirs."""
-        epoch, number = place
-        group, _ = view_of_epoch(self.seed, np.empty(0, dtype=np.uint64), epoch, self.groups)
-        for store, wanted in zip(self.stores, self.decisions, strict=True):
-            block = store.block_of_tar.get(self.loader.split.tars[number].sha256)
-            if store.place.is_remote and block is not None:
-                store.fetch_ahead(block, group, joined_arrays(store, wanted))
+        for epoch in range(plan.first_epoch, plan.first_epoch + plan.epochs):
+            group, _ = view_of_epoch(self.seed, np.empty(0, dtype=np.uint64), epoch, self.groups)
+            for store, wanted in zip(self.stores, self.decisions, strict=True):
+                block = store.block_of_tar.get(self.loader.split.tars[number].sha256)
+                if store.place.is_remote and block is not None:
+                    store.fetch_ahead(block, group, joined_arrays(store, wanted))
 
-    def __getitem__(self, place: tuple[int, int]) -> Rows:
-        epoch, number = place
-        block = self.loader[number]
-        group, position = view_of_epoch(self.seed, block.key_hash, epoch, self.groups)
-        if not self.stores:
-            return without_store(self.views, self.groups, block, group, position)
-        return join_all(self.stores, block, group, position, self.decisions)
+    def _parts(self, plan: Plan, position: int) -> Iterator[Part]:
+        whole = self.loader[int(plan.order[position])]
+        known_bad = left_out_of(self.stores, whole)
+        block = whole.without(known_bad) if known_bad else whole
+        good = np.array([row for row in range(len(whole)) if row not in known_bad], dtype=np.int64)
+        joined, lanes, shuffles = [], [], []
+        for epoch in range(plan.first_epoch, plan.first_epoch + plan.epochs):
+            group, at = view_of_epoch(self.seed, block.key_hash, epoch, self.groups)
+            if self.stores:
+                joined.append(join_all(self.stores, block, group, at, self.decisions))
+            else:
+                joined.append(without_store(self.views, self.groups, block, group, at))
+            # A tar that was read for the first time may turn out to lack bad images; lanes go by what it holds.
+            lanes.append(plan.lanes(position, epoch, whole.key_hash)[good])
+            shuffles.append(counter_hash(ROW_STREAM, self.seed, epoch, block.key_hash))
+        decoder = Decoder(block)
+        bad = [f"{block.path}: sample '{one.key}': {one.problem}" for one in block.left_out]
+        step = self._rows_in_part(block)
+        for first in range(0, max(len(block), 1), step):
+            rows, lane, shuffle = [], [], []
+            for one, all_lanes, all_shuffles in zip(joined, lanes, shuffles, strict=True):
+                part = np.arange(first, min(first + step, len(block)))
+                part = part[all_lanes[part] % self.world == self.rank]
+                rendered, kept = self._render(block, decoder, one.take(part))
+                rows.append(rendered)
+                lane.append(all_lanes[part][kept])
+                shuffle.append(all_shuffles[part][kept])
+            decoder.forget()
+            bad += [f"{block.path}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
+            decoder.bad.clear()
+            is_last = first + step >= len(block)
+            yield Part(position, is_last, Rows.concatenate(rows), np.concatenate(lane), np.concatenate(shuffle), bad)
+            bad = []
+
+    def _rows_in_part(self, block: ImageBlock) -> int:
+        side = self.size
+        row_bytes = (block.pixels[0].nbytes if block.pixels is not None else 3 * side * side) * self.views_per_decode
+        return max(PART_BYTES // row_bytes // PARTNERS, 1) * PARTNERS
+
+    def _render(self, block: ImageBlock, decoder: Decoder, joined: Joined) -> tuple[Rows, NDArray[np.bool_]]:
+        if is_exact(self.views):
+            row, good = torch.from_numpy(joined.choice.row), np.ones(len(joined.labels), dtype=bool)
+            whole = len(row) == len(block)
+            images = block.images if whole else block.images[row]
+            box, flip = (torch.from_numpy(joined.choice.own[name]) for name in ("box", "flip"))
+        else:
+            if not self.stores and len(joined.labels):
+                _drop_bad_partners(decoder, joined)
+            images, good = render_choice(decoder, joined.choice, self.views, self.size)
+            live = {}
+            if self.live_size:
+                both, _ = render_choice(decoder, joined.choice, self.views, self.live_size)
+                live = {LIVE_IMAGES: both[torch.from_numpy(good)]}
+            images, joined = images[torch.from_numpy(good)], joined.take(good)
+            joined = replace(joined, targets=joined.targets | live)
+            box = torch.zeros((len(images), 4), dtype=torch.int16)
+            flip = torch.zeros(len(images), dtype=torch.uint8)
+        rows = Rows(
+            images, box, flip, joined.labels, joined.other_labels, joined.share, joined.key_hash, joined.targets
+        )
+        return rows, good
+
+
+def _drop_bad_partners(decoder: Decoder, joined: Joined) -> None:
+    """As stage 1 does: nothing is mixed with what cannot be decoded."""
+    partner = joined.choice.partner_row
+    for row in np.unique(partner[partner >= 0]).tolist():
+        decoder(row)
+    lost = np.isin(partner, list(decoder.bad))
+    if lost.any():
+        partner[lost] = NO_PARTNER
+        joined.share[torch.from_numpy(lost)] = 1
+        joined.other_labels[torch.from_numpy(lost)] = joined.labels[torch.from_numpy(lost)]
+
+
+# ---- batching ------------------------------------------------------------------------------------------------------
 
 
 class Stream:
@@ -311,8 +587,13 @@ class Stream:
     Args:
         groups: the view groups that decide which view an epoch shows: the store's.
         stores: targets come from these; none for plain training and for a live teacher.
+        batch_size: of all ranks together.
         decisions: names of the decisions that are wanted of each store.
         labelled_fraction: share of the samples, chosen by key, whose label a batch shows.
+        views_per_decode: epochs that pass at once, so that an image is decoded once for all of them.
+        size: of resampled views; by default that of the recipe's views.
+        live_size: render resampled views in this size, too, as the target `live:images`: for a live teacher.
+        rank: which of `world` processes this is; each gets its share of every batch.
     """
 
     def __init__(
@@ -328,20 +609,50 @@ class Stream:
         labelled_fraction: float = 1.0,
         workers: int = 0,
         decisions: Sequence[Sequence[str]] = (),
+        views_per_decode: int = 1,
+        size: int | None = None,
+        live_size: int | None = None,
+        rank: int = 0,
+        world: int = 1,
         device: torch.device,
     ) -> None:
-        self.loader, self.seed, self.batch_size, self.pool_blocks = loader, seed, batch_size, pool_blocks
-        self.labelled_fraction, self.device = labelled_fraction, device
-        self.fill = views.fill
-        self.places: list[tuple[int, int]] = []  # what the loader fetches next; replaced for every epoch
-        self.pool = _Pool(loader, views, groups, stores, decisions, seed)
-        self.rows_loader: DataLoader[Rows] | None = None
+        if LANES % world or batch_size % world:
+            raise RecipeError(
+                f"{world} ranks: their number must divide the batch size, {batch_size}, and {LANES}, so that every "
+                "rank gets as many rows as any other."
+            )
+        self.loader, self.seed, self.batch_size, self.world = loader, seed, batch_size, world
+        self.labelled_fraction, self.device, self.views = labelled_fraction, device, views
+        self.views_per_decode, self.bad = views_per_decode, set[str]()
+        view_size = size or (0 if isinstance(views, NoAugmentation | PadCropFlip) else views.size)
+        decisions = decisions or [[] for _ in stores]
+        self.reader = _Reader(
+            *(
+                loader,
+                views,
+                groups,
+                stores,
+                decisions,
+                seed,
+                pool_blocks,
+                views_per_decode,
+                rank,
+                world,
+                view_size,
+                live_size,
+            )
+        )
+        rest = loader.split.count * views_per_decode % batch_size
+        if world > 1 and max(2, batch_size // SMALL) <= rest < 2 * world:
+            raise RecipeError(
+                f"the last batch of {rest} rows is too small for {world} ranks. Use another training.batch_size."
+            )
+        self.parts: DataLoader[Part] | None = None
         is_remote = any(store.place.is_remote for store in stores)
         if workers:
-            self.rows_loader = DataLoader(
-                self.pool,
+            self.parts = DataLoader(
+                self.reader,
                 batch_size=None,
-                sampler=self.places,
                 num_workers=workers,
                 persistent_workers=True,
                 # The client of object stores has threads of its own, which do not survive a fork: children would hang.
@@ -349,44 +660,87 @@ class Stream:
             )
 
     @property
-    def steps_per_epoch(self) -> int:
-        full, rest = divmod(self.loader.split.count, self.batch_size)
-        return max(full + (rest > 1), 1)
+    def steps_per_pass(self) -> int:
+        """Steps of one call of `epoch`. The last batch, if it is small or a single row, joins the one before."""
+        full, rest = divmod(self.loader.split.count * self.views_per_decode, self.batch_size)
+        return max(full + (rest >= max(2, self.batch_size // SMALL)), 1)
 
-    def epoch(self, epoch: int) -> Iterator[Batch]:
-        """All samples once. A last batch of one sample, which batch normalisation cannot use, joins the one before."""
-        order = counter_hash(BLOCK_STREAM, self.seed, epoch, np.arange(len(self.loader), dtype=np.uint64)).argsort()
-        self.places[:] = [(epoch, int(number)) for number in order]
-        blocks = iter(self.rows_loader) if self.rows_loader else self._in_this_process()
-        left: Rows | None = None  # rows of the pool before that did not fill a batch
-        for first in range(0, len(order), self.pool_blocks):
-            is_last = first + self.pool_blocks >= len(order)
-            pool = Rows.concatenate([next(blocks) for _ in self.places[first : first + self.pool_blocks]])
-            pool = pool.take(torch.from_numpy(counter_hash(ROW_STREAM, self.seed, epoch, pool.key_hash).argsort()))
-            if left is not None:
-                pool = Rows.concatenate([left, pool])
-            start = 0
-            # Two batches' worth is kept back until the last pool, so that a single last sample has one to join.
-            while start < len(pool) and (is_last or len(pool) - start > self.batch_size + 1):
-                stop = start + self.batch_size
-                if len(pool) - stop <= 1:
-                    stop = len(pool)
-                yield self._render(pool.take(torch.arange(start, stop)))
-                start = stop
-            left = pool.take(torch.arange(start, len(pool)))
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """All samples once, or `views_per_decode` times with a view each, which is as many epochs.
 
-    def _in_this_process(self) -> Iterator[Rows]:
-        """The places' rows. What they need of remote stores is fetched ahead, while the student trains."""
-        for index, place in enumerate(self.places):
-            for later in self.places[index + 1 : index + 1 + READ_AHEAD]:
-                self.pool.fetch_ahead(later)
-            yield self.pool[place]
+        Args:
+            epoch: counted from 0; a multiple of `views_per_decode`.
+            first_step: go on from here, where another run, of however many workers and ranks, was stopped.
+        """
+        self.reader.start[0], self.reader.start[1] = epoch, first_step * self.batch_size
+        plan = self.reader.plan()
+        step, left, parts = first_step, _Slots.nothing(), iter(self.reader if self.parts is None else self.parts)
+        waiting: dict[int, list[Part]] = {}
+        for pool in range(plan.pool_of(len(plan.order) - 1) + 1):
+            slots = plan.pool_slots(pool)
+            if slots.stop <= first_step * self.batch_size:
+                continue
+            missing = sum(plan.pool_of(position) == pool for position in range(len(plan.order)))
+            missing -= sum(part.is_last for part in waiting.get(pool, []))
+            while missing:
+                part = next(parts)
+                waiting.setdefault(plan.pool_of(part.position), []).append(part)
+                self._report(part.bad)
+                missing -= part.is_last and plan.pool_of(part.position) == pool
+            left = left.and_pool(plan, pool, waiting.pop(pool))
+            while step < self.steps_per_pass:
+                stop = (step + 1) * self.batch_size
+                if step == self.steps_per_pass - 1:
+                    stop = int(plan.starts[-1])
+                if stop > slots.stop:
+                    break
+                rows, left = left.until(step * self.batch_size, stop)
+                if len(rows):  # none where bad images were left out
+                    yield self._to_device(rows, step)
+                step += 1
 
-    def _render(self, rows: Rows) -> Batch:
-        known = counter_uniform(LABEL_STREAM, rows.key_hash) < self.labelled_fraction
-        labels = torch.where(torch.from_numpy(known), rows.labels, -1)
-        images, box, flip, labels = (
-            tensor.to(self.device, non_blocking=True) for tensor in (rows.images, rows.box, rows.flip, labels)
+    def _report(self, bad: Sequence[str]) -> None:
+        for line in bad:
+            if line not in self.bad:
+                self.bad.add(line)
+                say(f"left out: {line}")
+
+    def _to_device(self, rows: Rows, step: int) -> Batch:
+        known = torch.from_numpy(counter_uniform(LABEL_STREAM, rows.key_hash) < self.labelled_fraction)
+        labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
+        images, box, flip, labels, other, share = (
+            tensor.to(self.device, non_blocking=True)
+            for tensor in (rows.images, rows.box, rows.flip, labels, other, rows.share)
         )
         targets = {name: array.to(self.device, non_blocking=True) for name, array in rows.targets.items()}
-        return Batch(render(images, box, flip, self.fill), labels, targets, rows.key_hash)
+        if is_exact(self.views):
+            images = render(images, box, flip, outside(self.views))
+        return Batch(images, labels, targets, rows.key_hash, other, share, step)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Rows in the order of their slots."""
+
+    rows: Rows | None
+    slots: NDArray[np.int64]
+
+    @staticmethod
+    def nothing() -> "_Slots":
+        return _Slots(None, np.empty(0, dtype=np.int64))
+
+    def and_pool(self, plan: Plan, pool: int, parts: list[Part]) -> "_Slots":
+        lane = np.concatenate([part.lane for part in parts])
+        shuffle = np.concatenate([part.shuffle for part in parts])
+        slots = plan.slots(pool, lane, shuffle)
+        order = slots.argsort()
+        rows = Rows.concatenate([part.rows for part in parts]).take(torch.from_numpy(order))
+        before = [] if self.rows is None or not len(self.rows) else [self.rows]
+        return _Slots(Rows.concatenate([*before, rows]), np.concatenate([self.slots, slots[order]]))
+
+    def until(self, start: int, stop: int) -> tuple[Rows, "_Slots"]:
+        """The rows of these slots, and those behind them."""
+        assert self.rows is not None
+        first, end = np.searchsorted(self.slots, [start, stop])
+        taken = self.rows.take(torch.arange(int(first), int(end)))
+        return taken, _Slots(self.rows.take(torch.arange(int(end), len(self.rows))), self.slots[end:])

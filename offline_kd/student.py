@@ -11,6 +11,7 @@ from offline_kd.errors import RecipeError
 from offline_kd.kd_layer import WithKDLayer, find_map, insert_kd_layer
 from offline_kd.models import build, normalise
 from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.views import NoAugmentation, PadCropFlip
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,11 @@ def new_student(
     wanted = kd_layer_terms(terms)
     if not wanted:
         return Student(network, {})
-    example = normalise(loader[0].images[:1].to(device), recipe.data.normalisation)
+    if isinstance(recipe.views, NoAugmentation | PadCropFlip):
+        images = loader[0].images[:1]
+    else:
+        images = torch.zeros((1, 3, recipe.views.size, recipe.views.size), dtype=torch.uint8)
+    example = normalise(images.to(device), recipe.data.normalisation)
     places = {term.after: find_map(network, term.after, example) for term in wanted}
     if len(set(places.values())) < len(wanted):
         raise RecipeError(

@@ -12,7 +12,7 @@ from offline_kd.errors import RecipeError, StoreMismatch
 from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
 from offline_kd.store.codec import TopK, codec_arrays, decode
 from offline_kd.store.reader import Store
-from offline_kd.stream import Batch, decision_arrays, tables_on
+from offline_kd.stream import LIVE_IMAGES, Batch, decision_arrays, tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import pack
@@ -150,7 +150,7 @@ def live_targets(
     points: list[TapPoint] = list(configs.values())
 
     def targets(batch: Batch) -> Targets:
-        logits, maps = teacher.logits_and_maps(batch.images, points)
+        logits, maps = teacher.logits_and_maps(batch.targets.get(LIVE_IMAGES, batch.images), points)
         labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
         decided = {
             name: pack(config, features, labels, templates[name]) | tables.get(name, {})

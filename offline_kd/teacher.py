@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from offline_kd.data import BlockLoader
 from offline_kd.errors import ModelError, RecipeError, TeacherError
 from offline_kd.evaluate import evaluate
-from offline_kd.manifest import ExpectedAccuracy, Manifest, Normalisation
-from offline_kd.models import build, find_weights, load_weights, normalise
+from offline_kd.manifest import EvaluationCrop, ExpectedAccuracy, Manifest, Normalisation
+from offline_kd.models import build, find_weights, input_of, load_weights, normalise
 from offline_kd.recipe import Recipe
 from offline_kd.taps import TapPoint, tapped
+from offline_kd.views import is_exact
 
 # On a CPU, activations should stay in its cache: ResNet-56 is a quarter slower with 256 images than with 64.
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 512}
@@ -26,6 +27,7 @@ class Teacher:
     model_args: dict[str, int | float | str | bool]
     weights_sha256: str
     normalisation: Normalisation
+    crop: EvaluationCrop | None  # where images have different sizes: its `size` is that of views, too
     dtype: str
     expected: ExpectedAccuracy | None
     licence: str
@@ -74,13 +76,18 @@ def load_teacher(
     path, sha256 = find_weights(wanted.weights, manifest, roots)
     network = build(model, num_classes, args)
     load_weights(network, path)
+    own, student_crop = input_of(model, wanted.weights), recipe.evaluation_crop
     network.requires_grad_(False).eval().to(device)
     return Teacher(
         name=wanted.weights if known else model,
         model=model,
         model_args=args,
         weights_sha256=sha256,
-        normalisation=wanted.normalisation or (known.normalisation if known else recipe.data.normalisation),
+        normalisation=wanted.normalisation
+        or (known.normalisation if known else own.normalisation if own else recipe.data.normalisation),
+        crop=None
+        if is_exact(recipe.views)
+        else wanted.crop or (known and known.crop) or (own.crop if own else student_crop),
         dtype=wanted.dtype,
         expected=wanted.expected or (known.expected if known else None),
         licence=wanted.licence or (known.licence if known else ""),
@@ -98,8 +105,15 @@ def gate(
     """
     expected = teacher.expected
     dataset, split = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
-    loader = BlockLoader(manifest.dataset(dataset), manifest.split(dataset, split), roots, keep_bytes=0)
-    measured = evaluate(teacher.logits, loader, teacher.batch_size, device, title="teacher gate").top1
+    loader = BlockLoader(
+        manifest.dataset(dataset),
+        manifest.split(dataset, split),
+        roots,
+        keep_bytes=0,
+        decode=teacher.crop is None,
+        on_bad=recipe.data.bad_images,
+    )
+    measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop).top1
     if expected and abs(measured - expected.top1) > expected.tolerance:
         raise TeacherError(
             f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured:.2f} %, expected "

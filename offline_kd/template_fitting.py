@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from offline_kd.data import BlockLoader
 from offline_kd.errors import TeacherError
 from offline_kd.progress import progress, say
+from offline_kd.rendering import plain_images
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.taps import TapPoint
@@ -87,7 +88,10 @@ def _collect(
         for number, block in enumerate(loader):
             chance = counter_uniform(SAMPLE_STREAM, block.key_hash)
             for start in range(0, len(block), teacher.batch_size):
-                images = block.images[start : start + teacher.batch_size].to(device)
+                plain, kept_rows = plain_images(block, teacher.crop, start, start + teacher.batch_size)
+                if not kept_rows:
+                    continue
+                images = plain.to(device)
                 _, maps = teacher.logits_and_maps(images, points)
                 for name, one, features, file in zip(names, about, maps, files, strict=True):
                     if tuple(features.shape[1:]) != (one.channels, one.height, one.width):
@@ -96,17 +100,17 @@ def _collect(
                             f"it gave {[one.channels, one.height, one.width]}. Give the tap a `grid`."
                         )
                     if not features.isfinite().all():
-                        bad = int((~features.isfinite()).flatten(1).any(dim=1).nonzero()[0])
+                        bad = kept_rows[int((~features.isfinite()).flatten(1).any(dim=1).nonzero()[0])]
                         raise TeacherError(
-                            f"tap '{one.config.module}': features of sample '{block.keys[start + bad]}' of "
+                            f"tap '{one.config.module}': features of sample '{block.keys[bad]}' of "
                             f"{block.name} are not finite. Check the weights, and the dtype if it is not float32."
                         )
                     share = one.config.max_vectors / (total * one.height * one.width)
-                    kept = np.flatnonzero(chance[start : start + len(images)] < share)
+                    kept = np.flatnonzero(chance[kept_rows] < share)
                     vectors = features.permute(0, 2, 3, 1)[torch.from_numpy(kept).to(device)]
                     file.write(vectors.float().cpu().contiguous().numpy().tobytes())
-                    first = number * identity.rows_per_block + start
-                    rows[name] += [(first + int(index), int(block.labels[start + index])) for index in kept]
+                    first = number * identity.rows_per_block
+                    rows[name] += [(first + kept_rows[at], int(block.labels[kept_rows[at]])) for at in kept]
                 meter.advance(len(images))
     return (
         {

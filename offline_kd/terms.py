@@ -12,17 +12,35 @@ from offline_kd.templates import unpack_probs
 
 
 def term_value(
-    term: LogitTerm, student: Tensor, teacher: Tensor | None, labels: Tensor, label_smoothing: float
+    term: LogitTerm,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor,
+    label_smoothing: float,
+    mixed: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The bare value of one term.
 
     `ce` is the mean over the samples whose label is known (-1: hidden), 0 if there is none. The terms that use a label
     beside the teacher, `dkd` and `nkd`, take the teacher's first choice where the label is hidden.
+
+    Args:
+        mixed: labels `[B]` of the images that are mixed in, and the share `[B]` of each image itself. Of a mixture,
+            `ce` weighs both labels by their shares; `dkd` and `nkd`, which know one label, take the larger share's.
     """
     if isinstance(term, CE):
+        if mixed:
+            other, share = mixed
+            values = [
+                F.cross_entropy(student, one, ignore_index=-1, reduction="none", label_smoothing=label_smoothing)
+                for one in (labels, other)
+            ]
+            return (share * values[0] + (1 - share) * values[1]).sum() / (labels >= 0).sum().clamp(min=1)
         total = F.cross_entropy(student, labels, ignore_index=-1, reduction="sum", label_smoothing=label_smoothing)
         return total / (labels >= 0).sum().clamp(min=1)
     assert teacher is not None, "distill() refuses terms without a teacher"
+    if mixed:
+        labels = torch.where(mixed[1] >= 0.5, labels, mixed[0])
     match term:
         case KD():
             return kd(student, teacher, temperature=term.temperature)

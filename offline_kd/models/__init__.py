@@ -7,7 +7,9 @@ package.module:NAME     your own: a callable that takes num_classes and returns 
 """
 
 import importlib
+import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from offline_kd.errors import ModelError, did_you_mean
-from offline_kd.manifest import Manifest, Normalisation, file_sha256, locate_weights
+from offline_kd.manifest import EvaluationCrop, Manifest, Normalisation, file_sha256, locate_weights
 from offline_kd.models.cifar_resnet import CifarResNet, CifarResNet50
 from offline_kd.models.cifar_vgg import CifarVGG
 from offline_kd.models.mobilenetv2 import MobileNetV2
@@ -96,6 +98,41 @@ def _import(module: str, function: str) -> Callable[..., object]:
     if not callable(found):
         raise ModelError(f"'{module}:{function}' is not callable.")
     return found
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network was trained to see."""
+
+    normalisation: Normalisation
+    crop: EvaluationCrop
+
+
+def input_of(name: str, weights: str | None) -> Input | None:
+    """What timm knows of a model, or torchvision of its weights (`ResNet50_Weights.IMAGENET1K_V2`); None: nothing."""
+    source, _, model = name.partition(":")
+    if source == "timm":
+        config = _timm().get_pretrained_cfg(model)
+        if config is None:
+            return None
+        size = config.input_size[-1]
+        return Input(
+            Normalisation(mean=config.mean, std=config.std),
+            EvaluationCrop(
+                size=size,
+                resize=math.floor(size / config.crop_pct),
+                interpolation="bicubic" if config.interpolation == "bicubic" else "bilinear",
+            ),
+        )
+    if source == "torchvision" and weights and "_Weights." in weights:
+        preset = _torchvision_entry(weights).transforms()
+        return Input(
+            Normalisation(mean=tuple(preset.mean), std=tuple(preset.std)),
+            EvaluationCrop(
+                size=preset.crop_size[0], resize=preset.resize_size[0], interpolation=preset.interpolation.value
+            ),
+        )
+    return None
 
 
 def parameter_count(model: nn.Module) -> int:
@@ -179,13 +216,17 @@ def find_weights(weights: str, manifest: Manifest, roots: Sequence[Path]) -> tup
     )
 
 
-def _torchvision_weights(name: str) -> Path:
+def _torchvision_entry(name: str) -> Any:
     from torchvision import models
 
     try:
-        url = models.get_weight(name).url
+        return models.get_weight(name)
     except ValueError as error:
         raise ModelError(f"torchvision has no weights '{name}'.") from error
+
+
+def _torchvision_weights(name: str) -> Path:
+    url = _torchvision_entry(name).url
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -113,7 +113,8 @@ def _common(identity: StoreIdentity, manifest: StoreManifest) -> dict[str, str]:
     dataset = identity.dataset
     rows = sum(tar.count for tar in dataset.tars)
     return {
-        "dataset": f"{dataset.name}/{dataset.split}: {rows:,} images of {dataset.width}x{dataset.height} in "
+        "dataset": f"{dataset.name}/{dataset.split}: {rows:,} images of "
+        f"{f'{dataset.width}x{dataset.height}' if dataset.width else 'different sizes'} in "
         f"{len(dataset.tars)} tars, {len(dataset.classes)} classes; licence: {dataset.licence or 'not stated'}",
         "views": f"{identity.views.num_views} of {identity.views.num_distinct} per image: "
         f"`{identity.views.model_dump(mode='json')}`",

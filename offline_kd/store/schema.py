@@ -34,10 +34,10 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from offline_kd.errors import RecipeError, StoreCorrupt
-from offline_kd.manifest import Normalisation, Sha256, Strict, Tar, fingerprint
+from offline_kd.manifest import EvaluationCrop, Normalisation, Sha256, Strict, Tar, fingerprint
 from offline_kd.store.codec import Codec, codec_arrays
 from offline_kd.templates import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
-from offline_kd.views import AnyViews, NoAugmentation, Views, view_groups
+from offline_kd.views import AnyViews, CenterCrop, NoAugmentation, Views, view_arrays, view_groups
 
 SCHEMA_VERSION = 2  # version 1 is still read: see opening.py
 PROBES_PER_GROUP = 4
@@ -54,8 +54,8 @@ class DatasetIdentity(Strict):
     split: str
     fingerprint: Sha256
     classes: list[str] = Field(min_length=2)
-    height: Side
-    width: Side
+    height: Side | None = Field(description="of every image; None: they differ")
+    width: Side | None
     tars: list[Tar] = Field(min_length=1)
     licence: str
 
@@ -66,6 +66,7 @@ class TeacherIdentity(Strict):
     model_args: dict[str, int | float | str | bool]
     weights_sha256: Sha256
     normalisation: Normalisation
+    crop: EvaluationCrop | None = Field(None, description="of images of different sizes; its size is that of views")
     dtype: str
     evaluated_on: str
     measured_top1: float = Field(description="percent, by the gate, before anything was written")
@@ -98,6 +99,15 @@ class StoreIdentity(Strict):
     @property
     def num_classes(self) -> int:
         return len(self.dataset.classes)
+
+    @property
+    def seen_size(self) -> tuple[int, int]:
+        """Height and width of what the teacher sees."""
+        if self.teacher.crop:
+            return self.teacher.crop.size, self.teacher.crop.size
+        assert self.dataset.height is not None
+        assert self.dataset.width is not None
+        return self.dataset.height, self.dataset.width
 
     @property
     def num_blocks(self) -> int:
@@ -142,6 +152,9 @@ class LedgerEntry(Strict):
     rows: int
     tar: str
     tar_sha256: Sha256
+    left_out: dict[str, str] = Field(
+        default_factory=dict, description="samples of the tar without a row, by key, and why: bad images"
+    )
     objects: dict[str, StoredObject]
 
     @property
@@ -295,7 +308,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     rows, per_group = identity.rows_per_block, identity.views_per_group
     blocks, num_groups = identity.num_blocks, -(-identity.views.num_distinct // per_group)
     num_rows, num_views = blocks * rows, num_groups * per_group
-    height, width = identity.dataset.height, identity.dataset.width
+    height, width = identity.seen_size
 
     def per_row(name: str, dtype: str, fill: float, description: str) -> ArraySpec:
         return ArraySpec(name, dtype, (num_rows,), (rows,), ("row",), fill, "block", description)
@@ -314,8 +327,10 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
         per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)"),
         per_row("label", "<i4", -1, "class index"),
-        per_view("view/box", "<i2", -(2**15), "top, left, height, width in source pixels", ("box", 4)),
-        per_view("view/flip", "|u1", 255, "1: mirrored left-right after cropping"),
+        *(
+            per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
+            for name, array in view_arrays(identity.views).items()
+        ),
         per_probe("probe/row", "<i4", -1, "row within the block"),
         per_probe("probe/view", "<i4", -1, "view within the group"),
         per_probe(
@@ -406,7 +421,7 @@ def identity_of_targets(
 
 
 def with_count(views: AnyViews, num_views: int) -> AnyViews:
-    return views if isinstance(views, NoAugmentation) else views.model_copy(update={"count": num_views})
+    return views if isinstance(views, NoAugmentation | CenterCrop) else views.model_copy(update={"count": num_views})
 
 
 def check_bounds(where: str, parts: Mapping[str, Part]) -> None:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -131,12 +132,14 @@ def commit(
     *,
     tar: str,
     tar_sha256: str,
+    left_out: Mapping[str, str] = MappingProxyType({}),
     still_mine: Callable[[], bool] = lambda: True,
 ) -> LedgerEntry:
     """Write every array of one block and view group, prove that the store holds them, then vouch for them.
 
     Args:
         arrays: by array name, rows of the block first (`[rows, ...]` or `[rows, views, ...]`; probes `[P, ...]`).
+        left_out: samples of the tar that have no row, by key, and why.
         still_mine: whether this writer still has the block's lease.
 
     Returns:
@@ -154,6 +157,7 @@ def commit(
         rows=len(arrays["key_hash"]),
         tar=tar,
         tar_sha256=tar_sha256,
+        left_out=dict(left_out),
         objects=objects,
     )
     return _vouch(place, entry)
@@ -167,7 +171,9 @@ def commit_tables(place: Place, part: Part, name: str, arrays: Arrays, statistic
 
 def _vouch(place: Place, entry: Any) -> Any:
     file = f"ledger/{entry.file_name}"
-    if place.create(file, (entry.model_dump_json(indent=1) + "\n").encode()):
+    # Older software reads stores in which nothing was left out.
+    nothing = {"left_out"} if not getattr(entry, "left_out", None) else None
+    if place.create(file, (entry.model_dump_json(indent=1, exclude=nothing) + "\n").encode()):
         return entry
     return parse_metadata(type(entry), place.read(file), f"{place}/{file}")
 
