@@ -24,7 +24,7 @@ from offline_kd.manifest import Manifest, Split
 from offline_kd.progress import progress, say
 from offline_kd.recipe import Recipe
 from offline_kd.rendering import choose, render_some, view_batches
-from offline_kd.store.codec import encode
+from offline_kd.store.codec import CODEC_TABLES, encode
 from offline_kd.store.leases import POLL_SECONDS, Leases, leases_at
 from offline_kd.store.place import Folder, Place, place_at
 from offline_kd.store.reader import Arrays
@@ -52,6 +52,7 @@ from offline_kd.template_fitting import fit_tables
 from offline_kd.templates import pack
 from offline_kd.views import Parameters, counter_hash, draw, is_exact, view_arrays
 
+ENCODE_BYTES = 2**24
 PROBE_STREAM = 0x70726F6265  # first counter of the draws made here
 
 
@@ -263,6 +264,15 @@ def ask_teacher(
     points: list[TapPoint] = [about.config for about in identity.decisions.values()]
     decided: dict[str, list[Tensor]] = {}
     encoded: dict[str, list[NDArray[np.generic]]] = {}
+    waiting: list[NDArray[np.float32]] = []  # logits that are encoded together: never those of a whole block
+
+    def encode_waiting() -> None:
+        if waiting:
+            for name, array in encode(identity.codec, np.concatenate(waiting), codec_tables).items():
+                encoded.setdefault(f"logits/{name}", []).append(array)
+        waiting.clear()
+
+    codec_tables = {name: table.cpu().numpy() for name, table in tables.get(CODEC_TABLES, {}).items()}
     decoder = Decoder(block)
     for row, view, pixels in view_batches(block, decoder, parameters, identity.views, size, teacher.batch_size, device):
         answer, maps = teacher.logits_and_maps(pixels, points)
@@ -278,13 +288,15 @@ def ask_teacher(
                 f"'{block.keys[row[at]]}' of {block.name}, view {identity.groups[group][view[at]]}. "
                 "The block was not committed. Check the weights, and the dtype if it is not float32."
             )
-        for name, array in encode(identity.codec, answer.cpu().numpy()).items():
-            encoded.setdefault(f"logits/{name}", []).append(array)
+        waiting.append(answer.cpu().numpy())
+        if sum(one.nbytes for one in waiting) >= ENCODE_BYTES:
+            encode_waiting()
         of_rows = labels[torch.from_numpy(row).to(device)]
         for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
             _check_map(about, features, block.name)
             for part, values in pack(about.config, features, of_rows, tables[name]).items():
                 decided.setdefault(f"decisions/{name}/{part}", []).append(values.cpu())
+    encode_waiting()
     kept, parameters = _without_bad_rows(block, decoder, parameters)
     count, num_views = parameters["flip"].shape
     probes = counter_hash(PROBE_STREAM, number, group, np.arange(PROBES_PER_GROUP, dtype=np.uint64))

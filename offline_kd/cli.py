@@ -25,7 +25,7 @@ from offline_kd.manifest import MANIFEST_NAME, Tar, data_roots, load_manifest, l
 from offline_kd.models import build
 from offline_kd.options import common_options, read_inputs, recipe_options
 from offline_kd.progress import printable, progress, say, show_table
-from offline_kd.recipe import Recipe
+from offline_kd.recipe import Recipe, parse_codec
 from offline_kd.report import COLUMNS, read_runs, summarise, table_rows, write_report
 from offline_kd.run import run
 from offline_kd.store.downloads import DEFAULT_BYTES
@@ -382,19 +382,27 @@ def bench_group() -> None:
 @bench_group.command("codecs")
 @click.argument("reference", metavar="STORE")
 @click.option("--rows", default=20_000, show_default=True, type=click.IntRange(min=1), help="At least so many rows.")
+@click.option("--codec", "codecs", multiple=True, metavar="YAML", help="Measure this one, as in a recipe; repeatable.")
 @click.option("--out", type=click.Path(path_type=Path), help="A plot (.svg or .png) of rate against distortion.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @common_options
 def bench_codecs_command(
-    reference: str, rows: int, out: Path | None, as_json: bool, manifest_path: Path, data_root: tuple[Path, ...]
+    reference: str,
+    rows: int,
+    codecs: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    manifest_path: Path,
+    data_root: tuple[Path, ...],
 ) -> None:
     """What every codec makes of the logits of STORE (f32 or f16): bytes, speed, and how much is lost for whom.
 
     \b
     offline-kd bench codecs runs/digits/store --out codecs.svg
+    offline-kd bench codecs stores/imagenet --codec '{name: klt, step: 1.2, refine: 96}' --codec '{name: topk, k: 100}'
     """
     store = open_named(reference, manifest_path)
-    results = bench_codecs(store, rows)
+    results = bench_codecs(store, rows, [parse_codec(codec) for codec in codecs])
     if out is not None:
         write_plot(results, out, f"{store.identity.teacher.name}, {store.identity.num_classes} classes")
         say(f"{out} written")

@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_kd.codec_choice import describe_codec, integer_codecs, pack_logits
+from offline_kd.codec_choice import decode_arrays, describe_codec, integer_codecs, pack_logits, transform_codecs
 from offline_kd.errors import StoreMismatch
 from offline_kd.fidelity import distortion
 from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
 from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, decode
+from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, fit_codec, unpack
+from offline_kd.store.klt import Tables
 from offline_kd.store.reader import Store
 
 # One setting of every objective, for how much its loss and gradient change.
@@ -31,6 +32,9 @@ OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
+MOST_LEARNED = 16384  # rows
+
+
 @dataclass(frozen=True)
 class CodecResult:
     """One codec on the same rows as all others."""
@@ -43,14 +47,15 @@ class CodecResult:
     change: dict[str, float]  # of the gradient on the student's logits, relative, by objective
 
 
-def candidates(num_classes: int) -> list[AnyCodec]:
-    """What is compared: every width of `int`, with and without a top, and `topk` as the reference."""
+def candidates(logits: Any) -> list[AnyCodec]:
+    """What is compared: every width of `int`, with and without a top, `klt`, and `topk` as the reference."""
+    num_classes = logits.shape[-1]
     lists: list[AnyCodec] = [TopK(name="topk", k=k) for k in (5, 10, 16, 50, 100) if k < num_classes]
-    return [Float16(name="f16"), *integer_codecs(num_classes), *lists]
+    return [Float16(name="f16"), *integer_codecs(num_classes), *transform_codecs(logits), *lists]
 
 
-def bench_codecs(store: Store, num_rows: int) -> list[CodecResult]:
-    """Encode whole stored blocks of a store of f32 or f16 with every candidate and decode them again.
+def bench_codecs(store: Store, num_rows: int, codecs: Sequence[AnyCodec] = ()) -> list[CodecResult]:
+    """Encode whole stored blocks of a store of f32 or f16 with every candidate, or these codecs, and decode them again.
 
     Raises StoreMismatch when the store's own codec has lost more than rounding.
     """
@@ -61,6 +66,10 @@ def bench_codecs(store: Store, num_rows: int) -> list[CodecResult]:
             "were kept whole: capture with codec f32 or f16."
         )
     blocks, labels = _read(store, num_rows)
+    # The tables of klt are learned from four fifths of the images; all codecs are measured on the others.
+    learn_from = np.concatenate([block[: len(block) * 4 // 5].reshape(-1, block.shape[-1]) for block in blocks])
+    labels = [one[len(block) * 4 // 5 :].flatten() for one, block in zip(labels, blocks, strict=True)]
+    blocks = [block[len(block) * 4 // 5 :] for block in blocks]
     z_t = torch.cat([torch.from_numpy(block).flatten(0, 1) for block in blocks])
     y = torch.cat(labels)
     # A student that has learned something: the teacher's answers for other rows, half as sure, and noise.
@@ -68,10 +77,12 @@ def bench_codecs(store: Store, num_rows: int) -> list[CodecResult]:
     student = 0.5 * z_t.roll(1, dims=0) + 0.5 * z_t + noise
     true = {name: _gradient(loss, student, z_t, y) for name, loss in OBJECTIVES.items()}
     results = []
-    chosen = candidates(identity.num_classes)
+    chosen = codecs or candidates(learn_from)
     with progress("codecs", len(chosen), "codecs") as meter:
         for codec in chosen:
-            results.append(_measure(store, codec, blocks, z_t, student, y, true))
+            results.append(
+                _measure(store, codec, blocks, fit_codec(codec, learn_from[:MOST_LEARNED]), z_t, student, y, true)
+            )
             meter.advance()
     return results
 
@@ -85,7 +96,7 @@ def _read(store: Store, num_rows: int) -> tuple[list[Any], list[Tensor]]:
             logits = arrays["logits/values"].astype(np.float32)
             blocks.append(logits)
             label = torch.from_numpy(arrays["label"].astype(np.int64))
-            labels.append(label[:, None].expand(-1, logits.shape[1]).flatten())
+            labels.append(label[:, None].expand(-1, logits.shape[1]))
             rows += logits.shape[0] * logits.shape[1]
             if rows >= num_rows:
                 return blocks, labels
@@ -99,18 +110,25 @@ def _gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor,
 
 
 def _measure(
-    store: Store, codec: AnyCodec, blocks: list[Any], z_t: Tensor, student: Tensor, y: Tensor, true: dict[str, Tensor]
+    store: Store,
+    codec: AnyCodec,
+    blocks: list[Any],
+    tables: Tables,
+    z_t: Tensor,
+    student: Tensor,
+    y: Tensor,
+    true: dict[str, Tensor],
 ) -> CodecResult:
     stored, decoded, encoding, decoding = 0, [], 0.0, 0.0
     for logits in blocks:
         started = time.perf_counter()
-        objects = pack_logits(codec, logits)
+        objects = pack_logits(codec, logits, tables)
         encoding += time.perf_counter() - started
         stored += sum(len(content) for _, content in objects.values())
         started = time.perf_counter()
         unpacked = {name: decode_chunk(spec, content, name) for name, (spec, content) in objects.items()}
-        tensors = {name: torch.from_numpy(array) for name, array in unpacked.items()}
-        decoded.append(decode(codec, tensors, store.identity.num_classes).flatten(0, 1))
+        arrays = unpack(codec, unpacked, tables)
+        decoded.append(decode_arrays(codec, arrays, tables, store.identity.num_classes).flatten(0, 1))
         decoding += time.perf_counter() - started
     z = torch.cat(decoded)
     change = {

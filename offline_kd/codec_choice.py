@@ -10,11 +10,25 @@ from offline_kd.progress import say
 from offline_kd.recipe import AutoCodec
 from offline_kd.rendering import view_batches
 from offline_kd.store.chunks import encode_chunk
-from offline_kd.store.codec import AnyCodec, Float16, Float32, Int, codec_arrays, decode, encode
+from offline_kd.store.codec import (
+    AnyCodec,
+    Float16,
+    Float32,
+    Int,
+    Klt,
+    TopK,
+    codec_arrays,
+    decode,
+    encode,
+    fit_codec,
+    unpack,
+)
+from offline_kd.store.klt import Tables
 from offline_kd.store.schema import ArraySpec
 from offline_kd.teacher import Teacher
 from offline_kd.views import AnyViews, draw
 
+FEWEST_CLASSES = 64
 MAX_SAMPLES, MAX_VIEWS = 1024, 4  # of the first tar
 
 
@@ -25,14 +39,36 @@ def integer_codecs(num_classes: int) -> list[AnyCodec]:
     ]
 
 
-def pack_logits(codec: AnyCodec, logits: NDArray[np.float32]) -> dict[str, tuple[ArraySpec, bytes]]:
+def transform_codecs(logits: NDArray[np.float32]) -> list[AnyCodec]:
+    """`klt` in five steps, by the spread of the logits; nothing for a few classes, where it gains nothing."""
+    if logits.shape[-1] < FEWEST_CLASSES:
+        return []
+    spread = float(logits.std())
+    return [Klt(name="klt", step=float(f"{factor * spread:.2g}")) for factor in (0.5, 1, 1.5, 2, 3)]
+
+
+def pack_logits(
+    codec: AnyCodec, logits: NDArray[np.float32], tables: Tables | None = None
+) -> dict[str, tuple[ArraySpec, bytes]]:
     """The objects that `[rows, views, C]` logits become, with what describes them, by array."""
     declared, packed = codec_arrays(codec), {}
-    for name, array in encode(codec, logits).items():
+    for name, array in encode(codec, logits, tables).items():
         axes = tuple(f"axis {index}" for index in range(array.ndim))
         spec = ArraySpec(name, declared[name].dtype, array.shape, array.shape, axes, declared[name].fill, "whole", "")
         packed[name] = (spec, encode_chunk(spec, array))
     return packed
+
+
+def decode_arrays(
+    codec: AnyCodec, arrays: dict[str, NDArray[np.generic]], tables: Tables, num_classes: int
+) -> torch.Tensor:
+    """`decode` of arrays that are not tensors yet, on the CPU."""
+    as_tensors = (
+        {name: torch.from_numpy(np.array(a.astype(np.int32) if a.dtype == np.uint16 else a)) for name, a in one.items()}
+        for one in (arrays, tables)
+    )
+    tensors, table_tensors = as_tensors
+    return decode(codec, tensors, num_classes, table_tensors)
 
 
 def describe_codec(codec: AnyCodec) -> str:
@@ -41,8 +77,11 @@ def describe_codec(codec: AnyCodec) -> str:
             return f"int {codec.bits}" + (f" + top {codec.exact_top}" if codec.exact_top else "")
         case Float32() | Float16():
             return codec.name
-        case _:
-            return f"topk {codec.k}"
+        case TopK():
+            return f"topk {codec.k}" + ("" if codec.tail_temperature == 1 else f" at T = {codec.tail_temperature}")
+        case Klt():
+            default = codec.model_fields_set <= {"name", "step"}
+            return f"klt {codec.step:g}" + ("" if default else f", {codec.refine} by {codec.refine_step:.3g}")
 
 
 def choose_codec(
@@ -53,13 +92,18 @@ def choose_codec(
     `topk` is not among them, because it serves few objectives. Where nothing else is good enough, f32 is.
     """
     logits = _ask(teacher, views, block, device)
+    # Tables are learned from other images than those that are measured.
+    learned = len(logits) * 4 // 5
+    candidates: list[AnyCodec] = [Float16(name="f16"), *integer_codecs(logits.shape[-1]), *transform_codecs(logits)]
+    learn_from, logits = logits[:learned].reshape(-1, logits.shape[-1]), logits[learned:]
     z_t = torch.from_numpy(logits).flatten(0, 1)
     best: tuple[float, AnyCodec, float] | None = None
-    for codec in [Float16(name="f16"), *integer_codecs(logits.shape[-1])]:
-        arrays = {name: torch.from_numpy(np.array(array)) for name, array in encode(codec, logits).items()}
-        measured = distortion(z_t, decode(codec, arrays, logits.shape[-1]).flatten(0, 1))
+    for codec in candidates:
+        tables = fit_codec(codec, learn_from)
+        arrays = unpack(codec, encode(codec, logits, tables), tables)
+        measured = distortion(z_t, decode_arrays(codec, arrays, tables, logits.shape[-1]).flatten(0, 1))
         worst = max(measured["total_variation"].values())
-        size = sum(len(content) for _, content in pack_logits(codec, logits).values()) / len(z_t)
+        size = sum(len(content) for _, content in pack_logits(codec, logits, tables).values()) / len(z_t)
         if worst <= wanted.error_budget and (best is None or size < best[0]):
             best = (size, codec, worst)
     if best is None:

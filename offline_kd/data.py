@@ -131,7 +131,8 @@ class Decoder:
             try:
                 self.kept[row] = decode_image(self.block.encoded[row])
             except UNDECODABLE as error:
-                problem = f"the image cannot be decoded ({' '.join(str(error).split())})"
+                why = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
+                problem = f"the image cannot be decoded ({why})"
                 if self.block.on_bad == "fail":
                     raise _bad_image(self.block.path, self.block.keys[row], problem) from error
                 self.kept[row] = None

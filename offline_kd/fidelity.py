@@ -12,10 +12,10 @@ from offline_kd.errors import StoreCorrupt
 from offline_kd.objectives import kd, power_sum
 from offline_kd.progress import progress
 from offline_kd.rendering import render_some
-from offline_kd.store.codec import TopK, decode, error_bound
+from offline_kd.store.codec import AnyCodec, Klt, TopK, decode, encode, error_bound, unpack
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity
-from offline_kd.stream import Joined, as_stored, join, tables_on
+from offline_kd.stream import Joined, as_stored, codec_tables_on, join, tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import SubclassDecisions, pack, unpack_probs
@@ -46,6 +46,7 @@ def measure_fidelity(
     identity = store.identity
     points: list[TapPoint] = [about.config for about in identity.decisions.values()]
     tables = {name: tables_on(store, name, device) for name in identity.decisions}
+    codec_tables = codec_tables_on(store, torch.device("cpu"))
     stored, live, labels = [], [], []
     same: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
     likeliest: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
@@ -57,7 +58,7 @@ def measure_fidelity(
                 pixels = torch.from_numpy(render_some(block, choice, identity.views, identity.seen_size[0])).to(device)
                 logits, maps = teacher.logits_and_maps(pixels, points)
                 live.append(logits.cpu())
-                stored.append(decode(identity.codec, part.targets, identity.num_classes))
+                stored.append(decode(identity.codec, part.targets, identity.num_classes, codec_tables))
                 labels.append(part.labels)
                 for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
                     again = pack(about.config, features, part.labels.to(device), tables[name])
@@ -74,7 +75,14 @@ def measure_fidelity(
     bounded = bounds.isfinite()  # TopK says nothing of the others
     errors = torch.where(bounded, (z - z_t).abs(), 0)
     allowed = torch.where(bounded, bounds, 0) + ARITHMETIC[identity.teacher.dtype] * max(1.0, z_t.abs().max().item())
-    if isinstance(identity.codec, TopK):
+    if isinstance(identity.codec, Klt):
+        # Its errors have no bound; but coding what the teacher says now must give what is stored, up to a few
+        # coordinates that rounding pushed over an edge.
+        errors = (z - _stored_and_read(identity.codec, z_t, store)).norm(dim=1)
+        allowed = torch.full_like(errors, identity.codec.step * (3 + (0.05 * identity.num_classes) ** 0.5))
+        if identity.teacher.dtype != "float32":
+            allowed = 2 * allowed
+    elif isinstance(identity.codec, TopK):
         # Near ties, another class may be among the k largest: there, and only there, the value is what is compared.
         z_top, t_top = (part.topk(identity.codec.k, dim=1).values for part in (z, z_t))
         errors, allowed = (z_top - t_top).abs(), allowed.amax(dim=1, keepdim=True).expand_as(z_top)
@@ -85,6 +93,8 @@ def measure_fidelity(
             f"{errors.max():.4g}, codec and arithmetic explain {allowed.flatten()[worst]:.4g}. The targets are not "
             "those of this teacher for these images: delete the store, check data and weights, and capture again."
         )
+    if isinstance(identity.codec, Klt):
+        errors = (z - z_t).abs()
     decisions: dict[str, dict[str, float]] = {}
     for name in identity.decisions:
         decisions[name] = {"agreement": torch.cat(same[name]).float().mean().item()}
@@ -107,6 +117,13 @@ def measure_fidelity(
         **distortion(z_t, z),
         decisions=decisions,
     )
+
+
+def _stored_and_read(codec: AnyCodec, logits: Tensor, store: Store) -> Tensor:
+    """What would be read back if `[n, C]` logits were stored."""
+    arrays = unpack(codec, encode(codec, logits.numpy(), store.codec_tables), store.codec_tables)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return decode(codec, tensors, logits.shape[1], codec_tables_on(store, torch.device("cpu")))
 
 
 def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from offline_kd.data import ImageBlock, OnBadImage, encode_png, hash_key, load_b
 from offline_kd.errors import DataError
 from offline_kd.manifest import locate
 from offline_kd.rendering import Choice, plain_images, render_some
-from offline_kd.store.codec import codec_arrays, decode
+from offline_kd.store.codec import decode
 from offline_kd.store.reader import Arrays, Store
-from offline_kd.stream import as_stored, join
+from offline_kd.stream import as_stored, codec_tables_on, join
 from offline_kd.templates import TemplateDecisions, unpack_probs
 from offline_kd.views import OPS, WHOLE, is_exact
 
@@ -110,12 +110,12 @@ def _view(
     used: dict[str, list[int]],
 ) -> str:
     identity = store.identity
-    wanted = [f"logits/{name}" for name in codec_arrays(identity.codec)]
-    wanted += [f"decisions/{name}/id" for name in maps]
+    wanted = [f"decisions/{name}/id" for name in maps]
     wanted += [f"decisions/{name}/prob" for name in maps if _top(store, name) > 1]
     arrays: Arrays = {name: array[row, position] for name, array in store.read(number, group, wanted).items()}
     at = np.zeros(len(block), dtype=np.int64) + position
-    choice = join(store, block, group, at).choice.take(np.array([row]))
+    joined = join(store, block, group, at)
+    choice = joined.choice.take(np.array([row]))
     pixels = render_some(block, choice, identity.views, store.created.seen_size[0])[0].transpose(1, 2, 0)
     pictures = [_img(pixels, f"view {view}")]
     for name in maps:
@@ -129,8 +129,9 @@ def _view(
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view}"))
     logits = decode(
         identity.codec,
-        {name: torch.from_numpy(np.asarray(arrays[f"logits/{name}"])) for name in codec_arrays(identity.codec)},
+        {name: array[row] for name, array in joined.targets.items() if not name.startswith("decisions/")},
         identity.num_classes,
+        codec_tables_on(store, torch.device("cpu")),
     )
     probabilities = logits.softmax(dim=0)
     bars = "".join(

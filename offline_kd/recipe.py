@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from offline_kd.data import OnBadImage
 from offline_kd.errors import RecipeError, did_you_mean
 from offline_kd.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
 from offline_kd.objectives.dtkd import Sharpness
-from offline_kd.store.codec import AnyCodec, Float16
+from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16
 from offline_kd.templates import AnyDecisions, DecisionsConfig, SubclassDecisions
 from offline_kd.views import CenterCrop, NoAugmentation, PadCropFlip, Views
 
@@ -191,6 +191,13 @@ class AutoCodec(Strict):
 class Capture(Strict):
     """How stage 1 stores the teacher's targets."""
 
+    @field_validator("decisions")
+    @classmethod
+    def _name_is_free(cls, decisions: dict[str, Any]) -> dict[str, Any]:
+        if CODEC_TABLES in decisions:
+            raise ValueError(f"'{CODEC_TABLES}' is what the tables of codecs are called: use another name")
+        return decisions
+
     codec: Annotated[AnyCodec | AutoCodec, Field(discriminator="name")] = Float16(name="f16")
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
@@ -272,6 +279,18 @@ def kd_layer_terms(terms: Sequence[AnyTerm]) -> list[KDLayerTerm]:
 
 def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
     return any(not isinstance(term, CE) for term in terms)
+
+
+def parse_codec(text: str) -> AnyCodec:
+    """A codec as recipes write it; raises RecipeError."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"codec {text}: not readable as YAML") from error
+    chosen = parse(Capture, {"codec": content}, where=f"codec {text}").codec
+    if isinstance(chosen, AutoCodec):
+        raise RecipeError(f"codec {text}: name one, such as '{{name: int, bits: 4}}'.")
+    return chosen
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -21,7 +21,7 @@ from offline_kd.data import BlockLoader, Decoder, ImageBlock
 from offline_kd.errors import RecipeError, StoreCorrupt, StoreMismatch, did_you_mean
 from offline_kd.progress import say
 from offline_kd.rendering import Choice, choose, render, render_choice, render_some
-from offline_kd.store.codec import codec_arrays
+from offline_kd.store.codec import codec_arrays, unpack
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.templates import SubclassDecisions
 from offline_kd.views import (
@@ -202,11 +202,11 @@ def _join_one(
     _check_samples(store, block, found)
     for number, arrays, here in slabs:
         _check_probes(store, block, number, arrays, here, offsets[here])
+    logits = {name: found[f"logits/{name}"] for name in codec_arrays(store.identity.codec)}
+    decided = {name: array for name, array in found.items() if name.startswith("decisions/")}
     targets = {
-        # Torch knows uint16 but can do little with it.
-        name.removeprefix("logits/"): torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array)
-        for name, array in found.items()
-        if name.startswith(("logits/", "decisions/"))
+        name: _tensor(array)
+        for name, array in (unpack(store.identity.codec, logits, store.codec_tables) | decided).items()
     }
     own = {name: found[f"view/{name}"] for name in view_arrays(store.identity.views)}
     return _joined(block, Choice(np.arange(len(block)), own, partner_row, partner or own), targets)
@@ -280,7 +280,17 @@ def decision_arrays(store: Store, name: str) -> list[str]:
 
 def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
     """Templates (or LDA and sub-classes) of decisions, by the last part of their name."""
-    return {part: torch.from_numpy(array).to(device) for part, array in store.read_tables(name).items()}
+    return {part: _tensor(array).to(device) for part, array in store.read_tables(name).items()}
+
+
+def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
+    """What the codec of a store needs to decode logits; nothing for most."""
+    return {part: _tensor(array).to(device) for part, array in (store.codec_tables or {}).items()}
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Torch knows uint16 but can do little with it."""
+    return torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array)
 
 
 def without_store(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from offline_kd.errors import RecipeError, StoreMismatch
 from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
-from offline_kd.store.codec import TopK, codec_arrays, decode
+from offline_kd.store.codec import TopK, decode, unpacked_arrays
 from offline_kd.store.reader import Store
-from offline_kd.stream import LIVE_IMAGES, Batch, decision_arrays, tables_on
+from offline_kd.stream import LIVE_IMAGES, Batch, codec_tables_on, decision_arrays, tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import pack
@@ -119,6 +119,8 @@ def stored_targets(
         arrays |= {name: (prefix, decision_arrays(store, name)) for name in names}
         tables |= _subclass_tables(store, [term for term in kd_layer_terms(terms) if term.decisions in names], device)
 
+    codecs = [codec_tables_on(store, device) for store in stores]
+
     def targets(batch: Batch) -> Targets:
         decided = {
             name: {full.rsplit("/", 1)[-1]: batch.targets[prefix + full] for full in full_names} | tables.get(name, {})
@@ -127,10 +129,11 @@ def stored_targets(
         logits = [
             decode(
                 store.identity.codec,
-                {name: batch.targets[prefix + name] for name in codec_arrays(store.identity.codec)},
+                {name: batch.targets[prefix + name] for name in unpacked_arrays(store.identity.codec)},
                 store.identity.num_classes,
+                codec,
             )
-            for store, prefix in zip(stores, prefixes, strict=True)
+            for store, prefix, codec in zip(stores, prefixes, codecs, strict=True)
         ]
         return Targets(mix_logits(logits, mix), decided)
 

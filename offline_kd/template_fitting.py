@@ -12,16 +12,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offline_kd.data import BlockLoader
+from offline_kd.data import BlockLoader, Decoder
 from offline_kd.errors import TeacherError
 from offline_kd.progress import progress, say
-from offline_kd.rendering import plain_images
+from offline_kd.rendering import plain_images, view_batches
+from offline_kd.store.codec import CODEC_TABLES, Klt, fit_codec
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import KMeans, SubclassDecisions, TemplateDecisions, Vectors, fit_subclasses, kmeans
-from offline_kd.views import counter_uniform
+from offline_kd.views import counter_uniform, draw
 
 SAMPLE_STREAM = 0x73616D706C65  # first counter of the draws made here
 
@@ -54,9 +55,11 @@ def fit_tables(
     """
     scratch.mkdir(exist_ok=True)
     try:
-        vectors, rows = _collect(teacher, identity, names, loader, scratch, device)
-        fitted = {}
-        for name in names:
+        fitted = {CODEC_TABLES: _fit_codec(teacher, identity, loader, device)} if CODEC_TABLES in names else {}
+        decisions = [name for name in names if name != CODEC_TABLES]
+        if decisions:
+            vectors, rows = _collect(teacher, identity, decisions, loader, scratch, device)
+        for name in decisions:
             about = identity.decisions[name]
             places = about.height * about.width
             if isinstance(about.config, TemplateDecisions):
@@ -67,6 +70,33 @@ def fit_tables(
         return fitted
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fit_codec(
+    teacher: Teacher, identity: StoreIdentity, loader: BlockLoader, device: torch.device
+) -> tuple[Arrays, dict[str, float]]:
+    """The tables of a codec, from what the teacher says of the first views of the first images."""
+    codec, views = identity.codec, identity.views
+    assert isinstance(codec, Klt)
+    wanted = min(codec.fit_rows, loader.split.count * views.num_views)
+    num_views = max(1, min(views.num_views, -(-wanted // loader.split.count)))
+    logits: list[torch.Tensor] = []
+    size = teacher.crop.size if teacher.crop else 0
+    with progress("logits for the codec", wanted, "views") as meter:
+        for block in loader:
+            parameters = draw(views, block.key_hash, block.sizes())
+            parameters = {name: array[:, :num_views] for name, array in parameters.items()}
+            decoder = Decoder(block)
+            for _, _, pixels in view_batches(block, decoder, parameters, views, size, teacher.batch_size, device):
+                logits.append(teacher.logits(pixels).cpu())
+                meter.advance(len(pixels))
+                if len(logits) * len(logits[0]) >= wanted:
+                    break
+            if len(logits) * len(logits[0]) >= wanted:
+                break
+    together = torch.cat(logits).numpy()
+    tables = fit_codec(codec, together)
+    return {f"codec/{name}": table for name, table in tables.items()}, {"rows": len(together)}
 
 
 def _collect(

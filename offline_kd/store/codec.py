@@ -9,6 +9,7 @@ Raw logits are kept, offset included: DTKD's temperatures need it. `encode` work
 | f16 | 2 C | 2**-11 of its size (below 2**-14: 2**-25) |
 | int, b bits, the m largest apart | C codes of b bits in bytes, 8, and 4 m | half a step: (max - min) of the others
   / (2**(b + 1) - 2), - 4 for 8 bits; the m largest have the error of f16, and for m = 0 the largest is exact |
+| klt | a tenth of 2 C, or less: see `klt.py`; needs tables | not bounded, measured |
 | topk | 4 k + 12 | the k largest: that of f16; the others share what is left evenly, so not bounded |
 """
 
@@ -23,6 +24,8 @@ from torch import Tensor
 
 from offline_kd.errors import TeacherError
 from offline_kd.manifest import Strict
+from offline_kd.store import klt
+from offline_kd.store.klt import Tables
 
 MAX_IDS = 2**16 - 1  # class ids are uint16, the last one marks empty rows
 
@@ -62,8 +65,24 @@ class TopK(Strict):
     tail_temperature: Literal[1, 2, 4] = 1
 
 
-Codec = Annotated[Float32 | Float16 | Int | TopK, Field(discriminator="name")]
-AnyCodec = Float32 | Float16 | Int | TopK
+class Klt(Strict):
+    """Principal axes of the teacher's logits, rounded to steps, and the likeliest classes made finer: see `klt.py`.
+
+    The axes are learned from the teacher's answers when a store is begun. Smaller steps are better and longer.
+    """
+
+    name: Literal["klt"]
+    step: float = Field(1.5, gt=0, le=100)
+    refine: int = Field(64, ge=1, le=256, description="classes, the likeliest first, that are made finer")
+    refine_step: float = Field(1 / 32, gt=0, le=10, description="of the likeliest class; it grows with the rank")
+    axes: int = Field(1024, ge=1, le=2048, description="at most; there are no more than classes")
+    fit_rows: int = Field(16384, ge=16, description="views that the axes are learned from")
+    row_bytes: int = Field(1024, ge=64, le=8192, description="most that a row may take; zeros behind it cost nothing")
+
+
+Codec = Annotated[Float32 | Float16 | Int | TopK | Klt, Field(discriminator="name")]
+AnyCodec = Float32 | Float16 | Int | TopK | Klt
+CODEC_TABLES = "codec"  # under which a store keeps the tables of a codec
 TAIL_TEMPERATURES = (1, 2, 4)
 
 
@@ -100,6 +119,41 @@ def codec_arrays(codec: AnyCodec) -> dict[str, CodecArray]:
             return _top_arrays(codec.k) | {
                 "rest": CodecArray("<f4", np.nan, ("temperature", len(TAIL_TEMPERATURES)), rest)
             }
+        case Klt():
+            what = "rANS code of the row: offline_kd/store/klt.py"
+            return {"code": CodecArray("|u1", 0, ("byte", codec.row_bytes), what)}
+
+
+def codec_tables(codec: AnyCodec, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of what a codec needs beside its arrays, learned from logits by `fit_codec`."""
+    if not isinstance(codec, Klt):
+        return {}
+    axes, refine = min(codec.axes, num_classes), _refined(codec, num_classes)
+    return {
+        "axes": ("<i2", (axes, num_classes)),
+        "mean": ("<i4", (num_classes,)),
+        "frequency": ("<u2", (axes, 2 * klt.MOST + 1)),
+        "refine_frequency": ("<u2", (refine, 2 * klt.MOST_REFINED + 1)),
+    }
+
+
+def _refined(codec: Klt, num_classes: int) -> int:
+    return min(codec.refine, num_classes)
+
+
+def fit_codec(codec: AnyCodec, logits: NDArray[np.float32]) -> Tables:
+    """The tables of a codec from `[n, C]` logits of the teacher; raises TeacherError when they are too few."""
+    if not isinstance(codec, Klt):
+        return {}
+    if len(logits) < 16:
+        raise TeacherError(f"codec klt learns its axes from 16 rows at least, there are {len(logits)}.")
+    return klt.fit_klt(
+        logits,
+        step=codec.step,
+        num_axes=min(codec.axes, logits.shape[1]),
+        refine=_refined(codec, logits.shape[1]),
+        refine_step=codec.refine_step,
+    )
 
 
 def _top_arrays(count: int) -> dict[str, CodecArray]:
@@ -109,8 +163,13 @@ def _top_arrays(count: int) -> dict[str, CodecArray]:
     }
 
 
-def encode(codec: AnyCodec, logits: NDArray[np.float32]) -> dict[str, NDArray[np.generic]]:
-    """Pack `[..., C]` finite float32 logits; raises TeacherError when a logit does not fit the codec."""
+def encode(
+    codec: AnyCodec, logits: NDArray[np.float32], tables: Tables | None = None
+) -> dict[str, NDArray[np.generic]]:
+    """Pack `[..., C]` finite float32 logits, with the codec's tables if it has any.
+
+    Raises TeacherError when a logit does not fit the codec.
+    """
     match codec:
         case Float32():
             return {"values": logits}
@@ -135,6 +194,18 @@ def encode(codec: AnyCodec, logits: NDArray[np.float32]) -> dict[str, NDArray[np
                 largest[..., 0] / t + np.log(np.exp((others - largest) / t).sum(axis=-1)) for t in TAIL_TEMPERATURES
             ]
             return top | {"rest": np.stack(rest, axis=-1).astype(np.float32)}
+        case Klt():
+            assert tables is not None
+            rows = np.ascontiguousarray(logits.reshape(-1, logits.shape[-1]))
+            code = klt.encode_klt(
+                rows,
+                tables,
+                step=codec.step,
+                refine=_refined(codec, rows.shape[1]),
+                refine_step=codec.refine_step,
+                row_bytes=codec.row_bytes,
+            )
+            return {"code": code.reshape(*logits.shape[:-1], -1)}
 
 
 def _as_float16(values: NDArray[np.float32]) -> NDArray[np.float16]:
@@ -164,8 +235,31 @@ def _without(logits: NDArray[np.float32], ids: NDArray[np.generic], instead: flo
     return others
 
 
-def decode(codec: AnyCodec, arrays: dict[str, Tensor], num_classes: int) -> Tensor:
-    """`[..., C]` float32 logits from what `encode` made."""
+def unpack(
+    codec: AnyCodec, arrays: dict[str, NDArray[np.generic]], tables: Tables | None
+) -> dict[str, NDArray[np.generic]]:
+    """What `decode` takes, of what `encode` made and a store kept: the part that is done on the CPU, in workers."""
+    if not isinstance(codec, Klt):
+        return arrays
+    assert tables is not None
+    code = arrays["code"]
+    q, differences = klt.Coder.of(tables).decode(code.reshape(-1, code.shape[-1]).astype(np.uint8, copy=False))
+    return {"q": q.reshape(*code.shape[:-1], -1), "differences": differences.reshape(*code.shape[:-1], -1)}
+
+
+def unpacked_arrays(codec: AnyCodec) -> list[str]:
+    """The names of what `unpack` returns."""
+    return ["q", "differences"] if isinstance(codec, Klt) else list(codec_arrays(codec))
+
+
+def decode(
+    codec: AnyCodec, arrays: dict[str, Tensor], num_classes: int, tables: dict[str, Tensor] | None = None
+) -> Tensor:
+    """`[..., C]` float32 logits, on the device of `arrays`, which `unpack` made.
+
+    Args:
+        tables: of the codec, on the same device.
+    """
     match codec:
         case Float32() | Float16():
             return arrays["values"].float()
@@ -178,13 +272,25 @@ def decode(codec: AnyCodec, arrays: dict[str, Tensor], num_classes: int) -> Tens
             rest = arrays["rest"][..., TAIL_TEMPERATURES.index(t)]
             each = t * (rest - float(np.log(num_classes - codec.k)))
             logits = each[..., None].expand(*each.shape, num_classes).clone()
+        case Klt():
+            assert tables is not None
+            q, differences = arrays["q"], arrays["differences"]
+            rows = klt.decode_klt(
+                q.flatten(0, -2),
+                differences.flatten(0, -2),
+                tables,
+                step=codec.step,
+                refine=_refined(codec, num_classes),
+                refine_step=codec.refine_step,
+            )
+            return rows.view(*q.shape[:-1], num_classes)
     return logits.scatter_(-1, arrays["top_id"].long(), arrays["top_value"].float())
 
 
 def error_bound(codec: AnyCodec, logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """`[..., C]` or `[..., 1]`: the largest error that encoding and decoding may make on each logit of `[..., C]`.
 
-    Infinite where there is no bound: outside the k largest of TopK.
+    Infinite where there is no bound: outside the k largest of TopK, and for Klt.
     """
     largest = np.abs(logits).max(axis=-1, keepdims=True)
     as_float16 = np.maximum(largest * np.float32(2**-11), np.float32(2**-25))
@@ -206,3 +312,5 @@ def error_bound(codec: AnyCodec, logits: NDArray[np.float32]) -> NDArray[np.floa
             ids = _top(logits, codec.k)["top_id"].astype(np.int64)
             np.put_along_axis(bound, ids, np.broadcast_to(as_float16, ids.shape), axis=-1)
             return bound
+        case Klt():
+            return np.full_like(largest, np.inf)

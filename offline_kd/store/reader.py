@@ -19,6 +19,7 @@ from offline_kd.errors import RecipeError, StoreCorrupt, StoreIncomplete
 from offline_kd.manifest import M, parse
 from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.codec import CODEC_TABLES, codec_tables
 from offline_kd.store.downloads import Downloads
 from offline_kd.store.place import Place, can_list
 from offline_kd.store.schema import (
@@ -88,6 +89,12 @@ class Store:
             for spec in part.specs
             if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in ("logits", "decisions"))
         }
+
+    @cached_property
+    def codec_tables(self) -> Arrays | None:
+        """What the codec of the logits needs beside its arrays; None for most."""
+        needed = codec_tables(self.identity.codec, self.identity.num_classes)
+        return self.read_tables(CODEC_TABLES) if needed else None
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

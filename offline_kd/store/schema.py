@@ -35,7 +35,7 @@ from zarr.storage import MemoryStore
 
 from offline_kd.errors import RecipeError, StoreCorrupt
 from offline_kd.manifest import EvaluationCrop, Normalisation, Sha256, Strict, Tar, fingerprint
-from offline_kd.store.codec import Codec, codec_arrays
+from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Codec, codec_arrays, codec_tables
 from offline_kd.templates import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
 from offline_kd.views import AnyViews, CenterCrop, NoAugmentation, Views, view_arrays, view_groups
 
@@ -275,7 +275,14 @@ def kind_of(array: str) -> str:
 
 
 def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
-    """The arrays, one object each, that decisions of that name refer to."""
+    """The arrays, one object each, that decisions of that name (or CODEC_TABLES: the logits) refer to."""
+    if name == CODEC_TABLES:
+        return [
+            ArraySpec(
+                f"codec/{part}", dtype, shape, shape, tuple(f"dim_{axis}" for axis in range(len(shape))), 0, "whole", ""
+            )
+            for part, (dtype, shape) in codec_tables(identity.codec, identity.num_classes).items()
+        ]
     about = identity.decisions[name]
     config, channels = about.config, about.channels
 
@@ -374,7 +381,7 @@ def addition_specs(identity: StoreIdentity, addition: Addition) -> list[ArraySpe
 
 
 def addition_table_specs(identity: StoreIdentity, addition: Addition, name: str) -> list[ArraySpec]:
-    of_addition = identity.model_copy(update={"decisions": addition.decisions})
+    of_addition = identity.model_copy(update={"codec": addition.codec, "decisions": addition.decisions})
     return [replace(spec, prefix=_prefix(addition)) for spec in table_specs(of_addition, name)]
 
 
@@ -392,18 +399,26 @@ class Part:
 
 def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dict[str, Part]:
     """The parts of a store, the first one first."""
-    tables = {name: table_specs(identity, name) for name in identity.decisions}
+    tables = {name: table_specs(identity, name) for name in _tables(identity.codec, identity.decisions)}
     return {"": Part("", "", array_specs(identity), tables, identity.codec, identity.decisions)} | {
         one.name: Part(
             one.name,
             one.targets,
             addition_specs(identity, one),
-            {name: addition_table_specs(identity, one, name) for name in one.decisions},
+            {
+                name: addition_table_specs(identity, one, name)
+                for name in _tables(one.codec if one.extends is None else None, one.decisions)
+            },
             one.codec,
             one.decisions,
         )
         for one in additions
     }
+
+
+def _tables(codec: AnyCodec | None, decisions: Iterable[str]) -> list[str]:
+    """Which tables there are: of the codec if it has any, and of all decisions."""
+    return [*([CODEC_TABLES] if codec is not None and codec_tables(codec, 2) else []), *decisions]
 
 
 def identity_of_targets(
