@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_kd.codec_choice import decode_arrays, describe_codec, integer_codecs, pack_logits, transform_codecs
+from offline_kd.codec_choice import describe_codec, integer_codecs, pack_logits, transform_codecs
 from offline_kd.errors import StoreMismatch
 from offline_kd.fidelity import distortion
 from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
 from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, fit_codec, unpack
+from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, decode_stored, fit_codec
 from offline_kd.store.klt import Tables
 from offline_kd.store.reader import Store
 
@@ -127,8 +127,7 @@ def _measure(
         stored += sum(len(content) for _, content in objects.values())
         started = time.perf_counter()
         unpacked = {name: decode_chunk(spec, content, name) for name, (spec, content) in objects.items()}
-        arrays = unpack(codec, unpacked, tables)
-        decoded.append(decode_arrays(codec, arrays, tables, store.identity.num_classes).flatten(0, 1))
+        decoded.append(decode_stored(codec, unpacked, tables, store.identity.num_classes).flatten(0, 1))
         decoding += time.perf_counter() - started
     z = torch.cat(decoded)
     change = {

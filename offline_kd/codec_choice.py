@@ -18,10 +18,9 @@ from offline_kd.store.codec import (
     Klt,
     TopK,
     codec_arrays,
-    decode,
+    decode_stored,
     encode,
     fit_codec,
-    unpack,
 )
 from offline_kd.store.klt import Tables
 from offline_kd.store.schema import ArraySpec
@@ -59,18 +58,6 @@ def pack_logits(
     return packed
 
 
-def decode_arrays(
-    codec: AnyCodec, arrays: dict[str, NDArray[np.generic]], tables: Tables, num_classes: int
-) -> torch.Tensor:
-    """`decode` of arrays that are not tensors yet, on the CPU."""
-    as_tensors = (
-        {name: torch.from_numpy(np.array(a.astype(np.int32) if a.dtype == np.uint16 else a)) for name, a in one.items()}
-        for one in (arrays, tables)
-    )
-    tensors, table_tensors = as_tensors
-    return decode(codec, tensors, num_classes, table_tensors)
-
-
 def describe_codec(codec: AnyCodec) -> str:
     match codec:
         case Int():
@@ -100,8 +87,8 @@ def choose_codec(
     best: tuple[float, AnyCodec, float] | None = None
     for codec in candidates:
         tables = fit_codec(codec, learn_from)
-        arrays = unpack(codec, encode(codec, logits, tables), tables)
-        measured = distortion(z_t, decode_arrays(codec, arrays, tables, logits.shape[-1]).flatten(0, 1))
+        decoded = decode_stored(codec, encode(codec, logits, tables), tables, logits.shape[-1])
+        measured = distortion(z_t, decoded.flatten(0, 1))
         worst = max(measured["total_variation"].values())
         size = sum(len(content) for _, content in pack_logits(codec, logits, tables).values()) / len(z_t)
         if worst <= wanted.error_budget and (best is None or size < best[0]):

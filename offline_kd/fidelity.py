@@ -12,7 +12,7 @@ from offline_kd.errors import StoreCorrupt
 from offline_kd.objectives import kd, power_sum
 from offline_kd.progress import progress
 from offline_kd.rendering import render_some
-from offline_kd.store.codec import AnyCodec, Klt, TopK, decode, encode, error_bound, unpack
+from offline_kd.store.codec import Klt, TopK, decode, decode_stored, encode, error_bound
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity
 from offline_kd.stream import Joined, as_stored, codec_tables_on, join, tables_on
@@ -78,7 +78,8 @@ def measure_fidelity(
     if isinstance(identity.codec, Klt):
         # Its errors have no bound; but coding what the teacher says now must give what is stored, up to a few
         # coordinates that rounding pushed over an edge.
-        errors = (z - _stored_and_read(identity.codec, z_t, store)).norm(dim=1)
+        as_now = encode(identity.codec, z_t.numpy(), store.codec_tables)
+        errors = (z - decode_stored(identity.codec, as_now, store.codec_tables, identity.num_classes)).norm(dim=1)
         allowed = torch.full_like(errors, identity.codec.step * (3 + (0.05 * identity.num_classes) ** 0.5))
         if identity.teacher.dtype != "float32":
             allowed = 2 * allowed
@@ -117,13 +118,6 @@ def measure_fidelity(
         **distortion(z_t, z),
         decisions=decisions,
     )
-
-
-def _stored_and_read(codec: AnyCodec, logits: Tensor, store: Store) -> Tensor:
-    """What would be read back if `[n, C]` logits were stored."""
-    arrays = unpack(codec, encode(codec, logits.numpy(), store.codec_tables), store.codec_tables)
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return decode(codec, tensors, logits.shape[1], codec_tables_on(store, torch.device("cpu")))
 
 
 def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
+    LedgerEntry,
     StoreManifest,
     entry_names,
     identity_of_targets,
@@ -113,6 +114,9 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
     for entry in parsed.values():
         for key, stored in entry.objects.items():
             by_array.setdefault(key.split("/c/")[0].removesuffix("/c"), {})[key] = stored.bytes
+    first_group = [
+        one for one in parsed.values() if isinstance(one, LedgerEntry) and not (one.addition or one.first_view)
+    ]
     earlier = list(old.earlier) if old else []
     if old and old.views != views:
         earlier.append(old.views)
@@ -124,6 +128,7 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
         entries=entries,
         files={},
         fidelity=fidelity,
+        left_out=sum(len(one.left_out) for one in first_group),
         total_bytes=sum(sum(sizes.values()) for sizes in by_array.values()),
         bytes_by_array={name: sum(sizes.values()) for name, sizes in sorted(by_array.items())},
     )

@@ -102,13 +102,10 @@ def render_view(image: Image.Image, view: Parameters, size: int, interpolation: 
         view: its parameters, each without the axes of row and view.
     """
     top, left, height, width = (int(value) for value in view["box"])
-    if top < 0 or left < 0 or top + height > image.height or left + width > image.width:
-        image, top, left = image.crop((left, top, left + width, top + height)), 0, 0  # black outside
-    if (height, width) == (size, size):
-        image = image.crop((left, top, left + width, top + height))
-    else:
-        box = (left, top, left + width, top + height)
-        image = image.resize((size, size), RESAMPLING[interpolation], box=box)
+    # Cut first: what `resize(box=...)` makes of the box's edges changed between versions of Pillow (12 and 13).
+    image = image.crop((left, top, left + width, top + height))  # black outside
+    if (height, width) != (size, size):
+        image = image.resize((size, size), RESAMPLING[interpolation])
     if view["flip"]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for op, magnitude in zip(view.get("op", ()), view.get("magnitude", ()), strict=True):

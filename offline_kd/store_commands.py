@@ -80,6 +80,7 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
         "dataset": identity.dataset.model_dump(mode="json", exclude={"tars", "classes"})
         | {"samples": sum(tar.count for tar in identity.dataset.tars), "classes": len(identity.dataset.classes)},
         "licences": {"dataset": identity.dataset.licence, "teacher": identity.teacher.licence},
+        "left out": manifest.left_out,
         "serves": served_terms(store),
         "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
         "schema version": manifest.schema_version,
@@ -94,7 +95,8 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
             continue  # as many as there are groups: for programs
         parts = value.items() if isinstance(value, dict) else [("", value)]
         rows += [
-            [f"{name} {part}".strip(), ", ".join(text) if isinstance(text, list) else f"{text}"] for part, text in parts
+            [f"{name} {part}".strip(), ", ".join(map(str, text)) if isinstance(text, list) else f"{text}"]
+            for part, text in parts
         ]
     show_table(reference, ["", "value"], rows)
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from offline_kd.store.codec import TopK, codec_arrays, decode
+from offline_kd.store.codec import TopK, codec_arrays, decode_stored
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
 from offline_kd.templates import SubclassDecisions
 
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
+MAX_FLOATS = 2**24  # of logits that are decoded at once
 BINS = 15
 TOPK_TERMS = ("kd", "ttm")  # near its temperature
 LOGIT_TERMS = ("kd", "ttm", "wttm", "dtkd", "dkd", "dist", "nkd")
@@ -175,15 +175,18 @@ def read_answers(store: Store) -> Answers:
     for index in range(count):
         number = blocks[index * len(blocks) // count]
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays])
-        encoded = {name.removeprefix("logits/"): torch.from_numpy(np.array(arrays[name])) for name in logit_arrays}
-        probabilities = decode(identity.codec, encoded, identity.num_classes).softmax(-1)  # [rows, views, C]
+        # Of many classes a few rows are enough, and all that fit into memory.
+        some = max(1, MAX_FLOATS // (identity.views_per_group * identity.num_classes))
+        encoded = {name.removeprefix("logits/"): arrays[name][:some] for name in logit_arrays}
+        logits = decode_stored(identity.codec, encoded, store.codec_tables, identity.num_classes)
+        probabilities = logits.softmax(-1)  # [rows, views, C]
         confidence, predicted = (part.numpy() for part in probabilities.max(-1))
-        label = np.broadcast_to(arrays["label"].astype(np.int64)[:, None], predicted.shape)
+        label = np.broadcast_to(arrays["label"].astype(np.int64)[:some, None], predicted.shape)
         confidences.append(confidence.flatten())
         corrects.append((predicted == label).flatten())
         labels.append(label.flatten())
         for pixels, row, view in zip(arrays["probe/pixels"], arrays["probe/row"], arrays["probe/view"], strict=True):
-            if len(examples) < MAX_EXAMPLES:
+            if len(examples) < MAX_EXAMPLES and row < some:
                 truth, said = (identity.dataset.classes[int(ids[row, view])] for ids in (label, predicted))
                 caption = f"{said} {confidence[row, view]:.0%}" + ("" if truth == said else f", labelled {truth}")
                 examples.append((np.asarray(pixels, dtype=np.uint8).transpose(1, 2, 0), caption))

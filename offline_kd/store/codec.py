@@ -133,7 +133,7 @@ def codec_tables(codec: AnyCodec, num_classes: int) -> dict[str, tuple[str, tupl
         "axes": ("<i2", (axes, num_classes)),
         "mean": ("<i4", (num_classes,)),
         "frequency": ("<u2", (axes, 2 * klt.MOST + 1)),
-        "refine_frequency": ("<u2", (refine, 2 * klt.MOST_REFINED + 1)),
+        "refine_frequency": ("<u2", (refine, 2 * klt.MOST + 1)),
     }
 
 
@@ -285,6 +285,20 @@ def decode(
             )
             return rows.view(*q.shape[:-1], num_classes)
     return logits.scatter_(-1, arrays["top_id"].long(), arrays["top_value"].float())
+
+
+def decode_stored(
+    codec: AnyCodec, arrays: dict[str, NDArray[np.generic]], tables: Tables | None, num_classes: int
+) -> Tensor:
+    """`[..., C]` from what `encode` made, all on the CPU: for those who are in no hurry."""
+
+    def tensors(some: dict[str, NDArray[np.generic]]) -> dict[str, Tensor]:
+        # Torch knows uint16 but can do little with it.
+        return {
+            n: torch.from_numpy(np.array(a.astype(np.int32) if a.dtype == np.uint16 else a)) for n, a in some.items()
+        }
+
+    return decode(codec, tensors(unpack(codec, arrays, tables)), num_classes, tensors(tables or {}))
 
 
 def error_bound(codec: AnyCodec, logits: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SCALE = 2**11  # axes are stored in 1/SCALE: exact in TF32, too
-MOST = 127  # |q|
-MOST_REFINED = 511  # |difference| in its steps
+MOST = 1023  # |q|, and |difference| in its steps
+MOST_NORM = 6000.0  # |q| of a row, so that sums stay below 2**24
 DEADZONE = 0.1  # |q| is rounded up from .6: shorter, and the error that matters is refined
 GROWTH, COARSEST = 0.7, 0.5  # the r-th rank's step is refine_step * r**GROWTH, at most COARSEST
 BITS = 12  # of the coder's frequencies
@@ -45,7 +45,7 @@ def fit_klt(logits: Floats, *, step: float, num_axes: int, refine: int, refine_s
 
     Returns:
         `axes` `[k, C]` int16 and `mean` `[C]` int32 in 1/SCALE (the mean: of a step); `frequency` `[k, 2 MOST + 1]`
-        and `refine_frequency` `[m, 2 MOST_REFINED + 1]` uint16, of TOTAL, 0 for what is never written.
+        and `refine_frequency` `[m, 2 MOST + 1]` uint16, of TOTAL, 0 for what is never written.
     """
     rows, classes = logits.shape
     mean = np.rint(logits.mean(axis=0, dtype=np.float64) / step * SCALE).clip(-(2**22), 2**22).astype(np.int32)
@@ -62,7 +62,7 @@ def fit_klt(logits: Floats, *, step: float, num_axes: int, refine: int, refine_s
     q, centre = _transform(logits, tables, step)
     differences = _differences(logits, q, centre, tables, step, refine_steps(refine, refine_step))
     tables["frequency"] = _frequencies(q, MOST)
-    tables["refine_frequency"] = _frequencies(differences, MOST_REFINED)
+    tables["refine_frequency"] = _frequencies(differences, MOST)
     return tables
 
 
@@ -74,9 +74,9 @@ def _frequencies(values: NDArray[np.integer], most: int) -> NDArray[np.uint16]:
     for column in range(columns):
         counts = np.bincount(values[:, column].astype(np.int64) + most, minlength=2 * most + 1).astype(np.float64)
         # What was not seen may come: one step and an eighth beyond what was, and in between.
-        reach = np.abs(values[:, column]).max(initial=0)
+        reach = int(np.abs(values[:, column].astype(np.int64)).max(initial=0))
         allowed = np.abs(symbols) <= min(reach + 1 + reach // 8, most)
-        spread = max(np.abs(values[:, column]).mean(), 0.05)
+        spread = max(np.abs(values[:, column].astype(np.int64)).mean(), 0.05)
         prior = np.where(allowed, np.exp(-np.abs(symbols) / spread), 0)
         share = np.where(allowed, counts + 4 * prior / prior.sum(), 0)
         whole = np.where(allowed, np.maximum(np.floor(share / share.sum() * (TOTAL - allowed.sum())), 0) + 1, 0)
@@ -88,21 +88,24 @@ def _frequencies(values: NDArray[np.integer], most: int) -> NDArray[np.uint16]:
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-def _transform(logits: Floats, tables: Tables, step: float) -> tuple[NDArray[np.int8], Floats]:
+def _transform(logits: Floats, tables: Tables, step: float) -> tuple[NDArray[np.int16], Floats]:
     """q `[n, k]`, and `[n, C]` what it means, in steps/SCALE, as exact whole numbers in float32."""
     axes = torch.from_numpy(tables["axes"].astype(np.float32))
     centred = torch.from_numpy(logits / np.float32(step) - tables["mean"].astype(np.float32) / SCALE)
     coordinates = (centred @ axes.T / SCALE).numpy()
     size = np.floor(np.abs(coordinates) + (0.5 - DEADZONE)).clip(0, MOST)
-    q = np.copysign(size, coordinates).astype(np.int8)
+    q = np.copysign(size, coordinates).astype(np.int16)
     if "frequency" in tables:
         reach = (tables["frequency"].astype(np.int64) > 0).sum(axis=1) // 2
-        q = q.clip(-reach, reach).astype(np.int8)
+        q = q.clip(-reach, reach).astype(np.int16)
+    norm = np.linalg.norm(q.astype(np.float32), axis=1, keepdims=True)
+    if (norm > MOST_NORM).any():
+        q = np.where(norm > MOST_NORM, np.trunc(q * (MOST_NORM / norm.clip(min=1))), q).astype(np.int16)
     return q, whole_logits(torch.from_numpy(q), axes, torch.from_numpy(tables["mean"].astype(np.float32))).numpy()
 
 
 def whole_logits(q: Tensor, axes: Tensor, mean: Tensor) -> Tensor:
-    """`[n, C]` in steps/SCALE: exact, since |q| <= MOST and axes have length 1 keep every sum below 2**24."""
+    """`[n, C]` in steps/SCALE: exact, since |q| <= MOST_NORM and axes of length 1 keep every sum below 2**24."""
     return torch.addmm(mean, q.float(), axes)
 
 
@@ -114,12 +117,12 @@ def ranked(whole: Tensor, count: int) -> Tensor:
 
 
 def _differences(
-    logits: Floats, q: NDArray[np.int8], centre: Floats, tables: Tables, step: float, steps: Floats
+    logits: Floats, q: NDArray[np.int16], centre: Floats, tables: Tables, step: float, steps: Floats
 ) -> NDArray[np.int16]:
     """`[n, m]` what is missing of the classes that q makes the likeliest, in `steps`."""
     chosen = ranked(torch.from_numpy(centre), len(steps)).numpy()
     missing = np.take_along_axis(logits - centre * np.float32(step / SCALE), chosen, axis=1)
-    differences = np.rint(missing / steps).clip(-MOST_REFINED, MOST_REFINED).astype(np.int16)
+    differences = np.rint(missing / steps).clip(-MOST, MOST).astype(np.int16)
     if "refine_frequency" in tables:
         reach = (tables["refine_frequency"].astype(np.int64) > 0).sum(axis=1) // 2
         differences = differences.clip(-reach, reach).astype(np.int16)
@@ -169,8 +172,8 @@ def decode_klt(
 class Coder:
     """rANS with 16-bit words, static frequencies, and one state for every row."""
 
-    start: NDArray[np.uint64]  # [s, symbols] of each symbol of each place, in 0..TOTAL
-    frequency: NDArray[np.uint64]
+    start: NDArray[np.uint32]  # [s, symbols] of each symbol of each place, in 0..TOTAL
+    frequency: NDArray[np.uint32]
     symbol_at: NDArray[np.int16]  # [s, TOTAL] symbol, counted from -most
     frequency_at: NDArray[np.uint16]  # [s, TOTAL] its frequency
     rest_at: NDArray[np.uint16]  # [s, TOTAL] how far behind its start
@@ -188,31 +191,30 @@ class Coder:
 
     @staticmethod
     def _build(tables: Tables) -> "Coder":
-        axes, ranks = tables["frequency"].astype(np.uint64), tables["refine_frequency"].astype(np.uint64)
-        wide = np.zeros((len(axes) + len(ranks), 2 * MOST_REFINED + 1), dtype=np.uint64)
-        wide[: len(axes), MOST_REFINED - MOST : MOST_REFINED + MOST + 1] = axes
-        wide[len(axes) :] = ranks
-        start = wide.cumsum(axis=1) - wide
-        symbols = np.arange(-MOST_REFINED, MOST_REFINED + 1, dtype=np.int16)
+        axes, ranks = tables["frequency"].astype(np.uint32), tables["refine_frequency"].astype(np.uint32)
+        wide = np.concatenate([axes, ranks])
+        start = wide.cumsum(axis=1, dtype=np.uint32) - wide
+        symbols = np.arange(-MOST, MOST + 1, dtype=np.int16)
         symbol_at = np.stack([np.repeat(symbols, row.astype(np.int64)) for row in wide])
-        index = symbol_at.astype(np.int64) + MOST_REFINED
+        index = symbol_at.astype(np.int64) + MOST
         frequency_at = np.take_along_axis(wide, index, axis=1).astype(np.uint16)
         rest_at = (np.arange(TOTAL) - np.take_along_axis(start, index, axis=1).astype(np.int64)).astype(np.uint16)
         return Coder(start, wide, symbol_at, frequency_at, rest_at, len(axes))
 
     def encode(
-        self, q: NDArray[np.int8], differences: NDArray[np.int16], row_bytes: int
+        self, q: NDArray[np.int16], differences: NDArray[np.int16], row_bytes: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Codes `[n, row_bytes]`, and the rows whose code is longer than that."""
-        values = np.ascontiguousarray(np.concatenate([q.astype(np.int16), differences], axis=1).T)
+        values = np.ascontiguousarray(np.concatenate([q, differences], axis=1).T)
         places, rows = values.shape
         state = np.full(rows, LOW, dtype=np.uint64)
         words = np.zeros((rows, places + 2), dtype=np.uint16)
         used = np.zeros(rows, dtype=np.int64)
         shift, bits = np.uint64(16), np.uint64(BITS)
         for place in range(places - 1, -1, -1):
-            symbol = values[place].astype(np.int64) + MOST_REFINED
-            frequency, start = self.frequency[place][symbol], self.start[place][symbol]
+            symbol = values[place].astype(np.int64) + MOST
+            frequency = self.frequency[place][symbol].astype(np.uint64)
+            start = self.start[place][symbol]
             full = np.flatnonzero(state >= frequency << np.uint64(32 - BITS))
             if len(full):
                 words[full, used[full]] = state[full].astype(np.uint16)
@@ -232,7 +234,7 @@ class Coder:
         codes[:, : 2 * width] = content[:, :row_bytes]
         return codes, np.flatnonzero(2 * used > row_bytes)
 
-    def decode(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int8], NDArray[np.int16]]:
+    def decode(self, codes: NDArray[np.uint8]) -> tuple[NDArray[np.int16], NDArray[np.int16]]:
         """q `[n, k]` and differences `[n, m]` of codes `[n, row_bytes]`; nonsense for what no encoder wrote."""
         rows = len(codes)
         words = np.ascontiguousarray(codes).view("<u2").astype(np.uint32)
@@ -254,7 +256,7 @@ class Coder:
                 state[hungry] = (state[hungry] << shift) | flat[here]
                 at[hungry] = np.minimum(here + 1, end[hungry])
         return (
-            np.ascontiguousarray(values[: self.num_axes].T.astype(np.int8)),
+            np.ascontiguousarray(values[: self.num_axes].T.astype(np.int16)),
             np.ascontiguousarray(values[self.num_axes :].T),
         )
 

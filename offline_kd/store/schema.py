@@ -214,6 +214,7 @@ class StoreManifest(Strict):
     entries: dict[str, Sha256] = Field(description="sha256 of every ledger entry, by file name")
     files: dict[str, StoredObject] = Field(description="identity, card and zarr metadata")
     fidelity: dict[str, Fidelity] = Field(description="by targets; '' are the first ones")
+    left_out: int = Field(0, description="samples without a row, because their images are bad")
     total_bytes: int
     bytes_by_array: dict[str, int]
     held: Held | None = Field(None, description="of a partial copy")
