@@ -160,7 +160,8 @@ def apply_op(image: Image.Image, op: str, magnitude: float) -> Image.Image:
 
 
 def _planes(image: Image.Image) -> Pixels:
-    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+    """A view of the image's memory, for reading."""
+    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _inner_box(box: NDArray[np.int16], size: int) -> tuple[slice, slice]:
@@ -216,15 +217,25 @@ def choose(parameters: Parameters, row: NDArray[np.int64], view: NDArray[np.int6
 
 
 def render_choice(
-    decoder: Decoder, choice: Choice, views: AnyViews, size: int, threads: ThreadPoolExecutor | None = None
+    decoder: Decoder,
+    choice: Choice,
+    views: AnyViews,
+    size: int,
+    threads: ThreadPoolExecutor | None = None,
+    out: Pixels | None = None,
 ) -> tuple[Tensor, NDArray[np.bool_]]:
     """Pixels of one view of each of m rows: `[m, 3, size, size]` uint8.
 
     And `[m]` whether it could be rendered: not when an image, or the one that is mixed in, cannot be decoded.
+
+    Args:
+        out: where the pixels shall go.
     """
     assert isinstance(views, CenterCrop | RandomCrop)
     erase = views.erase if isinstance(views, RandomCrop) else None
-    pixels, good = np.zeros((len(choice.row), 3, size, size), dtype=np.uint8), np.ones(len(choice.row), dtype=bool)
+    # Channels lie last in memory, as in Pillow's images and as networks like them best.
+    pixels = np.zeros((len(choice.row), size, size, 3), np.uint8).transpose(0, 3, 1, 2) if out is None else out
+    good = np.ones(len(choice.row), dtype=bool)
     run = threads.map if threads else map
     needed = np.unique(np.concatenate([choice.row, choice.partner_row[choice.partner_row >= 0]]))
     list(run(decoder, needed.tolist()))
@@ -236,21 +247,19 @@ def render_choice(
         view = {name: array[index] for name, array in parameters.items()}
         one = render_view(image, view, size, views.interpolation)
         if erase and view["erase"][2] and view["erase"][3]:
+            one = one.copy()
             _erase(one, view["erase"], erase.fill)
         return one
 
     def one_row(index: int) -> None:
         one, partner = base(int(choice.row[index]), choice.own, index), int(choice.partner_row[index])
-        if one is not None and partner >= 0:
-            other = base(partner, choice.partner, index)
-            if other is None:
-                one = None
-            else:
-                _mix(one, other, choice.own["mix_box"][index], int(choice.own["share"][index]))
-        if one is None:
+        other = base(partner, choice.partner, index) if partner >= 0 else None
+        if one is None or (partner >= 0 and other is None):
             good[index] = False
-        else:
-            pixels[index] = one
+            return
+        pixels[index] = one
+        if other is not None:
+            _mix(pixels[index], other, choice.own["mix_box"][index], int(choice.own["share"][index]))
 
     list(run(one_row, range(len(choice.row))))
     return torch.from_numpy(pixels), good

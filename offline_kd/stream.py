@@ -34,6 +34,7 @@ from offline_kd.views import (
     NoAugmentation,
     PadCropFlip,
     Parameters,
+    RandomCrop,
     counter_hash,
     counter_uniform,
     draw,
@@ -46,6 +47,7 @@ from offline_kd.views import (
 SMALL = 8  # a last batch of less than an eighth is not worth a step
 READ_AHEAD = 4  # tars, from a remote store
 MOST_DRIFT = 0.5  # mean difference of pixels, in 1/255, that other versions of libraries may make
+ALONE = 8  # images that are decoded together where none is mixed with another
 LANES = 96  # ranks are a divisor of it
 LIVE_IMAGES = "live:images"
 PART_BYTES = 2**26  # of pixels that a worker hands over at once
@@ -550,19 +552,21 @@ class _Reader(IterableDataset[Part]):
         bad = [f"{block.path}: sample '{one.key}': {one.problem}" for one in block.left_out]
         step = self._rows_in_part(block)
         for first in range(0, max(len(block), 1), step):
-            rows, lane, shuffle = [], [], []
-            for one, all_lanes, all_shuffles in zip(joined, lanes, shuffles, strict=True):
-                part = np.arange(first, min(first + step, len(block)))
-                part = part[all_lanes[part] % self.world == self.rank]
-                rendered, kept = self._render(block, decoder, one.take(part))
-                rows.append(rendered)
-                lane.append(all_lanes[part][kept])
-                shuffle.append(all_shuffles[part][kept])
-            decoder.forget()
+            stop = min(first + step, len(block))
+            chosen = [first + np.flatnonzero(lane[first:stop] % self.world == self.rank) for lane in lanes]
+            some = [one.take(rows) for one, rows in zip(joined, chosen, strict=True)]
+            lane, shuffle = (
+                np.concatenate([values[rows] for values, rows in zip(all_values, chosen, strict=True)])
+                for all_values in (lanes, shuffles)
+            )
+            if is_exact(self.views):
+                rows, kept = self._copied(block, some), np.arange(len(lane))
+            else:
+                rows, rendered = self._rendered(decoder, some)
+                kept = np.flatnonzero(rendered)
             bad += [f"{block.path}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
             decoder.bad.clear()
-            is_last = first + step >= len(block)
-            yield Part(position, is_last, Rows.concatenate(rows), np.concatenate(lane), np.concatenate(shuffle), bad)
+            yield Part(position, stop == len(block), rows, lane[kept], shuffle[kept], bad)
             bad = []
 
     def _rows_in_part(self, block: ImageBlock) -> int:
@@ -570,32 +574,60 @@ class _Reader(IterableDataset[Part]):
         row_bytes = (block.pixels[0].nbytes if block.pixels is not None else 3 * side * side) * self.views_per_decode
         return max(PART_BYTES // row_bytes // PARTNERS, 1) * PARTNERS
 
-    def _render(self, block: ImageBlock, decoder: Decoder, joined: Joined) -> tuple[Rows, NDArray[np.bool_]]:
-        if is_exact(self.views):
-            row, good = torch.from_numpy(joined.choice.row), np.ones(len(joined.labels), dtype=bool)
-            whole = len(row) == len(block)
-            images = block.images if whole else block.images[row]
-            box, flip = (torch.from_numpy(joined.choice.own[name]) for name in ("box", "flip"))
-        else:
-            if not self.stores and len(joined.labels):
-                _drop_bad_partners(decoder, joined)
-            images, good = render_choice(decoder, joined.choice, self.views, self.size)
-            live = {}
-            if self.live_size:
-                both, _ = render_choice(decoder, joined.choice, self.views, self.live_size)
-                live = {LIVE_IMAGES: both[torch.from_numpy(good)]}
-            images, joined = images[torch.from_numpy(good)], joined.take(good)
-            joined = replace(joined, targets=joined.targets | live)
-            box = torch.zeros((len(images), 4), dtype=torch.int16)
-            flip = torch.zeros(len(images), dtype=torch.uint8)
-        rows = Rows(
-            images, box, flip, joined.labels, joined.other_labels, joined.share, joined.key_hash, joined.targets
+    def _copied(self, block: ImageBlock, joined: list[Joined]) -> Rows:
+        """Un-augmented images, which the training process renders, on its device."""
+        row = torch.from_numpy(np.concatenate([one.choice.row for one in joined]))
+        images = block.images if len(joined) == 1 and len(row) == len(block) else block.images[row]
+        box, flip = (
+            torch.from_numpy(np.concatenate([one.choice.own[name] for one in joined])) for name in ("box", "flip")
         )
-        return rows, good
+        return _as_rows(joined, images, box, flip)
+
+    def _rendered(self, decoder: Decoder, joined: list[Joined]) -> tuple[Rows, NDArray[np.bool_]]:
+        """Rendered views, and which of the joined rows could be rendered.
+
+        Few images are held decoded at once, and all views of an image are rendered while it is.
+        """
+        mixes = isinstance(self.views, RandomCrop) and self.views.mixing is not None
+        window = PARTNERS if mixes else ALONE
+        starts = np.cumsum([0, *(len(one.labels) for one in joined)])
+        good = np.ones(starts[-1], dtype=bool)
+        sizes = [self.size, *([self.live_size] if self.live_size else [])]
+        images = [torch.empty((int(starts[-1]), n, n, 3), dtype=torch.uint8).permute(0, 3, 1, 2) for n in sizes]
+        windows = np.unique(np.concatenate([one.choice.row // window for one in joined]))
+        for number in windows:
+            for one, start in zip(joined, starts, strict=False):
+                begin, end = np.searchsorted(one.choice.row, [number * window, (number + 1) * window])
+                some, place = one.take(slice(begin, end)), slice(start + begin, start + end)
+                if not self.stores:
+                    _drop_bad_partners(decoder, some)
+                for size, out in zip(sizes, images, strict=True):
+                    good[place] = render_choice(decoder, some.choice, self.views, size, out=out[place].numpy())[1]
+            decoder.forget()
+        kept = [one.take(good[start : start + len(one.labels)]) for one, start in zip(joined, starts, strict=False)]
+        if not good.all():
+            images = [one[torch.from_numpy(good)] for one in images]
+        live = {LIVE_IMAGES: images[1]} if self.live_size else {}
+        box, flip = torch.zeros((len(images[0]), 4), dtype=torch.int16), torch.zeros(len(images[0]), dtype=torch.uint8)
+        rows = _as_rows(kept, images[0], box, flip)
+        return replace(rows, targets=rows.targets | live), good
+
+
+def _as_rows(joined: list[Joined], images: Tensor, box: Tensor, flip: Tensor) -> Rows:
+    return Rows(
+        images=images,
+        box=box,
+        flip=flip,
+        labels=torch.cat([one.labels for one in joined]),
+        other_labels=torch.cat([one.other_labels for one in joined]),
+        share=torch.cat([one.share for one in joined]),
+        key_hash=np.concatenate([one.key_hash for one in joined]),
+        targets={name: torch.cat([one.targets[name] for one in joined]) for name in joined[0].targets},
+    )
 
 
 def _drop_bad_partners(decoder: Decoder, joined: Joined) -> None:
-    """As stage 1 does: nothing is mixed with what cannot be decoded."""
+    """As stage 1 does: nothing is mixed with what cannot be decoded. Changes what is given."""
     partner = joined.choice.partner_row
     for row in np.unique(partner[partner >= 0]).tolist():
         decoder(row)
@@ -718,15 +750,15 @@ class Stream:
                 waiting.setdefault(plan.pool_of(part.position), []).append(part)
                 self._report(part.bad)
                 missing -= part.is_last and plan.pool_of(part.position) == pool
-            left = left.and_pool(plan, pool, waiting.pop(pool))
+            left = left.from_slot(step * self.batch_size).and_pool(plan, pool, waiting.pop(pool), is_exact(self.views))
             while step < self.steps_per_pass:
                 stop = (step + 1) * self.batch_size
                 if step == self.steps_per_pass - 1:
                     stop = int(plan.starts[-1])
                 if stop > slots.stop:
                     break
-                rows, left = left.until(step * self.batch_size, stop)
-                if len(rows):  # none where bad images were left out
+                rows = left.between(step * self.batch_size, stop)
+                if rows is not None:
                     yield self._to_device(rows, step)
                 step += 1
 
@@ -751,27 +783,50 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Slots:
-    """Rows in the order of their slots."""
+    """Rows in the order of their slots, without having been moved: a batch is gathered from where they are."""
 
-    rows: Rows | None
-    slots: NDArray[np.int64]
+    parts: list[Rows]
+    part: NDArray[np.int64]  # [n] which one
+    row: NDArray[np.int64]  # [n] of it
+    slots: NDArray[np.int64]  # [n] rising
 
     @staticmethod
     def nothing() -> "_Slots":
-        return _Slots(None, np.empty(0, dtype=np.int64))
+        return _Slots([], *(np.empty(0, dtype=np.int64) for _ in range(3)))
 
-    def and_pool(self, plan: Plan, pool: int, parts: list[Part]) -> "_Slots":
+    def and_pool(self, plan: Plan, pool: int, parts: list[Part], together: bool) -> "_Slots":
+        """With a pool behind them; `together`: small images are better moved, once."""
         lane = np.concatenate([part.lane for part in parts])
         shuffle = np.concatenate([part.shuffle for part in parts])
         slots = plan.slots(pool, lane, shuffle)
+        rows = [part.rows for part in parts]
+        rows = [Rows.concatenate(rows)] if together else rows
+        lengths = [len(one) for one in rows]
+        part = np.repeat(np.arange(len(rows)), lengths) + len(self.parts)
+        row = np.concatenate([np.arange(length) for length in lengths])
         order = slots.argsort()
-        rows = Rows.concatenate([part.rows for part in parts]).take(torch.from_numpy(order))
-        before = [] if self.rows is None or not len(self.rows) else [self.rows]
-        return _Slots(Rows.concatenate([*before, rows]), np.concatenate([self.slots, slots[order]]))
+        return _Slots(
+            [*self.parts, *rows],
+            np.concatenate([self.part, part[order]]),
+            np.concatenate([self.row, row[order]]),
+            np.concatenate([self.slots, slots[order]]),
+        )
 
-    def until(self, start: int, stop: int) -> tuple[Rows, "_Slots"]:
-        """The rows of these slots, and those behind them."""
-        assert self.rows is not None
-        first, end = np.searchsorted(self.slots, [start, stop])
-        taken = self.rows.take(torch.arange(int(first), int(end)))
-        return taken, _Slots(self.rows.take(torch.arange(int(end), len(self.rows))), self.slots[end:])
+    def between(self, start: int, stop: int) -> Rows | None:
+        """The rows of these slots; None if all of them are bad images, which were left out."""
+        some = slice(*np.searchsorted(self.slots, [start, stop]))
+        part, row = self.part[some], self.row[some]
+        used = np.unique(part)
+        if not len(used):
+            return None
+        gathered = Rows.concatenate([self.parts[one].take(torch.from_numpy(row[part == one])) for one in used])
+        if len(used) < 2:
+            return gathered
+        place = np.concatenate([np.flatnonzero(part == one) for one in used])
+        return gathered.take(torch.from_numpy(place.argsort()))
+
+    def from_slot(self, start: int) -> "_Slots":
+        """Without the rows of earlier slots, and without the parts that only those are in."""
+        first = int(np.searchsorted(self.slots, start))
+        used, part = np.unique(self.part[first:], return_inverse=True)
+        return _Slots([self.parts[one] for one in used], part, self.row[first:], self.slots[first:])

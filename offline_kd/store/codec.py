@@ -276,8 +276,8 @@ def decode(
             assert tables is not None
             q, differences = arrays["q"], arrays["differences"]
             rows = klt.decode_klt(
-                q.flatten(0, -2),
-                differences.flatten(0, -2),
+                q.reshape(-1, q.shape[-1]),
+                differences.reshape(-1, differences.shape[-1]),
                 tables,
                 step=codec.step,
                 refine=_refined(codec, num_classes),

@@ -1,0 +1,298 @@
+"""What reading costs: joined samples against webdataset alone, with and without decoding; several views of a decode.
+
+    OFFLINE_KD_DATA=FOLDER python tests/bench_stream.py [--rounds 5]
+
+One core, one run: parts are timed in turn, round after round, and the median of the ratios within a round is printed.
+Real photographs (imagenet_sample); their targets are made up, which changes no time.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+from offline_kd.cli import keep_freed_memory
+from offline_kd.data import BlockLoader, Decoder, decode_image, pack, read_tar
+from offline_kd.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar, data_roots, load_manifest, locate
+from offline_kd.rendering import choose, render_choice
+from offline_kd.store.codec import Float16, Int
+from offline_kd.store.opening import open_store
+from offline_kd.store.place import Folder
+from offline_kd.store.reader import Store
+from offline_kd.store.schema import (
+    SCHEMA_VERSION,
+    DatasetIdentity,
+    StoreIdentity,
+    StoreManifest,
+    TeacherIdentity,
+    entry_names,
+    parts_of,
+    store_digest,
+)
+from offline_kd.store.writer import commit, create_or_resume, write_manifest
+from offline_kd.stream import Stream, join
+from offline_kd.views import RandomCrop, draw
+
+CPU = torch.device("cpu")
+VIEWS = RandomCrop(kind="random_resized_crop", size=224, count=4)
+
+
+def make_store(folder: Path, loader: BlockLoader, views: RandomCrop, codec: Float16 | Int) -> Store:
+    """Of made-up logits for the real images: what `cache_teacher` writes, without a teacher."""
+    from offline_kd.cache import ask_teacher
+    from offline_kd.teacher import Teacher
+
+    classes = loader.dataset.classes
+    about = {"normalisation": Normalisation(mean=(0, 0, 0), std=(1, 1, 1)), "crop": EvaluationCrop(size=8, resize=8)}
+
+    class MadeUp(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.randn(len(images), len(classes))
+
+    identity = StoreIdentity(
+        schema_version=SCHEMA_VERSION,
+        name="bench",
+        dataset=DatasetIdentity(
+            name="bench", split="train", fingerprint="0" * 64, classes=classes, height=None, width=None,
+            tars=loader.split.tars, licence="",
+        ),
+        teacher=TeacherIdentity(
+            name="t", model="m", model_args={}, weights_sha256="0" * 64, dtype="float32", evaluated_on="",
+            measured_top1=0.0, licence="", **about,
+        ),
+        views=views,
+        codec=codec,
+        rows_per_block=max(tar.count for tar in loader.split.tars),
+        views_per_group=views.count,
+        versions={},
+    )  # fmt: skip
+    teacher = Teacher(
+        "t", "m", {}, "0" * 64, dtype="float32", expected=None, licence="", network=MadeUp(), batch_size=64, **about
+    )
+    place = Folder(folder)
+    create_or_resume(place, identity)
+    part = parts_of(identity)[""]
+    entries = {}
+    for number, block in enumerate(loader):
+        arrays, _ = ask_teacher(
+            teacher, identity, {}, block, draw(views, block.key_hash, block.sizes()), number, 0, CPU
+        )
+        entry = commit(place, part, number, 0, range(views.count), arrays, tar=block.name, tar_sha256=block.sha256)
+        entries[entry.file_name] = entry
+    contents = {name: place.read(f"ledger/{name}") for name in entries}
+    finish(place, contents, views.count)
+    return open_store(folder)
+
+
+def finish(place: Folder, contents: dict[str, bytes], num_views: int) -> None:
+    import hashlib
+    import json
+
+    raw = json.loads(place.read("store.json"))
+    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    manifest = StoreManifest(
+        schema_version=SCHEMA_VERSION, digest=store_digest(raw, [], sums), views={"": num_views}, entries=sums,
+        files={}, fidelity={}, total_bytes=0, bytes_by_array={},
+    )  # fmt: skip
+    write_manifest(place, manifest)
+
+
+def seconds(work: Callable[[], int]) -> float:
+    """Per sample."""
+    started = time.perf_counter()
+    count = work()
+    return (time.perf_counter() - started) / count
+
+
+def in_turn(parts: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(rounds + 1):
+        for name, work in parts.items():
+            one = seconds(work)
+            if number:  # the first round warms up
+                times[name].append(one)
+    for name, one in times.items():
+        middle = statistics.median(one)
+        print(f"  {name:30} {middle * 1e6:9.1f} us a sample, {1 / middle:8,.0f} a second")
+    return times
+
+
+def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
+    return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
+
+
+def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
+    position = np.zeros(len(loader[0]), dtype=np.int64)
+    urls = [str(path) for path in loader.paths]
+
+    def alone() -> int:
+        return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
+
+    def joined() -> int:
+        store.kept.clear()
+        total = 0
+        for block in loader:
+            total += len(join(store, block, 0, position[: len(block)]).labels)
+        return total
+
+    def decoded_alone() -> int:
+        total = 0
+        for block in loader:
+            choice = choose(draw(VIEWS, block.key_hash, block.sizes()), np.arange(len(block)), position[: len(block)])
+            total += len(render_choice(Decoder(block), choice, VIEWS, VIEWS.size)[0])
+        return total
+
+    def decoded_joined() -> int:
+        store.kept.clear()
+        total = 0
+        for block in loader:
+            choice = join(store, block, 0, position[: len(block)]).choice
+            total += len(render_choice(Decoder(block), choice, VIEWS, VIEWS.size)[0])
+        return total
+
+    print("tars read, without decoding images")
+    times = in_turn({"webdataset alone": alone, "read and joined": joined}, rounds)
+    print(f"joined / webdataset alone, samples per second: {ratio(times, 'webdataset alone', 'read and joined'):.2f}")
+    print("with decoding and a random crop to 224 pixels")
+    times = in_turn({"no targets": decoded_alone, "with targets, joined": decoded_joined}, max(rounds // 2, 2))
+    extra = ratio(times, "with targets, joined", "no targets") - 1
+    print(f"targets and join: {extra:+.1%}")
+
+
+def several_views(store: Store, loader: BlockLoader, rounds: int, size: int) -> None:
+    def epochs(views_per_decode: int) -> Callable[[], int]:
+        stream = Stream(
+            loader, VIEWS, store.identity.groups, [store], seed=0, batch_size=100, pool_blocks=4,
+            views_per_decode=views_per_decode, size=size, device=CPU,
+        )  # fmt: skip
+        return lambda: sum(len(batch.labels) for batch in stream.epoch(0))
+
+    print(f"a loader-bound run: images per second of the stream, crops to {size} pixels")
+    times = in_turn({"views_per_decode: 1": epochs(1), "views_per_decode: 4": epochs(4)}, rounds)
+    print(f"4 views of a decode / 1: {ratio(times, 'views_per_decode: 1', 'views_per_decode: 4'):.2f} times the images")
+
+
+def large_photographs(folder: Path, loader: BlockLoader, scale: float = 1.75) -> BlockLoader:
+    """The same photographs at ImageNet's usual size (short side about 420 pixels here)."""
+    import io
+
+    from PIL import Image
+
+    samples = []
+    for sample in read_tar(loader.paths[0])[0][:400]:
+        image = decode_image(sample.encoded)
+        size = (round(image.width * scale), round(image.height * scale))
+        buffer = io.BytesIO()
+        image.resize(size, Image.Resampling.BICUBIC).save(
+            buffer, "JPEG", quality=97
+        )  # which makes them as heavy, too: about 110 kB
+        samples.append(type(sample)(sample.key, sample.label, buffer.getvalue(), "jpg"))
+    print(f"photographs of {sum(len(one.encoded) for one in samples) / len(samples) / 1e3:.0f} kB")
+    tars = pack(samples, folder / "large", "train", 200)
+    dataset = Dataset(folder="large", classes=loader.dataset.classes, splits={"train": Split(tars=tars)})
+    return BlockLoader(dataset, dataset.splits["train"], [folder], keep_bytes=0, decode=False, prove=False)
+
+
+def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
+    """Peak memory of a worker process whose store says it has 1.28 million rows with 50 views of each."""
+    blocks, views, rows = 1_280, 50, 1_000
+    tars = [loader.split.tars[0]] + [Tar(file=f"{i}.tar", count=rows, sha256=f"{i:064x}") for i in range(1, blocks)]
+    identity = store.created.model_copy(
+        update={
+            "dataset": store.created.dataset.model_copy(update={"tars": tars}),
+            "views": VIEWS.model_copy(update={"count": views}),
+            "views_per_group": 1,
+            "rows_per_block": rows,
+        }
+    )
+    place = Folder(folder)
+    create_or_resume(place, identity)
+    part = parts_of(identity)[""]
+    block = loader[0]
+    parameters = draw(VIEWS.model_copy(update={"count": 1}), block.key_hash, block.sizes())
+    first = store.read(0, 0, [spec.name for spec in store.parts[""].specs])
+    arrays = {name: array[:, :1] if name.startswith(("view/", "logits/")) else array for name, array in first.items()}
+    arrays |= {f"view/{name}": array for name, array in parameters.items()}
+    arrays["probe/view"] = np.zeros_like(first["probe/view"])
+    from offline_kd.rendering import render_some
+
+    probes = choose(parameters, first["probe/row"].astype(np.int64), np.zeros(len(first["probe/row"]), dtype=np.int64))
+    arrays["probe/pixels"] = render_some(block, probes, VIEWS, store.created.seen_size[0])
+    contents = {}
+    names = entry_names(identity, parts_of(identity), {"": views})
+    for view in range(views):
+        entry = commit(place, part, 0, view, range(view, view + 1), arrays, tar=block.name, tar_sha256=block.sha256)
+        contents[entry.file_name] = place.read(f"ledger/{entry.file_name}")
+    # The rest of the index: the worker must hold it, but reads none of these blocks.
+    contents |= {name: name.encode() for name in names if name not in contents}
+    finish(place, contents, views)
+    queue = multiprocessing.get_context("spawn").Queue()
+    process = multiprocessing.get_context("spawn").Process(target=_one_worker, args=(folder, loader, queue))
+    process.start()
+    before, peak, own, entries = queue.get()
+    process.join()
+    print(f"a worker of a store of {blocks:,} blocks x {views} views ({entries:,} ledger entries):")
+    print(f"  {own:.0f} MB of its own, {before:.0f} MB of them before the store was opened; {peak:.0f} MB at most with")
+    print("  the libraries' files, which all processes share")
+
+
+def _one_worker(
+    folder: Path, loader: BlockLoader, queue: "multiprocessing.Queue[tuple[float, float, float, int]]"
+) -> None:
+    torch.set_num_threads(1)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: a child starts with its parent's
+    before = _megabytes("RssAnon")
+    store = open_store(folder)
+    first = Split(tars=loader.split.tars[:1])
+    root = loader.paths[0].parent.parent
+    one = BlockLoader(loader.dataset, first, [root], keep_bytes=0, decode=False, prove=False)
+    groups = store.identity.groups
+    views = store.identity.views
+    stream = Stream(one, views, groups, [store], seed=0, batch_size=100, pool_blocks=1, size=224, device=CPU)
+    for epoch in range(5):
+        stream.reader.start[0] = epoch
+        for _ in stream.reader:  # what a worker does: its parts go elsewhere
+            pass
+    queue.put((before, _megabytes("VmHWM"), _megabytes("RssAnon"), len(store.entries)))
+
+
+def _megabytes(field: str) -> float:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    manifest = load_manifest(Path(__file__).parent.parent / "data_manifest.yaml")
+    dataset, split = manifest.dataset("imagenet_sample"), manifest.split("imagenet_sample", "val")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # Plain tars of 500, as people have them.
+        samples = read_tar(locate(f"{dataset.folder}/{split.tars[0].file}", data_roots()))[0]
+        tars = pack(samples, folder / "photos", "train", 500)
+        plain = Dataset(folder="photos", classes=dataset.classes, splits={"train": Split(tars=tars)})
+        loader = BlockLoader(plain, plain.splits["train"], [folder], keep_bytes=0, decode=False, prove=False)
+        store = make_store(folder / "store", loader, VIEWS, Float16(name="f16"))
+        reading(store, loader, rounds)
+        large = large_photographs(folder, loader)
+        large_store = make_store(folder / "large-store", large, VIEWS, Float16(name="f16"))
+        for size in (224, 128):
+            several_views(large_store, large, rounds, size)
+        worker_memory(store, loader, folder / "index")
+
+
+if __name__ == "__main__":
+    main()
