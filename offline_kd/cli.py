@@ -248,7 +248,7 @@ def data_group() -> None:
 @click.argument("kind", type=click.Choice(["digits", "cifar10", "cifar100", "imagefolder"]))
 @click.option("--source", type=click.Path(path_type=Path), help="Your copy of the data (not for digits).")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the tars.  [default: data/KIND]")
-@click.option("--samples-per-tar", type=click.IntRange(min=1), help="[default: 512 for digits, else 5000]")
+@click.option("--samples-per-tar", type=click.IntRange(min=1), help="[default: 5000; digits 512, imagefolder 1000]")
 @click.option("--split", default="train", show_default=True, help="Name of the split (imagefolder).")
 def pack_command(kind: str, source: Path | None, out: Path | None, samples_per_tar: int | None, split: str) -> None:
     """Write WebDataset tars and print their manifest entry. Packing twice gives the same bytes.
@@ -272,7 +272,7 @@ def pack_command(kind: str, source: Path | None, out: Path | None, samples_per_t
         assert source is not None
         cifar, classes = data_module.cifar_samples(kind, source)
         splits = {**cifar}
-    size = samples_per_tar or (512 if kind == "digits" else 5000)
+    size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
     packed = {name: data_module.pack(samples, out, name, size) for name, samples in splits.items()}
     entry = {
         kind if kind != "imagefolder" else out.name: {

@@ -551,7 +551,8 @@ def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
     """`folder/CLASS/**/IMAGE`: classes are the sorted sub-folders; PNG, JPEG and WebP files are taken byte for byte.
 
     The key is the path below `folder` without its extension, other characters than letters, digits, '_', '-', '/'
-    becoming '_'; where two paths would share a key, the later one gets a hash of its path appended.
+    becoming '_'; where two paths would share a key, the later one gets a hash of its path appended. The order is
+    that of the keys' hashes, which mixes the classes.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give one with a sub-folder of images for every class.")
@@ -560,24 +561,25 @@ def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
         raise DataError(f"{folder}: {len(classes)} class folders, at least 2 are needed (FOLDER/CLASS/IMAGE).")
 
     def samples() -> Iterator[Sample]:
-        seen: set[str] = set()
+        found: dict[str, tuple[Path, int]] = {}
         for label, name in enumerate(classes):
             for path in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
                 relative = path.relative_to(folder).with_suffix("").as_posix()
                 key = re.sub(r"[^0-9A-Za-z_\-/]", "_", relative)
-                if key in seen:
+                if key in found:
                     key += "_" + hashlib.sha256(path.name.encode()).hexdigest()[:8]
-                seen.add(key)
-                extension = path.suffix.lower().lstrip(".")
-                if extension not in IMAGE_EXTENSIONS:
-                    raise DataError(
-                        f"{path}: not a {', '.join(IMAGE_EXTENSIONS)} file. Convert it, or move it elsewhere."
-                    )
-                encoded = path.read_bytes()
-                try:
-                    decode_image(encoded)
-                except UNDECODABLE as error:
-                    raise DataError(f"{path}: cannot be decoded ({error}). Repair or remove it.") from error
-                yield Sample(key, label, encoded, extension)
+                found[key] = path, label
+        # Of all classes in every tar: training shuffles a few tars at a time, and mixes images within one.
+        for key in sorted(found, key=hash_key):
+            path, label = found[key]
+            extension = path.suffix.lower().lstrip(".")
+            if extension not in IMAGE_EXTENSIONS:
+                raise DataError(f"{path}: not a {', '.join(IMAGE_EXTENSIONS)} file. Convert it, or move it elsewhere.")
+            encoded = path.read_bytes()
+            try:
+                decode_image(encoded)
+            except UNDECODABLE as error:
+                raise DataError(f"{path}: cannot be decoded ({error}). Repair or remove it.") from error
+            yield Sample(key, label, encoded, extension)
 
     return samples(), classes

@@ -21,6 +21,7 @@ from offline_kd.data import (
     decode_image,
     digits_samples,
     encode_png,
+    hash_key,
     imagefolder_samples,
     load_block,
     pack,
@@ -188,6 +189,9 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     found, classes = imagefolder_samples(tmp_path)
     listed = list(found)
     assert classes == ["cat", "dog"]
+    hashes = [hash_key(sample.key) for sample in listed]
+    assert hashes == sorted(hashes)  # so that every tar has images of many classes
+    listed.sort(key=lambda sample: sample.key)
     assert [sample.label for sample in listed] == [0, 0, 1]
     assert listed[0].key == "cat/a"
     assert re.fullmatch(r"cat/a_[0-9a-f]{8}", listed[1].key)

@@ -1,0 +1,100 @@
+"""What a codec does to students: the same teacher's logits, coded anew, and students trained from each store.
+
+    OFFLINE_KD_DATA=FOLDER python tests/bench_students.py runs/cifar100_filtered/store --out runs/codecs
+
+The store is the one that pipelines/cifar100_filtered/lite0_resnet20.yaml makes (f16); ResNet-8, 8 epochs of 5,000
+images and 8 views, three seeds. cifar100_filtered is not standard CIFAR-100: compare these numbers with each other.
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_stream import finish
+
+from offline_kd.distill import distill
+from offline_kd.manifest import data_roots, load_manifest
+from offline_kd.recipe import Recipe, load_recipe
+from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16, Int, Klt, TopK, decode_stored, encode, fit_codec
+from offline_kd.store.opening import open_store
+from offline_kd.store.place import Folder
+from offline_kd.store.reader import Store
+from offline_kd.store.schema import parts_of
+from offline_kd.store.writer import commit, commit_tables, create_or_resume
+
+ROOT = Path(__file__).parent.parent
+VIEWS, EPOCHS, SEEDS = 8, 8, (0, 1, 2)
+CODECS: dict[str, AnyCodec] = {
+    "f16": Float16(name="f16"),
+    "klt, about 120 bytes": Klt(name="klt", step=0.025, refine=8, refine_step=0.015625),
+    "klt, about 50 bytes": Klt(name="klt", step=0.5, refine=8),
+    "int, 4 bits": Int(name="int", bits=4),
+    "top 10": TopK(name="topk", k=10, tail_temperature=4),
+}
+
+
+def transcode(store: Store, folder: Path, codec: AnyCodec) -> float:
+    """Write a store of the first views with another codec; returns bytes per row of its logits."""
+    created = store.created.model_copy(
+        update={"codec": codec, "views": store.created.views.model_copy(update={"count": VIEWS})}
+    )
+    place, part = Folder(folder), parts_of(created)[""]
+    create_or_resume(place, created)
+    names = [spec.name for spec in store.parts[""].specs]
+
+    def logits_of(block: int, view: int) -> np.ndarray:
+        arrays = {"values": store.read(block, view, ["logits/values"])["logits/values"]}
+        return decode_stored(store.identity.codec, arrays, None, store.identity.num_classes).numpy()
+
+    # Learned from views that no student is shown.
+    tables = fit_codec(codec, np.concatenate([logits_of(0, view)[:, 0] for view in range(VIEWS, VIEWS + 3)]))
+    contents, size = {}, 0
+    if tables:
+        entry = commit_tables(place, part, CODEC_TABLES, {f"codec/{name}": one for name, one in tables.items()}, {})
+        contents[entry.file_name] = place.read(f"ledger/{entry.file_name}")
+    for block in store.blocks:
+        for view in range(VIEWS):
+            arrays = {name: array for name, array in store.read(block, view, names).items() if "logits" not in name}
+            coded = encode(codec, logits_of(block, view), tables)
+            old = store.entry("", block, view)
+            entry = commit(
+                place, part, block, view, range(view, view + 1),
+                arrays | {f"logits/{name}": array for name, array in coded.items()},
+                tar=old.tar, tar_sha256=old.tar_sha256,
+            )  # fmt: skip
+            contents[entry.file_name] = place.read(f"ledger/{entry.file_name}")
+            size += sum(stored.bytes for key, stored in entry.objects.items() if key.startswith("logits/"))
+    finish(place, contents, VIEWS)
+    return size / (VIEWS * sum(tar.count for tar in created.dataset.tars))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    manifest = load_manifest(ROOT / "data_manifest.yaml")
+    overrides = [f"views.count={VIEWS}", f"training.epochs={EPOCHS}", "student.model=cifar:resnet8"]
+    recipe: Recipe = load_recipe(ROOT / "pipelines/cifar100_filtered/lite0_resnet20.yaml", overrides)
+    store = open_store(arguments.store)
+    lines = []
+    for name, codec in CODECS.items():
+        folder = arguments.out / name.replace(" ", "_").replace(",", "")
+        size = transcode(store, folder / "store", codec)
+        accuracies = [
+            distill(
+                recipe, manifest, data_roots(), folder / f"seed{seed}", torch.device("cpu"),
+                seed=seed, stores=[str(folder / "store")],
+            ).top1
+            for seed in SEEDS
+        ]  # fmt: skip
+        spread = statistics.stdev(accuracies)
+        lines.append(f"{name:22} {size:6.1f} bytes a row   top-1 {statistics.mean(accuracies):.2f} +- {spread:.2f} %")
+        print(lines[-1], accuracies, flush=True)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
