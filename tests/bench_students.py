@@ -28,7 +28,7 @@ ROOT = Path(__file__).parent.parent
 VIEWS, EPOCHS, SEEDS = 8, 8, (0, 1, 2)
 CODECS: dict[str, AnyCodec] = {
     "f16": Float16(name="f16"),
-    "klt, about 120 bytes": Klt(name="klt", step=0.025, refine=8, refine_step=0.015625),
+    "klt, about 120 bytes": Klt(name="klt", step=0.015, refine=8, refine_step=0.015625),
     "klt, about 50 bytes": Klt(name="klt", step=0.5, refine=8),
     "int, 4 bits": Int(name="int", bits=4),
     "top 10": TopK(name="topk", k=10, tail_temperature=4),
