@@ -21,6 +21,7 @@ from offline_kd.data import BlockLoader, Sample, pack, read_tar
 from offline_kd.distill import evaluation_images, make_stream, train_step, training_images
 from offline_kd.errors import RecipeError
 from offline_kd.evaluate import evaluate
+from offline_kd.joining import tables_on
 from offline_kd.manifest import Dataset, Manifest, Split, locate
 from offline_kd.models import normalise
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -33,7 +34,7 @@ from offline_kd.store.place import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import StoreIdentity, create_array, parts_of
 from offline_kd.store.writer import commit, create_or_resume
-from offline_kd.stream import Batch, Stream, tables_on
+from offline_kd.stream import Batch, Stream
 from offline_kd.student import Student, new_student
 from offline_kd.targets import AskTeacher, Targets, live_targets, stored_targets
 from offline_kd.teacher import Teacher, load_teacher

@@ -20,6 +20,7 @@ from offline_kd.capture import Capture, announce, identify, refuse_uneven_views,
 from offline_kd.data import BadImage, BlockLoader, Decoder, ImageBlock
 from offline_kd.errors import DataError, StoreMismatch, TeacherError
 from offline_kd.finish import finish_if_complete
+from offline_kd.joining import tables_on
 from offline_kd.manifest import Manifest, Split
 from offline_kd.progress import progress, say
 from offline_kd.recipe import Recipe
@@ -45,7 +46,6 @@ from offline_kd.store.writer import (
     committed_tables,
     read_ledger,
 )
-from offline_kd.stream import tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher, load_teacher
 from offline_kd.template_fitting import fit_tables

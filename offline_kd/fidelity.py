@@ -9,13 +9,13 @@ from torch import Tensor
 
 from offline_kd.data import ImageBlock
 from offline_kd.errors import StoreCorrupt
+from offline_kd.joining import Joined, as_stored, codec_tables_on, join, tables_on
 from offline_kd.objectives import kd, power_sum
 from offline_kd.progress import progress
 from offline_kd.rendering import render_some
 from offline_kd.store.codec import Klt, TopK, decode, decode_stored, encode, error_bound
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity
-from offline_kd.stream import Joined, as_stored, codec_tables_on, join, tables_on
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import SubclassDecisions, pack, unpack_probs

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from offline_kd.data import ImageBlock, OnBadImage, encode_png, hash_key, load_block
 from offline_kd.errors import DataError
+from offline_kd.joining import as_stored, codec_tables_on, join
 from offline_kd.manifest import locate
 from offline_kd.rendering import Choice, plain_images, render_some
 from offline_kd.store.codec import decode
 from offline_kd.store.reader import Arrays, Store
-from offline_kd.stream import as_stored, codec_tables_on, join
 from offline_kd.templates import TemplateDecisions, unpack_probs
 from offline_kd.views import OPS, WHOLE, is_exact
 

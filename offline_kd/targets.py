@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from offline_kd.errors import RecipeError, StoreMismatch
+from offline_kd.joining import codec_tables_on, decision_arrays, tables_on
 from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
 from offline_kd.store.codec import TopK, decode, unpacked_arrays
 from offline_kd.store.reader import Store
-from offline_kd.stream import LIVE_IMAGES, Batch, codec_tables_on, decision_arrays, tables_on
+from offline_kd.stream import LIVE_IMAGES, Batch
 from offline_kd.taps import TapPoint
 from offline_kd.teacher import Teacher
 from offline_kd.templates import pack

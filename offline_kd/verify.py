@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from offline_kd.data import ImageBlock
 from offline_kd.errors import OfflineKDError, StoreCorrupt, StoreError
+from offline_kd.joining import as_stored, join
 from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codec import Int
@@ -27,7 +28,6 @@ from offline_kd.store.schema import (
     small_files,
 )
 from offline_kd.store.writer import manifest_bytes
-from offline_kd.stream import as_stored, join
 from offline_kd.templates import PROB_LEVELS, SubclassDecisions
 from offline_kd.views import view_arrays
 

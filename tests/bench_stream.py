@@ -21,6 +21,7 @@ import webdataset
 
 from offline_kd.cli import keep_freed_memory
 from offline_kd.data import BlockLoader, Decoder, decode_image, pack, read_tar
+from offline_kd.joining import join
 from offline_kd.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar, data_roots, load_manifest, locate
 from offline_kd.rendering import choose, render_choice
 from offline_kd.store.codec import Float16, Int
@@ -38,7 +39,7 @@ from offline_kd.store.schema import (
     store_digest,
 )
 from offline_kd.store.writer import commit, create_or_resume, write_manifest
-from offline_kd.stream import Stream, join
+from offline_kd.stream import Stream
 from offline_kd.views import RandomCrop, draw
 
 CPU = torch.device("cpu")

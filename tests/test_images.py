@@ -23,12 +23,12 @@ from offline_kd.cache import cache_teacher
 from offline_kd.data import Decoder, Sample, decode_image, image_size, load_block, pack
 from offline_kd.distill import make_stream, training_images
 from offline_kd.errors import DataError, StoreCorrupt, StoreMismatch
+from offline_kd.joining import join, left_out_of
 from offline_kd.manifest import Dataset, EvaluationCrop, Manifest, Split
 from offline_kd.models import build
 from offline_kd.recipe import Recipe
 from offline_kd.rendering import apply_op, choose, evaluation_crop, render_choice, render_view
 from offline_kd.store.opening import open_store
-from offline_kd.stream import join, left_out_of
 from offline_kd.teacher import load_teacher
 from offline_kd.views import (
     NO_PARTNER,
@@ -459,7 +459,7 @@ def test_other_versions_of_pillow_and_torchvision_render_the_same_pixels():
 def test_small_differences_are_reported_where_versions_differ_and_refused_where_not(
     photos, monkeypatch, capsys, shift, is_let_pass
 ):
-    from offline_kd import rendering, stream
+    from offline_kd import joining, rendering
 
     recipe, manifest, folder = photos
     store = open_store(folder / "store")
@@ -474,7 +474,7 @@ def test_small_differences_are_reported_where_versions_differ_and_refused_where_
     monkeypatch.setattr(rendering, "_planes", drifted)
     with pytest.raises(StoreCorrupt, match="renders to pixels that differ"):
         join(store, block, 0, position)
-    monkeypatch.setattr(stream.PIL, "__version__", "99.0")
+    monkeypatch.setattr(joining.PIL, "__version__", "99.0")
     if is_let_pass:
         join(store, block, 0, position)
         assert "pillow 99.0 here" in capsys.readouterr().err
