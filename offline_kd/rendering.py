@@ -17,8 +17,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, features
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
 
 from offline_kd.data import Decoder, ImageBlock
 from offline_kd.manifest import EvaluationCrop, Interpolation
@@ -90,6 +88,10 @@ def decoder_versions() -> dict[str, str]:
 
 def evaluation_crop(image: Image.Image, crop: EvaluationCrop) -> Pixels:
     """`[3, size, size]`: the short side to `resize`, the middle cut out; as torchvision's Resize and CenterCrop."""
+    # Imported when it is needed: it takes as long as torch itself, and most commands never get here.
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
     interpolation = InterpolationMode(crop.interpolation)
     resized = F.resize(image, [crop.resize], interpolation=interpolation)
     return _planes(F.center_crop(resized, [crop.size, crop.size]))
@@ -115,6 +117,9 @@ def render_view(image: Image.Image, view: Parameters, size: int, interpolation: 
 
 def apply_op(image: Image.Image, op: str, magnitude: float) -> Image.Image:
     """One operation with its magnitude in its own unit; see `views.py`."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as F
+
     warp = functools.partial(
         F.affine, image, interpolation=InterpolationMode.BILINEAR, fill=list(GREY), angle=0.0, scale=1.0
     )

@@ -14,7 +14,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from scipy import special
 
 from offline_kd.errors import RecipeError
 from offline_kd.manifest import Interpolation, Strict
@@ -365,6 +364,8 @@ Op = tuple[NDArray[Any], NDArray[Any]]  # numbers and magnitudes, `[n, v]`
 
 
 def _draw_augment(augment: Augment | None, uniform: Any) -> list[Op]:
+    from scipy import special  # as in `_draw_mixing`: only where it is needed, because it takes its time
+
     identity = OPS.index("identity")
     match augment:
         case RandAugment():
@@ -440,6 +441,8 @@ def _draw_erase(erase: Erase, uniform: Any) -> NDArray[np.int16]:
 
 
 def _draw_mixing(mixing: Mixing, uniform: Any, count: int) -> Parameters:
+    from scipy import special
+
     row = np.arange(count)[:, None]
     first = row // PARTNERS * PARTNERS
     together = np.minimum(PARTNERS, count - first)  # in this row's company

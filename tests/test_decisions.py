@@ -253,7 +253,8 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
             truncated = decide(maps, centroids, top=4, temperature=1.0)
             of_top = per_location(scores, truncated.ids, truncated.probs)
             assert (of_store - of_top).abs().mean() < 1e-4
-            assert (of_store - of_top).abs().max() < 1e-3
+            # Four probabilities, each rounded by up to 1/32766, times log p and a score, together up to 15.
+            assert (of_store - of_top).abs().max() < 4 / 32766 * 15
             # What was dropped bounds the rest: total variation is exactly the dropped mass.
             of_all = per_location(scores, every.ids, every.probs)
             dropped = truncated.dropped
