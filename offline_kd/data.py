@@ -115,7 +115,7 @@ class ImageBlock:
 
 
 class Decoder:
-    """The images of a block's rows, decoded when they are asked for and kept until `forget`.
+    """The images of a block's rows, `[H, W, 3]` uint8, decoded when they are asked for and kept until `forget`.
 
     Raises DataError for an image that cannot be decoded, unless the block says that such are skipped: then it gives
     None and lists the row in `bad`.
@@ -123,13 +123,13 @@ class Decoder:
 
     def __init__(self, block: ImageBlock) -> None:
         self.block = block
-        self.kept: dict[int, Image.Image | None] = {}
+        self.kept: dict[int, NDArray[np.uint8] | None] = {}
         self.bad: dict[int, str] = {}
 
-    def __call__(self, row: int) -> Image.Image | None:
+    def __call__(self, row: int) -> NDArray[np.uint8] | None:
         if row not in self.kept:
             try:
-                self.kept[row] = decode_image(self.block.encoded[row])
+                self.kept[row] = np.array(decode_image(self.block.encoded[row]))
             except UNDECODABLE as error:
                 why = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
                 problem = f"the image cannot be decoded ({why})"
@@ -337,7 +337,7 @@ def _with_pixels(block: ImageBlock) -> ImageBlock:
         decoder.forget()
         if image is None:
             continue
-        pixels.append(np.asarray(image))
+        pixels.append(image)
         if pixels[-1].shape != pixels[0].shape:
             raise DataError(
                 f"{block.path}: sample '{key}': the image is {_size(pixels[-1])}, the first of the tar is "

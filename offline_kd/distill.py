@@ -105,8 +105,9 @@ def distill(
             ": so many epochs pass at once, so it must divide their number."
         )
     seed = recipe.seeds[0] if seed is None else seed
-    loader = training_images(recipe, manifest, roots)
     opened, mix = open_stores(recipe, manifest, stores, download_bytes)
+    # Where targets are read, the join compares every key, image and label with what the teacher saw.
+    loader = training_images(recipe, manifest, roots, prove=online or not opened)
     if needs_teacher(terms) and not opened and not online:
         raise RecipeError(f"objective '{name}' needs a teacher: give --store, or --online for the live teacher.")
     if online and len(opened) > 1:
@@ -206,7 +207,8 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
     )
 
 
-def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
+def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], *, prove: bool = True) -> BlockLoader:
+    """The training split; `prove`: compare the sha256 of every tar with the manifest's whenever it is read."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     return BlockLoader(
@@ -216,6 +218,7 @@ def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -
         keep_bytes=recipe.data.keep_bytes // max(recipe.data.workers, 1),
         decode=is_exact(recipe.views),
         on_bad=recipe.data.bad_images,
+        prove=prove,
     )
 
 

@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -343,7 +342,7 @@ def _other_versions(store: Store) -> str:
     """What resamples and decodes here, where it is not what the store was made with; '' for views that are exact."""
     if is_exact(store.identity.views):
         return ""
-    here = {"pillow": PIL.__version__, "torchvision": version("torchvision")} | decoder_versions()
+    here = {name: version(name) for name in ("torch", "torchvision", "pillow")} | decoder_versions()
     there = store.created.versions
     return ", ".join(
         f"{name} {here[name]} here, {there[name]} there" for name in here if there.get(name, here[name]) != here[name]

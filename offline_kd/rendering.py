@@ -1,8 +1,8 @@
 """Pixels of views: exact copies in batches on the device, or crops that are resampled, one image after the other.
 
 The same functions serve both stages, on the same stored parameters. Exact copies are the same on every machine.
-Resampled views are the same as long as Pillow, its codecs and torchvision are; where they are others, the probes of a
-store tell by how much pixels differ, before training.
+Resampled views are the same as long as torch, torchvision, Pillow and its codecs are; where they are others, the probes
+of a store tell by how much pixels differ, before training.
 """
 
 import functools
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter, features
 from torch import Tensor
+from torch.nn import functional as F
 
 from offline_kd.data import Decoder, ImageBlock
 from offline_kd.manifest import EvaluationCrop, Interpolation
@@ -36,7 +37,6 @@ from offline_kd.views import (
     outside,
 )
 
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 GREY = (124, 116, 104)  # ImageNet's mean colour: what erasing and rotating leave
 Pixels = NDArray[np.uint8]
 
@@ -77,7 +77,7 @@ def _into_image(index: Tensor, size: int, fill: Fill) -> tuple[Tensor, Tensor]:
 
 
 def decoder_versions() -> dict[str, str]:
-    """Of the libraries that decode images; beside Pillow and torchvision, what resampled pixels depend on."""
+    """Of the libraries that decode images; beside torch, torchvision and Pillow, what resampled pixels depend on."""
     known = {"libjpeg": "jpg", "libjpeg_turbo": "libjpeg_turbo", "libwebp": "webp", "zlib": "zlib"}
     found = {name: features.version(feature) for name, feature in known.items()}
     return {name: value for name, value in found.items() if value}
@@ -86,42 +86,70 @@ def decoder_versions() -> dict[str, str]:
 # ---- resampled -----------------------------------------------------------------------------------------------------
 
 
-def evaluation_crop(image: Image.Image, crop: EvaluationCrop) -> Pixels:
+def evaluation_crop(pixels: Pixels, crop: EvaluationCrop) -> Pixels:
     """`[3, size, size]`: the short side to `resize`, the middle cut out; as torchvision's Resize and CenterCrop."""
     # Imported when it is needed: it takes as long as torch itself, and most commands never get here.
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
+    from torchvision.transforms import functional as TF
 
     interpolation = InterpolationMode(crop.interpolation)
-    resized = F.resize(image, [crop.resize], interpolation=interpolation)
-    return _planes(F.center_crop(resized, [crop.size, crop.size]))
+    resized = TF.resize(Image.fromarray(pixels), [crop.resize], interpolation=interpolation)
+    return np.asarray(TF.center_crop(resized, [crop.size, crop.size])).transpose(2, 0, 1)
 
 
-def render_view(image: Image.Image, view: Parameters, size: int, interpolation: Interpolation) -> Pixels:
+def render_view(pixels: Pixels, view: Parameters, size: int, interpolation: Interpolation) -> Pixels:
     """`[3, size, size]` of one view of an RGB image, without what is mixed in.
 
     Args:
+        pixels: `[H, W, 3]`, the decoded image.
         view: its parameters, each without the axes of row and view.
     """
-    top, left, height, width = (int(value) for value in view["box"])
-    # Cut first: what `resize(box=...)` makes of the box's edges changed between versions of Pillow (12 and 13).
-    image = image.crop((left, top, left + width, top + height))  # black outside
-    if (height, width) != (size, size):
-        image = image.resize((size, size), RESAMPLING[interpolation])
+    cut = _cut(pixels, *(int(value) for value in view["box"]))
+    if cut.shape[:2] != (size, size):
+        # Of whole numbers, and the same with any instruction set; about five times as fast as Pillow's. The cut is not
+        # copied: with its strides torch reads and writes channels last.
+        planes = torch.from_numpy(cut)[None].permute(0, 3, 1, 2)
+        cut = F.interpolate(planes, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
     if view["flip"]:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    for op, magnitude in zip(view.get("op", ()), view.get("magnitude", ()), strict=True):
-        image = apply_op(image, OPS[op], float(magnitude))
-    return _planes(image)
+        cut = _mirrored(cut)
+    ops = [
+        (OPS[op], float(magnitude)) for op, magnitude in zip(view.get("op", ()), view.get("magnitude", ()), strict=True)
+    ]
+    if any(op != "identity" for op, _ in ops):
+        image = Image.fromarray(np.ascontiguousarray(cut))
+        for op, magnitude in ops:
+            image = apply_op(image, op, magnitude)
+        cut = np.asarray(image)
+    return cut.transpose(2, 0, 1)
+
+
+def _cut(pixels: Pixels, top: int, left: int, height: int, width: int) -> Pixels:
+    """A box of an image, black outside of it; where it lies inside, a view of the image's memory."""
+    bottom, right = top + height, left + width
+    if top >= 0 and left >= 0 and bottom <= pixels.shape[0] and right <= pixels.shape[1]:
+        return pixels[top:bottom, left:right]
+    padded = np.zeros((height, width, 3), dtype=np.uint8)
+    inside = pixels[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)]
+    down, across = max(-top, 0), max(-left, 0)
+    padded[down : down + inside.shape[0], across : across + inside.shape[1]] = inside
+    return padded
+
+
+def _mirrored(pixels: Pixels) -> Pixels:
+    """Left and right exchanged; plane by plane, which numpy does four times as fast as all at once."""
+    mirrored = np.empty_like(pixels)
+    for channel in range(3):
+        mirrored[..., channel] = pixels[:, ::-1, channel]
+    return mirrored
 
 
 def apply_op(image: Image.Image, op: str, magnitude: float) -> Image.Image:
     """One operation with its magnitude in its own unit; see `views.py`."""
     from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
+    from torchvision.transforms import functional as TF
 
     warp = functools.partial(
-        F.affine, image, interpolation=InterpolationMode.BILINEAR, fill=list(GREY), angle=0.0, scale=1.0
+        TF.affine, image, interpolation=InterpolationMode.BILINEAR, fill=list(GREY), angle=0.0, scale=1.0
     )
     side = image.width
     match op:
@@ -135,38 +163,33 @@ def apply_op(image: Image.Image, op: str, magnitude: float) -> Image.Image:
             pixels = round(magnitude * side)
             return warp(translate=[pixels, 0] if op == "translate_x" else [0, pixels], shear=[0.0, 0.0])
         case "rotate":
-            return F.rotate(image, magnitude, interpolation=InterpolationMode.BILINEAR, fill=list(GREY))
+            return TF.rotate(image, magnitude, interpolation=InterpolationMode.BILINEAR, fill=list(GREY))
         case "brightness":
-            return F.adjust_brightness(image, magnitude)
+            return TF.adjust_brightness(image, magnitude)
         case "color":
-            return F.adjust_saturation(image, magnitude)
+            return TF.adjust_saturation(image, magnitude)
         case "contrast":
-            return F.adjust_contrast(image, magnitude)
+            return TF.adjust_contrast(image, magnitude)
         case "sharpness":
-            return F.adjust_sharpness(image, magnitude)
+            return TF.adjust_sharpness(image, magnitude)
         case "hue":
-            return F.adjust_hue(image, magnitude)
+            return TF.adjust_hue(image, magnitude)
         case "posterize":
-            return F.posterize(image, int(magnitude))
+            return TF.posterize(image, int(magnitude))
         case "solarize":
-            return F.solarize(image, magnitude)
+            return TF.solarize(image, magnitude)
         case "autocontrast":
-            return F.autocontrast(image)
+            return TF.autocontrast(image)
         case "equalize":
-            return F.equalize(image)
+            return TF.equalize(image)
         case "invert":
-            return F.invert(image)
+            return TF.invert(image)
         case "grayscale":
-            return F.rgb_to_grayscale(image, num_output_channels=3)
+            return TF.rgb_to_grayscale(image, num_output_channels=3)
         case "blur":
             # Radii are meant for 224 pixels; another resolution of the same view is blurred alike.
             return image.filter(ImageFilter.GaussianBlur(magnitude * side / 224))
     raise AssertionError(op)
-
-
-def _planes(image: Image.Image) -> Pixels:
-    """A view of the image's memory, for reading."""
-    return np.asarray(image).transpose(2, 0, 1)
 
 
 def _inner_box(box: NDArray[np.int16], size: int) -> tuple[slice, slice]:

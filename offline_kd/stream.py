@@ -61,8 +61,8 @@ class Rows:
         return len(self.labels)
 
     def take(self, index: Tensor) -> "Rows":
-        tensors = {name: getattr(self, name)[index] for name in TENSORS}
-        targets = {name: array[index] for name, array in self.targets.items()}
+        tensors = {name: _take(getattr(self, name), index) for name in TENSORS}
+        targets = {name: _take(array, index) for name, array in self.targets.items()}
         return Rows(**tensors, key_hash=self.key_hash[index.numpy()], targets=targets)
 
     @staticmethod
@@ -74,6 +74,13 @@ class Rows:
             key_hash=np.concatenate([part.key_hash for part in parts]),
             targets={name: torch.cat([part.targets[name] for part in parts]) for name in parts[0].targets},
         )
+
+
+def _take(tensor: Tensor, index: Tensor) -> Tensor:
+    """Some rows. `index_select` copies them whole where memory is contiguous, tens of times as fast as indexing."""
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return tensor.index_select(0, index)
 
 
 TENSORS = ("images", "box", "flip", "labels", "other_labels", "share")
@@ -252,7 +259,7 @@ class _Reader(IterableDataset[Part]):
     def _copied(self, block: ImageBlock, joined: list[Joined]) -> Rows:
         """Un-augmented images, which the training process renders, on its device."""
         row = torch.from_numpy(np.concatenate([one.choice.row for one in joined]))
-        images = block.images if len(joined) == 1 and len(row) == len(block) else block.images[row]
+        images = block.images if len(joined) == 1 and len(row) == len(block) else _take(block.images, row)
         box, flip = (
             torch.from_numpy(np.concatenate([one.choice.own[name] for one in joined])) for name in ("box", "flip")
         )
@@ -281,7 +288,7 @@ class _Reader(IterableDataset[Part]):
             decoder.forget()
         kept = [one.take(good[start : start + len(one.labels)]) for one, start in zip(joined, starts, strict=False)]
         if not good.all():
-            images = [one[torch.from_numpy(good)] for one in images]
+            images = [_take(one, torch.from_numpy(good.nonzero()[0])) for one in images]
         live = {LIVE_IMAGES: images[1]} if self.live_size else {}
         box, flip = torch.zeros((len(images[0]), 4), dtype=torch.int16), torch.zeros(len(images[0]), dtype=torch.uint8)
         rows = _as_rows(kept, images[0], box, flip)

@@ -1,4 +1,4 @@
-"""Do views render to the same pixels with other versions of Pillow and torchvision?
+"""Do views render to the same pixels with other versions of torch, torchvision and Pillow?
 
     python tests/replay.py                 makes two environments (needs a package registry) and prints, for every
                                            operation, the largest difference from this one's pixels
@@ -34,17 +34,21 @@ def render_all(folder: Path, out: Path) -> None:
     found: dict[str, list[np.ndarray]] = {}
     for file in sorted(folder.iterdir()):
         image = decode_image(file.read_bytes())
+        pixels = np.array(image)
         box = np.array([image.height // 5, image.width // 7, image.height // 2, image.width // 2], dtype=np.int16)
-        found.setdefault(f"decode {file.suffix[1:]}", []).append(np.asarray(image).ravel())
+        found.setdefault(f"decode {file.suffix[1:]}", []).append(pixels.ravel())
         # The rest starts from pixels that are the same everywhere.
         lossless = file if file.suffix == ".png" else None
         if lossless is None:
             continue
         for interpolation in ("bilinear", "bicubic"):
             view = {"box": box, "flip": 0}
-            found.setdefault(f"crop {interpolation}", []).append(render_view(image, view, 224, interpolation).ravel())
             crop = EvaluationCrop(size=224, resize=256, interpolation=interpolation)
-            found.setdefault(f"evaluation {interpolation}", []).append(evaluation_crop(image, crop).ravel())
+            for name, rendered in (
+                (f"crop {interpolation}", render_view(pixels, view, 224, interpolation)),
+                (f"evaluation {interpolation}", evaluation_crop(pixels, crop)),
+            ):
+                found.setdefault(name, []).append(rendered.ravel())
         square = image.resize((128, 128), 0)
         for op in OPS:
             done = apply_op(square, op, MAGNITUDES.get(op, 0.3))

@@ -2,11 +2,14 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +18,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from offline_kd.bench import measure_drift
+from offline_kd.data import decode_image, encode_png, pack, read_tar
 from offline_kd.distill import distill
 from offline_kd.errors import RecipeError
 from offline_kd.manifest import file_sha256
@@ -141,6 +145,24 @@ def test_a_store_of_other_views_or_classes_is_refused(recipe_file, where, store_
 
 
 # ---- terms -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_changed_after_the_capture_is_found_with_and_without_a_store(
+    recipe_file, data_root, store_path, tmp_path
+):
+    """With one, every image is compared with what the teacher saw, and tars need no sha256 of their own."""
+    shutil.copytree(data_root, tmp_path / "data")
+    (changed,) = (tmp_path / "data").rglob("train-000001.tar")
+    samples, _ = read_tar(changed)
+    samples[7] = replace(samples[7], encoded=encode_png(255 - np.asarray(decode_image(samples[7].encoded))))
+    pack(samples, tmp_path / "packed", "train", len(samples))
+    (tmp_path / "packed/train-000000.tar").replace(changed)
+    common = ("--objective", "kd", "--data-root", tmp_path / "data")
+    message = refused("distill", recipe_file, "--store", store_path, "--out", tmp_path / "a", *common)
+    assert f"train-000001.tar: the image of sample '{samples[7].key}' (and 0 more) has crc32c" in message
+    plain = ("--objective", "ce", "--data-root", tmp_path / "data")
+    message = refused("distill", recipe_file, "--out", tmp_path / "b", *plain)
+    assert "train-000001.tar: sha256 is" in message
 
 
 def test_hidden_labels_do_not_enter_the_cross_entropy():

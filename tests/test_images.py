@@ -1,12 +1,14 @@
 """Images of any size and kind: what they mean, views of them replayed to the bit, and what is done with bad ones."""
 
 import io
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -210,28 +212,40 @@ def test_every_operation_is_drawn_and_strengths_keep_to_their_ranges():
 
 
 def test_crops_are_those_of_torchvision():
-    """The same box, resized by the same library: equal to the bit, at two sizes."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as F
+    """The same box, resized by the same library: equal to the bit, at two sizes; and nearly what Pillow makes of it."""
+    from torchvision.transforms.v2 import functional as F
 
     image = photograph(3, 120, 200)
     view = {"box": np.array([10, 30, 77, 101], dtype=np.int16), "flip": np.uint8(1)}
-    for size in (24, 64):
-        expected = F.hflip(F.resized_crop(image, 10, 30, 77, 101, [size, size], InterpolationMode.BICUBIC))
-        found = render_view(image, view, size, "bicubic")
-        assert np.array_equal(found, np.asarray(expected).transpose(2, 0, 1))
+    for size, name in itertools.product((24, 64, 200), ("bilinear", "bicubic")):
+        mode = v2.InterpolationMode(name)
+        found = render_view(np.array(image), view, size, name)
+        expected = F.hflip(F.resized_crop(F.pil_to_tensor(image), 10, 30, 77, 101, [size, size], mode))
+        assert np.array_equal(found, expected.numpy())
+        pillow = F.hflip(F.resized_crop(image, 10, 30, 77, 101, [size, size], mode))
+        assert np.abs(found - np.asarray(pillow).astype(int).transpose(2, 0, 1)).max() <= 2
+
+
+@given(st.integers(-100, 140), st.integers(-100, 140), st.integers(1, 90), st.booleans())
+def test_a_box_of_the_right_size_is_cut_and_mirrored_without_a_change(top, left, size, flip):
+    """Also where it reaches outside the image, or lies there."""
+    image = photograph(3, 120, 100)
+    found = render_view(np.array(image), {"box": np.array([top, left, size, size]), "flip": flip}, size, "bilinear")
+    expected = np.asarray(image.crop((left, top, left + size, top + size)))
+    assert np.array_equal(found.transpose(1, 2, 0), expected[:, ::-1] if flip else expected)
 
 
 def test_the_evaluation_crop_is_that_of_torchvision():
     image = photograph(4, 240, 320)
     crop = EvaluationCrop(size=64, resize=80, interpolation="bicubic")
     expected = v2.Compose([v2.Resize(80, v2.InterpolationMode.BICUBIC), v2.CenterCrop(64), v2.PILToTensor()])(image)
-    assert np.array_equal(evaluation_crop(image, crop), expected.numpy())
+    assert np.array_equal(evaluation_crop(np.array(image), crop), expected.numpy())
 
 
 def test_a_box_that_reaches_outside_is_black_there():
-    image = Image.new("RGB", (10, 10), (255, 255, 255))
-    pixels = render_view(image, {"box": np.array([-5, 0, 10, 10]), "flip": 0}, 10, "bilinear")
+    pixels = render_view(
+        np.full((10, 10, 3), 255, np.uint8), {"box": np.array([-5, 0, 10, 10]), "flip": 0}, 10, "bilinear"
+    )
     assert (pixels[:, :5] == 0).all()
     assert (pixels[:, 5:] == 255).all()
 
@@ -465,15 +479,15 @@ def test_small_differences_are_reported_where_versions_differ_and_refused_where_
     block = training_images(recipe, manifest, [folder])[0]
     position = np.zeros(len(block), dtype=np.int64)
 
-    def drifted(image: Image.Image) -> np.ndarray:
-        pixels = np.asarray(image).transpose(2, 0, 1).copy()
+    def drifted(*arguments: object) -> np.ndarray:
+        pixels = render_view(*arguments).copy()
         pixels[0, ::5, ::5] ^= shift
         return pixels
 
-    monkeypatch.setattr(rendering, "_planes", drifted)
+    monkeypatch.setattr(rendering, "render_view", drifted)
     with pytest.raises(StoreCorrupt, match="renders to pixels that differ"):
         join(store, block, 0, position)
-    monkeypatch.setattr(joining.PIL, "__version__", "99.0")
+    monkeypatch.setattr(joining, "version", lambda name: "99.0" if name == "pillow" else version(name))
     if is_let_pass:
         join(store, block, 0, position)
         assert "pillow 99.0 here" in capsys.readouterr().err
