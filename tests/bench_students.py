@@ -1,9 +1,9 @@
 """What a codec does to students: the same teacher's logits, coded anew, and students trained from each store.
 
-    OFFLINE_KD_DATA=FOLDER python tests/bench_students.py runs/cifar100_filtered/store --out runs/codecs
+    OFFLINE_KD_DATA=FOLDER python tests/bench_students.py runs/codecs/store --out runs/codecs
 
-The store is the one that pipelines/cifar100_filtered/lite0_resnet20.yaml makes (f16); ResNet-8, 5 epochs of 5,000
-images and 8 views, three seeds. cifar100_filtered is not standard CIFAR-100: compare these numbers with each other.
+The store is the one that pipelines/cifar100_filtered/lite0_resnet8_codecs.yaml makes (f32); ResNet-8, 16 epochs of
+10,000 images and 8 views, three seeds. cifar100_filtered is not standard CIFAR-100: compare these numbers with each other.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from bench_stream import finish
 
 from offline_kd.distill import distill
 from offline_kd.manifest import data_roots, load_manifest
-from offline_kd.recipe import Recipe, load_recipe
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16, Int, Klt, TopK, decode_stored, encode, fit_codec
+from offline_kd.recipe import load_recipe
+from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float32, Int, Klt, TopK, decode_stored, encode, fit_codec
 from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder
 from offline_kd.store.reader import Store
@@ -25,9 +25,9 @@ from offline_kd.store.schema import parts_of
 from offline_kd.store.writer import commit, commit_tables, create_or_resume
 
 ROOT = Path(__file__).parent.parent
-VIEWS, EPOCHS, SEEDS = 8, 5, (0, 1, 2)
+VIEWS = 8
 CODECS: dict[str, AnyCodec] = {
-    "f16": Float16(name="f16"),
+    "f32": Float32(name="f32"),
     "klt, about 120 bytes": Klt(name="klt", step=0.015, refine=8, refine_step=0.015625),
     "klt, about 50 bytes": Klt(name="klt", step=0.5, refine=8),
     "int, 4 bits": Int(name="int", bits=4),
@@ -49,7 +49,10 @@ def transcode(store: Store, folder: Path, codec: AnyCodec) -> float:
         return decode_stored(store.identity.codec, arrays, None, store.identity.num_classes).numpy()
 
     # Learned from views that no student is shown.
-    tables = fit_codec(codec, np.concatenate([logits_of(0, view)[:, 0] for view in range(VIEWS, VIEWS + 3)]))
+    others = range(VIEWS, store.identity.views.num_views)
+    tables = fit_codec(
+        codec, np.concatenate([logits_of(block, view)[:, 0] for block in store.blocks for view in others])
+    )
     contents, size = {}, 0
     if tables:
         entry = commit_tables(place, part, CODEC_TABLES, {f"codec/{name}": one for name, one in tables.items()}, {})
@@ -76,8 +79,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     manifest = load_manifest(ROOT / "data_manifest.yaml")
-    overrides = [f"views.count={VIEWS}", f"training.epochs={EPOCHS}", "student.model=cifar:resnet8"]
-    recipe: Recipe = load_recipe(ROOT / "pipelines/cifar100_filtered/lite0_resnet20.yaml", overrides)
+    recipe = load_recipe(ROOT / "pipelines/cifar100_filtered/lite0_resnet8_codecs.yaml", [f"views.count={VIEWS}"])
     store = open_store(arguments.store)
     lines = []
     for name, codec in CODECS.items():
@@ -88,7 +90,7 @@ def main() -> None:
                 recipe, manifest, data_roots(), folder / f"seed{seed}", torch.device("cpu"),
                 seed=seed, stores=[str(folder / "store")],
             ).top1
-            for seed in SEEDS
+            for seed in recipe.seeds
         ]  # fmt: skip
         spread = statistics.stdev(accuracies)
         lines.append(f"{name:22} {size:6.1f} bytes a row   top-1 {statistics.mean(accuracies):.2f} +- {spread:.2f} %")
