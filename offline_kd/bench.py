@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from zarr.storage import LocalStore
 
 from offline_kd.cache import ask_teacher, cache_teacher
-from offline_kd.data import BlockLoader, Sample, pack, read_tar
+from offline_kd.data import BlockLoader, Sample, read_tar
 from offline_kd.distill import evaluation_images, make_stream, train_step, training_images
 from offline_kd.errors import RecipeError
 from offline_kd.evaluate import evaluate
@@ -25,6 +25,7 @@ from offline_kd.joining import tables_on
 from offline_kd.manifest import Dataset, Manifest, Split, locate
 from offline_kd.models import normalise
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.packing import pack
 from offline_kd.progress import progress
 from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.rendering import plain_images

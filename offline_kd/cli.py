@@ -16,6 +16,7 @@ import torch
 import yaml
 
 from offline_kd import data as data_module
+from offline_kd import packing
 from offline_kd.bench import bench, measure_drift
 from offline_kd.cache import Worker, cache_teacher
 from offline_kd.codec_bench import bench_codecs, write_plot
@@ -263,17 +264,17 @@ def pack_command(kind: str, source: Path | None, out: Path | None, samples_per_t
         raise RecipeError(f"data pack {kind}: give --source, the folder of your own copy.")
     splits: dict[str, Iterable[data_module.Sample]]
     if kind == "digits":
-        splits, classes = {**data_module.digits_samples()}, [str(digit) for digit in range(10)]
+        splits, classes = {**packing.digits_samples()}, [str(digit) for digit in range(10)]
     elif kind == "imagefolder":
         assert source is not None
-        samples, classes = data_module.imagefolder_samples(source)
+        samples, classes = packing.imagefolder_samples(source)
         splits = {split: samples}
     else:
         assert source is not None
-        cifar, classes = data_module.cifar_samples(kind, source)
+        cifar, classes = packing.cifar_samples(kind, source)
         splits = {**cifar}
     size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
-    packed = {name: data_module.pack(samples, out, name, size) for name, samples in splits.items()}
+    packed = {name: packing.pack(samples, out, name, size) for name, samples in splits.items()}
     entry = {
         kind if kind != "imagefolder" else out.name: {
             "folder": out.name,

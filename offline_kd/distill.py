@@ -9,19 +9,21 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from offline_kd.checkpoint import Progress, load_progress, save_progress
+from offline_kd.compatibility import check_groups, check_store, check_teacher
 from offline_kd.data import BlockLoader
 from offline_kd.errors import RecipeError, StoreMismatch, TrainingError
 from offline_kd.evaluate import evaluate
-from offline_kd.files import flush_to_disk, write_atomically
-from offline_kd.manifest import Manifest, Normalisation, file_sha256, fingerprint
+from offline_kd.files import write_atomically
+from offline_kd.manifest import Manifest, Normalisation, fingerprint
 from offline_kd.models import build, normalise, parameter_count
 from offline_kd.objectives import dtkd_fallbacks
 from offline_kd.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -277,72 +279,6 @@ def make_stream(
     )
 
 
-def check_store(store: Store, recipe: Recipe, loader: BlockLoader) -> None:
-    """Make sure that a store was made for what the recipe describes; raises StoreMismatch with both values.
-
-    The tars may be other ones (a part of the dataset, or packed anew): the join checks every sample by key and bytes.
-    """
-    identity = store.identity
-    classes, known = identity.dataset.classes, loader.dataset.classes
-    if len(classes) != len(known):
-        raise StoreMismatch(
-            f"{store.place}: has targets for {len(classes)} classes, dataset '{recipe.data.dataset}' has {len(known)}. "
-            "Use the dataset the store was made from, or capture it again."
-        )
-    if classes != known:
-        index = next(index for index, pair in enumerate(zip(classes, known, strict=True)) if pair[0] != pair[1])
-        raise StoreMismatch(
-            f"{store.place}: class {index} is '{classes[index]}', in dataset '{recipe.data.dataset}' it is "
-            f"'{known[index]}'. The class order differs: correct the manifest, or capture it again."
-        )
-    here, wanted_views = identity.views.model_dump(mode="json"), recipe.views.model_dump(mode="json")
-    if {**here, "count": 0} != {**wanted_views, "count": 0}:
-        raise StoreMismatch(
-            f"{store.place}: holds the views {here}, the recipe says {wanted_views}. "
-            "Correct the recipe's views, or capture another store."
-        )
-    if recipe.views.num_views > identity.views.num_views or recipe.views.num_views % identity.views_per_group:
-        raise StoreMismatch(
-            f"{store.place}: holds {identity.views.num_views} views of every image in groups of "
-            f"{identity.views_per_group}, the recipe says {recipe.views.num_views}. Use so many whole groups: --set "
-            f"views.count={identity.views.num_views}; or add views to the store: `offline-kd cache-teacher`."
-        )
-    for name, about in identity.decisions.items():
-        wanted = recipe.capture.decisions.get(name)
-        if wanted is not None and wanted != about.config:
-            raise StoreMismatch(
-                f"{store.place}: decisions '{name}' were made with {about.config.model_dump(mode='json')}, the recipe "
-                f"says {wanted.model_dump(mode='json')}. Correct capture.decisions, or capture another store."
-            )
-
-
-def check_groups(stores: Sequence[Store]) -> None:
-    """Stores that are mixed must group their views alike; raises StoreMismatch with both values."""
-    for store in stores[1:]:
-        if store.identity.views_per_group != stores[0].identity.views_per_group:
-            raise StoreMismatch(
-                f"{store.place}: stores views in groups of {store.identity.views_per_group}, {stores[0].place} in "
-                f"groups of {stores[0].identity.views_per_group}. To mix them, capture one of them again with the "
-                "other's capture.views_per_group."
-            )
-
-
-def check_teacher(store: Store, recipe: Recipe, manifest: Manifest) -> None:
-    """Make sure that a store is of the teacher that the recipe names, if it does; raises StoreMismatch."""
-    identity, weights = store.identity, recipe.teacher.weights
-    if weights is not None:
-        known_weights = manifest.teachers.get(weights)
-        sha256 = known_weights.weights.sha256 if known_weights else ""
-        if not sha256 and Path(weights).is_file():
-            sha256 = file_sha256(Path(weights))
-        if sha256 not in ("", identity.teacher.weights_sha256):
-            raise StoreMismatch(
-                f"{store.place}: was made by teacher '{identity.teacher.name}' with weights "
-                f"{identity.teacher.weights_sha256}, the recipe's teacher '{weights}' has {sha256}. "
-                "Correct teacher.weights, or capture this teacher's store."
-            )
-
-
 # ---- the loop ------------------------------------------------------------------------------------------------------
 
 
@@ -372,7 +308,7 @@ def fit(
     title = f"{objective}, seed {seed}"
     network = student.network
     optimizer = make_optimizer(training, network)
-    progressed = _resume(out, identity, network, optimizer, device) or Progress(sums=[0.0] * len(terms))
+    progressed = load_progress(out, identity, network, optimizer, device) or Progress(sums=[0.0] * len(terms))
     history = progressed.history
     if progressed.epochs_done == training.epochs and (out / "result.json").is_file():
         say(f"{out}: finished already, nothing to do")
@@ -409,7 +345,7 @@ def fit(
                 if training.checkpoint_steps and steps % training.checkpoint_steps == 0 < stream.steps_per_pass - steps:
                     spent = seconds_before + time.perf_counter() - started
                     now = Progress(epoch, steps, sums.tolist(), int(fallbacks), images_seen, spent, history)
-                    _save(out, identity, network, optimizer, now)
+                    save_progress(out, identity, network, optimizer, now)
             means = (sums / stream.steps_per_pass).tolist()  # waits for the device, so that the time is the epoch's
             seconds = seconds_before + time.perf_counter() - started
             losses = dict(zip(_loss_names(terms), means, strict=True))
@@ -436,7 +372,7 @@ def fit(
                 }
             )
             progressed = Progress(epochs_done, sums=[0.0] * len(terms), history=history)
-            _save(out, identity, network, optimizer, progressed)
+            save_progress(out, identity, network, optimizer, progressed)
             write_atomically(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
     return _finish(out, recipe, student, history, stream, seed, objective, targets, store_digest)
 
@@ -498,57 +434,6 @@ def _what_matters(recipe: Recipe) -> dict[str, Any]:
         del content["data"][field_name]
     del content["training"]["checkpoint_steps"]
     return content
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, and what it has measured. Order and views need nothing: they are functions of the epoch."""
-
-    epochs_done: int = 0
-    steps_done: int = 0  # of the pass that is not over
-    sums: list[float] = field(default_factory=list)  # of every term over these steps
-    fallbacks: int = 0
-    images: int = 0
-    seconds: float = 0.0
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-
-def _save(out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progress) -> None:
-    """Everything that the rest of the run depends on."""
-    partial = out / "last.ckpt.partial"
-    torch.save(
-        {
-            "identity": identity,
-            "progress": json.dumps(asdict(progressed)),
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),  # for networks with dropout
-        },
-        partial,
-    )
-    flush_to_disk(partial)
-    partial.replace(out / "last.ckpt")
-
-
-def _resume(
-    out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> Progress | None:
-    file = out / "last.ckpt"
-    if not file.is_file():
-        return None
-    saved = torch.load(file, map_location=device, weights_only=True)
-    if saved["identity"] != identity:
-        raise TrainingError(
-            f"{out}: holds a run of another recipe, objective, seed or store (see its recipe.yaml). "
-            "Give another --out folder, or delete this one."
-        )
-    network.load_state_dict(saved["network"])
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"].cpu())
-    progressed = Progress(**json.loads(saved["progress"]))
-    after = f"after epoch {progressed.epochs_done}"
-    say(f"{out}: resuming {after}" + (f" and {progressed.steps_done} steps" if progressed.steps_done else ""))
-    return progressed
 
 
 def _finish(

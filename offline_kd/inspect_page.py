@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from offline_kd.data import ImageBlock, OnBadImage, encode_png, hash_key, load_block
+from offline_kd.data import ImageBlock, OnBadImage, hash_key, load_block
 from offline_kd.errors import DataError
 from offline_kd.joining import as_stored, codec_tables_on, join
 from offline_kd.manifest import locate
+from offline_kd.packing import encode_png
 from offline_kd.rendering import Choice, plain_images, render_some
 from offline_kd.store.codec import decode
 from offline_kd.store.reader import Arrays, Store

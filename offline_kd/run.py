@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from offline_kd.cache import cache_teacher
-from offline_kd.data import digits_samples, pack
 from offline_kd.distill import Result, distill, train_teacher
 from offline_kd.errors import DataError
 from offline_kd.files import write_atomically
 from offline_kd.manifest import ExpectedAccuracy, Manifest, data_roots, locate
+from offline_kd.packing import digits_samples, pack
 from offline_kd.progress import say, show_table
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.report import COLUMNS, read_runs, summarise, table_rows, write_report

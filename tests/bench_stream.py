@@ -20,9 +20,11 @@ import torch
 import webdataset
 
 from offline_kd.cli import keep_freed_memory
-from offline_kd.data import BlockLoader, Decoder, decode_image, pack, read_tar
+from offline_kd.data import BlockLoader, Decoder, read_tar
+from offline_kd.decoding import decode_image
 from offline_kd.joining import join
 from offline_kd.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar, data_roots, load_manifest, locate
+from offline_kd.packing import pack
 from offline_kd.rendering import choose, render_choice
 from offline_kd.store.codec import Float16, Int
 from offline_kd.store.opening import open_store

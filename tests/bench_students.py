@@ -3,7 +3,8 @@
     OFFLINE_KD_DATA=FOLDER python tests/bench_students.py runs/codecs/store --out runs/codecs
 
 The store is the one that pipelines/cifar100_filtered/lite0_resnet8_codecs.yaml makes (f32); ResNet-8, 16 epochs of
-10,000 images and 8 views, three seeds. cifar100_filtered is not standard CIFAR-100: compare these numbers with each other.
+10,000 images and 8 views, three seeds. cifar100_filtered is not standard CIFAR-100: compare these numbers with each
+other only.
 """
 
 import argparse

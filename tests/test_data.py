@@ -13,22 +13,11 @@ import yaml
 from conftest import invoke, refused
 from PIL import Image
 
-from offline_kd.data import (
-    BlockLoader,
-    Sample,
-    check_dataset,
-    cifar_samples,
-    decode_image,
-    digits_samples,
-    encode_png,
-    hash_key,
-    imagefolder_samples,
-    load_block,
-    pack,
-    read_tar,
-)
+from offline_kd.data import BlockLoader, Sample, check_dataset, hash_key, load_block, read_tar
+from offline_kd.decoding import decode_image
 from offline_kd.errors import DataError
 from offline_kd.manifest import Dataset, Split, Tar
+from offline_kd.packing import cifar_samples, digits_samples, encode_png, imagefolder_samples, pack
 
 
 def pixels(seed: int, size: int = 8) -> np.ndarray:

@@ -14,12 +14,13 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from offline_kd import cache, templates
 from offline_kd.cache import cache_teacher
-from offline_kd.data import pack, read_tar
+from offline_kd.data import read_tar
 from offline_kd.distill import distill, make_stream, training_images
 from offline_kd.errors import DataError, RecipeError, StoreCorrupt
 from offline_kd.joining import tables_on
 from offline_kd.manifest import Dataset, Split
 from offline_kd.objectives import decisions as decision_loss
+from offline_kd.packing import pack
 from offline_kd.recipe import Decisions, SubclassTerm, load_recipe
 from offline_kd.store.opening import open_store
 from offline_kd.student import new_student

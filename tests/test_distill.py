@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from offline_kd.bench import measure_drift
-from offline_kd.data import decode_image, encode_png, pack, read_tar
+from offline_kd.data import read_tar
+from offline_kd.decoding import decode_image
 from offline_kd.distill import distill
 from offline_kd.errors import RecipeError
 from offline_kd.manifest import file_sha256
 from offline_kd.objectives import dkd, nkd
 from offline_kd.optimisation import learning_rate
+from offline_kd.packing import encode_png, pack
 from offline_kd.recipe import CE, DKD, DTKD, NKD, load_recipe
 from offline_kd.store.opening import open_store
 from offline_kd.terms import term_value, term_weight

@@ -22,12 +22,14 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from offline_kd.cache import cache_teacher
-from offline_kd.data import Decoder, Sample, decode_image, image_size, load_block, pack
+from offline_kd.data import Decoder, Sample, load_block
+from offline_kd.decoding import decode_image, image_size
 from offline_kd.distill import make_stream, training_images
 from offline_kd.errors import DataError, StoreCorrupt, StoreMismatch
 from offline_kd.joining import join, left_out_of
 from offline_kd.manifest import Dataset, EvaluationCrop, Manifest, Split
 from offline_kd.models import build
+from offline_kd.packing import pack
 from offline_kd.recipe import Recipe
 from offline_kd.rendering import apply_op, choose, evaluation_crop, render_choice, render_view
 from offline_kd.store.opening import open_store

@@ -20,10 +20,11 @@ from conftest import CPU, ROOT, invoke, refused
 from safetensors.torch import load_file
 
 from offline_kd.cache import cache_teacher
-from offline_kd.data import Sample, pack, read_tar
+from offline_kd.data import Sample, read_tar
 from offline_kd.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.manifest import Dataset, Split
 from offline_kd.models import build
+from offline_kd.packing import pack
 from offline_kd.store.codec import Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, array_specs, store_digest

@@ -11,10 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from offline_kd.cache import cache_teacher
-from offline_kd.data import BlockLoader, ImageBlock, Sample, encode_png, pack, read_tar
+from offline_kd.data import BlockLoader, ImageBlock, Sample, read_tar
 from offline_kd.distill import make_stream, training_images
 from offline_kd.errors import RecipeError, StoreMismatch
 from offline_kd.manifest import Dataset, Split, Tar
+from offline_kd.packing import encode_png, pack
 from offline_kd.store.codec import decode
 from offline_kd.store.opening import open_store
 from offline_kd.stream import Stream

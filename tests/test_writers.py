@@ -443,7 +443,8 @@ def test_another_teacher_is_not_added_over_images_that_changed_since(
     """A dataset without sha256 in the manifest, so that only the rows themselves can tell."""
     from test_store import small_dataset
 
-    from offline_kd.data import pack, read_tar
+    from offline_kd.data import read_tar
+    from offline_kd.packing import pack
 
     samples = read_tar(data_root / "digits" / "train-000000.tar")[0][:100]
     dataset = small_dataset(tmp_path, data_root, {"train": [samples], "test": [samples]})
