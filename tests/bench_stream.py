@@ -12,7 +12,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -237,39 +237,68 @@ def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
     # The rest of the index: the worker must hold it, but reads none of these blocks.
     contents |= {name: name.encode() for name in names if name not in contents}
     finish(place, contents, views)
-    queue = multiprocessing.get_context("spawn").Queue()
-    process = multiprocessing.get_context("spawn").Process(target=_one_worker, args=(folder, loader, queue))
+    print(f"a worker process, store of {blocks:,} blocks x {views} views ({blocks * views:,} ledger entries), in MB:")
+    for kind in ("forked, as for folders", "spawned, as for buckets"):
+        private, shared_out, resident = _most_memory(folder, loader, kind.startswith("forked"))
+        print(f"  {kind:25} {private:.0f} of its own, {shared_out:.0f} with its part of what is shared,", end=" ")
+        print(f"{resident:.0f} with all that is shared")
+
+
+def _most_memory(folder: Path, loader: BlockLoader, forked: bool) -> tuple[float, float, float]:
+    """The most that a worker holds, watched from outside: private pages, these and its part of shared ones, all."""
+    # The parent is a fresh process: what this one holds of other measurements is not a worker's.
+    target = _parent if forked else _one_worker
+    process = multiprocessing.get_context("spawn").Process(target=target, args=(folder, loader))
     process.start()
-    before, peak, own, entries = queue.get()
-    process.join()
-    print(f"a worker of a store of {blocks:,} blocks x {views} views ({entries:,} ledger entries):")
-    print(f"  {own:.0f} MB of its own, {before:.0f} MB of them before the store was opened; {peak:.0f} MB at most with")
-    print("  the libraries' files, which all processes share")
+    most = [0.0, 0.0, 0.0]
+    while process.is_alive():
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in children if forked else [process.pid]:
+            try:
+                pages = dict(_pages(Path(f"/proc/{pid}/smaps_rollup").read_text()))
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if pages:
+                private = pages["Private_Clean"] + pages["Private_Dirty"]
+                most = [max(a, b) for a, b in zip(most, (private, pages["Pss"], pages["Rss"]), strict=True)]
+        time.sleep(0.02)
+    assert process.exitcode == 0
+    return most[0], most[1], most[2]
 
 
-def _one_worker(
-    folder: Path, loader: BlockLoader, queue: "multiprocessing.Queue[tuple[float, float, float, int]]"
-) -> None:
+def _pages(rollup: str) -> Iterator[tuple[str, float]]:
+    for line in rollup.splitlines()[1:]:
+        name, size = line.split()[:2]
+        yield name.rstrip(":"), int(size) / 1024
+
+
+def _stream(folder: Path, loader: BlockLoader, workers: int) -> Stream:
     torch.set_num_threads(1)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew: a child starts with its parent's
-    before = _megabytes("RssAnon")
     store = open_store(folder)
     first = Split(tars=loader.split.tars[:1])
-    root = loader.paths[0].parent.parent
-    one = BlockLoader(loader.dataset, first, [root], keep_bytes=0, decode=False, prove=False)
-    groups = store.identity.groups
-    views = store.identity.views
-    stream = Stream(one, views, groups, [store], seed=0, batch_size=100, pool_blocks=1, size=224, device=CPU)
+    one = BlockLoader(loader.dataset, first, [loader.paths[0].parent.parent], keep_bytes=0, decode=False, prove=False)
+    return Stream(
+        one, store.identity.views, store.identity.groups, [store], seed=0, batch_size=100, pool_blocks=1, size=224,
+        workers=workers, device=CPU,
+    )  # fmt: skip
+
+
+def _parent(folder: Path, loader: BlockLoader) -> None:
+    """A run with two workers."""
+    multiprocessing.set_start_method("fork", force=True)  # a spawned process would spawn its own
+    stream = _stream(folder, loader, 2)
+    for epoch in range(5):
+        for _ in stream.epoch(epoch):
+            pass
+
+
+def _one_worker(folder: Path, loader: BlockLoader) -> None:
+    """What a worker does: its parts go elsewhere."""
+    stream = _stream(folder, loader, 0)
     for epoch in range(5):
         stream.reader.start[0] = epoch
-        for _ in stream.reader:  # what a worker does: its parts go elsewhere
+        for _ in stream.reader:
             pass
-    queue.put((before, _megabytes("VmHWM"), _megabytes("RssAnon"), len(store.entries)))
-
-
-def _megabytes(field: str) -> float:
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(field)).split()[1]) / 1024
 
 
 def main() -> None:
@@ -278,7 +307,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     keep_freed_memory()
     torch.set_num_threads(1)
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
     manifest = load_manifest(Path(__file__).parent.parent / "data_manifest.yaml")
     dataset, split = manifest.dataset("imagenet_sample"), manifest.split("imagenet_sample", "val")
     with tempfile.TemporaryDirectory() as name:
@@ -294,6 +324,7 @@ def main() -> None:
         large_store = make_store(folder / "large-store", large, VIEWS, Float16(name="f16"))
         for size in (224, 128):
             several_views(large_store, large, rounds, size)
+        os.sched_setaffinity(0, cores)
         worker_memory(store, loader, folder / "index")
 
 
