@@ -69,7 +69,7 @@ def write_images(folder: Path) -> None:
                 members = [member for member in tar if member.name.endswith(".jpg")][:: 1000 // NUM_IMAGES]
                 contents = [tar.extractfile(member).read() for member in members]  # type: ignore[union-attr]
     if not contents:
-        from test_images import encoded, photograph
+        from pictures import encoded, photograph
 
         contents = [encoded(photograph(seed, 240 + seed, 300)) for seed in range(NUM_IMAGES)]
     for index, content in enumerate(contents):

@@ -1,338 +1,31 @@
-"""Images of any size and kind: what they mean, views of them replayed to the bit, and what is done with bad ones."""
+"""Stores of images of any size: views replayed to the bit, bad images, real photographs."""
 
-import io
-import itertools
-import os
 import signal
 import subprocess
 import sys
 import time
-import warnings
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from conftest import CPU, invoke, make_recipe, refused
-from hypothesis import given
-from hypothesis import strategies as st
-from PIL import Image
-from torchvision.transforms import v2
+from conftest import CPU, invoke, refused
+from pictures import NUM, command_line, make_samples, photographs, views_of
 
 from offline_kd.cache import cache_teacher
-from offline_kd.data import Decoder, Sample, load_block
-from offline_kd.decoding import decode_image, image_size
+from offline_kd.data import Decoder, Sample
 from offline_kd.distill import make_stream, training_images
 from offline_kd.errors import DataError, StoreCorrupt, StoreMismatch
 from offline_kd.joining import join, left_out_of
-from offline_kd.manifest import Dataset, EvaluationCrop, Manifest, Split
-from offline_kd.models import build
-from offline_kd.packing import pack
-from offline_kd.recipe import Recipe
-from offline_kd.rendering import apply_op, choose, evaluation_crop, render_choice, render_view
+from offline_kd.manifest import Manifest
+from offline_kd.rendering import render_choice, render_view
 from offline_kd.store.opening import open_store
 from offline_kd.teacher import load_teacher
 from offline_kd.views import (
-    NO_PARTNER,
-    OPS,
-    PARTNERS,
-    UNIT,
-    WHOLE,
     CenterCrop,
-    ColorJitter,
-    Erase,
-    Mixing,
-    RandAugment,
-    RandomCrop,
-    ThreeAugment,
-    TrivialAugment,
-    draw,
 )
-
-EVERYTHING = RandomCrop(
-    kind="random_resized_crop",
-    size=32,
-    augment=RandAugment(kind="randaugment", num_ops=2, magnitude=0.5, magnitude_std=0.1),
-    jitter=ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1),
-    erase=Erase(probability=0.5, fill="noise"),
-    mixing=Mixing(mixup=0.8, cutmix=1.0, probability=0.7),
-    count=4,
-)
-KEYS = np.arange(150, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-SIZES = np.random.default_rng(0).integers(20, 300, (150, 2))
-
-
-def photograph(seed: int, height: int, width: int) -> Image.Image:
-    """Smooth shapes and some texture, which resampling and JPEG treat as they treat photographs."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    waves = [np.sin(2 * np.pi * (rng.uniform(1, 5) * x + rng.uniform(1, 5) * y + rng.random())) for _ in range(3)]
-    noise = rng.normal(0, 0.1, (height, width, 3))
-    return Image.fromarray(((np.stack(waves, -1) / 2.4 + 0.5 + noise) * 255).clip(0, 255).astype(np.uint8))
-
-
-def encoded(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-# ---- what an image file means ----------------------------------------------------------------------------------------
-
-
-def test_every_kind_of_image_becomes_the_rgb_that_it_shows():
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    three = np.repeat(grey[..., None], 3, axis=2)
-
-    def pixels(content: bytes) -> np.ndarray:
-        image = decode_image(content)
-        assert image.mode == "RGB"
-        return np.asarray(image)
-
-    assert np.array_equal(pixels(encoded(Image.fromarray(grey), "PNG")), three)
-    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
-    assert np.array_equal(pixels(encoded(sixteen, "PNG")), three)
-    palette = Image.fromarray(three).quantize(256)
-    assert np.array_equal(pixels(encoded(palette, "PNG")), np.asarray(palette.convert("RGB")))
-    assert (pixels(encoded(Image.new("1", (4, 4), 1), "PNG")) == 255).all()
-    cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    assert np.abs(pixels(encoded(cmyk, "JPEG", quality=95)).astype(int) - (255, 0, 0)).max() < 12
-    one = pixels(encoded(Image.new("RGB", (1, 1), (1, 2, 3)), "PNG"))
-    assert one.tolist() == [[[1, 2, 3]]]
-
-
-def test_what_is_transparent_lies_over_white():
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert (np.asarray(decode_image(encoded(clear, "PNG"))) == 255).all()
-    half = np.asarray(decode_image(encoded(Image.new("LA", (4, 4), (0, 128)), "PNG")))
-    assert abs(int(half[0, 0, 0]) - 127) <= 1
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30])
-    assert (np.asarray(decode_image(encoded(palette, "PNG", transparency=0))) == 255).all()
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_images_are_turned_upright(orientation):
-    image = photograph(1, 20, 30)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    content = encoded(image, "PNG", exif=exif)
-    upright = decode_image(content)
-    assert image_size(content) == (upright.height, upright.width)
-    assert (upright.height, upright.width) == ((20, 30) if orientation < 5 else (30, 20))
-    turned = {3: image.rotate(180), 6: image.rotate(-90, expand=True), 8: image.rotate(90, expand=True)}
-    if orientation in turned:
-        assert np.array_equal(np.asarray(upright), np.asarray(turned[orientation]))
-
-
-def test_a_hundred_megapixels_are_read_and_more_than_the_limit_is_not():
-    large = encoded(Image.new("RGB", (12_000, 9_000), (9, 8, 7)), "PNG", compress_level=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert decode_image(large).size == (12_000, 9_000)
-    too_large = encoded(Image.new("1", (16_000, 10_000)), "PNG")
-    with pytest.raises(ValueError, match="16000x10000 pixels, at most 134,217,728 are read"):
-        decode_image(too_large)
-    with pytest.raises(ValueError, match="32767 a side"):
-        decode_image(encoded(Image.new("1", (40_000, 2)), "PNG"))
-
-
-# ---- drawing ---------------------------------------------------------------------------------------------------------
-
-
-@given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 5))
-def test_more_views_leave_those_before_unchanged_and_every_value_is_legal(seed, count, more):
-    from offline_kd.views import view_arrays
-
-    views = EVERYTHING.model_copy(update={"seed": seed, "count": count})
-    few = draw(views, KEYS, SIZES)
-    many = draw(views.model_copy(update={"count": count + more}), KEYS, SIZES)
-    assert few.keys() == view_arrays(views).keys()
-    for name, about in view_arrays(views).items():
-        assert np.array_equal(few[name], many[name][:, :count])
-        assert few[name].dtype == np.dtype(about.dtype)
-        assert few[name].shape == (150, count, *([about.axis[1]] if about.axis else []))
-        assert about.legal[0] <= few[name].min() <= few[name].max() <= about.legal[1]
-
-
-def test_crops_lie_inside_the_image_and_have_the_areas_and_ratios_that_were_asked_for():
-    sizes = np.full((4000, 2), (300, 400))
-    views = RandomCrop(kind="random_resized_crop", count=1)
-    box = draw(views, np.arange(4000, dtype=np.uint64), sizes)["box"][:, 0].astype(int)
-    top, left, height, width = box.T
-    assert (top >= 0).all()
-    assert (left >= 0).all()
-    assert (top + height <= 300).all()
-    assert (left + width <= 400).all()
-    area, ratio = height * width / 120_000, width / height
-    assert 0.078 < area.min() < 0.1
-    assert 0.95 < area.max() <= 1
-    assert 0.73 < ratio.min() < 0.78
-    assert 1.28 < ratio.max() < 1.36
-    torch.manual_seed(0)
-    image = torch.empty(3, 300, 400)
-    theirs = [v2.RandomResizedCrop(8).make_params([image]) for _ in range(4000)]
-    assert abs(area.mean() - np.mean([one["height"] * one["width"] for one in theirs]) / 120_000) < 0.015
-    assert abs(left.mean() - np.mean([one["left"] for one in theirs])) < 5
-    thin = draw(views, np.arange(50, dtype=np.uint64), np.full((50, 2), (1, 1000)))["box"][:, 0]
-    assert (thin[:, 2] == 1).all()
-    assert (thin[:, 3] >= 1).all()
-
-
-def test_partners_are_others_of_the_same_company_and_shares_are_those_of_the_boxes():
-    parameters = draw(EVERYTHING, KEYS, SIZES)
-    partner, share, box = (parameters[name].astype(int) for name in ("partner", "share", "mix_box"))
-    row = np.arange(150)[:, None]
-    mixed = partner != NO_PARTNER
-    assert 0.6 < mixed.mean() < 0.8
-    assert (partner != row).all()
-    assert (partner // PARTNERS == row // PARTNERS)[mixed].all()
-    assert (share[~mixed] == WHOLE).all()
-    cut = box[..., 2] > 0
-    assert 0.2 < cut.mean() < 0.5
-    area = box[..., 2] * box[..., 3] / UNIT**2
-    assert np.allclose((1 - share / WHOLE)[cut], area[cut], atol=1e-4)
-    assert (draw(EVERYTHING, KEYS[:1], SIZES[:1])["partner"] == NO_PARTNER).all()
-
-
-def test_every_operation_is_drawn_and_strengths_keep_to_their_ranges():
-    views = EVERYTHING.model_copy(update={"augment": TrivialAugment(kind="trivialaugment"), "jitter": None})
-    parameters = draw(views.model_copy(update={"count": 40}), KEYS, SIZES)
-    assert sorted(np.unique(parameters["op"])) == list(range(14))
-    for name, low, high in (
-        ("rotate", -135, 135), ("posterize", 2, 8), ("solarize", 0, 255), ("brightness", 0, 2), ("shear_x", -1, 1)
-    ):  # fmt: skip
-        magnitude = parameters["magnitude"][parameters["op"] == OPS.index(name)]
-        assert low <= magnitude.min() < magnitude.max() <= high
-    three = EVERYTHING.model_copy(update={"augment": ThreeAugment(kind="three_augment"), "jitter": None})
-    assert {OPS[op] for op in np.unique(draw(three, KEYS, SIZES)["op"])} == {"grayscale", "solarize", "blur"}
-
-
-# ---- rendering -------------------------------------------------------------------------------------------------------
-
-
-def test_crops_are_those_of_torchvision():
-    """The same box, resized by the same library: equal to the bit, at two sizes; and nearly what Pillow makes of it."""
-    from torchvision.transforms.v2 import functional as F
-
-    image = photograph(3, 120, 200)
-    view = {"box": np.array([10, 30, 77, 101], dtype=np.int16), "flip": np.uint8(1)}
-    for size, name in itertools.product((24, 64, 200), ("bilinear", "bicubic")):
-        mode = v2.InterpolationMode(name)
-        found = render_view(np.array(image), view, size, name)
-        expected = F.hflip(F.resized_crop(F.pil_to_tensor(image), 10, 30, 77, 101, [size, size], mode))
-        assert np.array_equal(found, expected.numpy())
-        pillow = F.hflip(F.resized_crop(image, 10, 30, 77, 101, [size, size], mode))
-        assert np.abs(found - np.asarray(pillow).astype(int).transpose(2, 0, 1)).max() <= 2
-
-
-@given(st.integers(-100, 140), st.integers(-100, 140), st.integers(1, 90), st.booleans())
-def test_a_box_of_the_right_size_is_cut_and_mirrored_without_a_change(top, left, size, flip):
-    """Also where it reaches outside the image, or lies there."""
-    image = photograph(3, 120, 100)
-    found = render_view(np.array(image), {"box": np.array([top, left, size, size]), "flip": flip}, size, "bilinear")
-    expected = np.asarray(image.crop((left, top, left + size, top + size)))
-    assert np.array_equal(found.transpose(1, 2, 0), expected[:, ::-1] if flip else expected)
-
-
-def test_the_evaluation_crop_is_that_of_torchvision():
-    image = photograph(4, 240, 320)
-    crop = EvaluationCrop(size=64, resize=80, interpolation="bicubic")
-    expected = v2.Compose([v2.Resize(80, v2.InterpolationMode.BICUBIC), v2.CenterCrop(64), v2.PILToTensor()])(image)
-    assert np.array_equal(evaluation_crop(np.array(image), crop), expected.numpy())
-
-
-def test_a_box_that_reaches_outside_is_black_there():
-    pixels = render_view(
-        np.full((10, 10, 3), 255, np.uint8), {"box": np.array([-5, 0, 10, 10]), "flip": 0}, 10, "bilinear"
-    )
-    assert (pixels[:, :5] == 0).all()
-    assert (pixels[:, 5:] == 255).all()
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_every_operation_changes_an_image_and_does_it_again(op):
-    image = Image.fromarray(np.asarray(photograph(5, 40, 40)) // 2 + 40)
-    magnitude = {"posterize": 4, "solarize": 128, "hue": 0.2, "rotate": 20, "blur": 1.5}.get(op, 0.3)
-    once, again = apply_op(image, op, magnitude), apply_op(image, op, magnitude)
-    assert once.size == (40, 40)
-    assert once.mode == "RGB"
-    assert np.array_equal(np.asarray(once), np.asarray(again))
-    assert (np.array_equal(np.asarray(once), np.asarray(image))) == (op == "identity")
-
-
-def test_mixing_covers_or_blends_by_the_share():
-    block = load_some({f"{index}": Image.new("RGB", (50, 40), (60 * index, 0, 0)) for index in range(4)})
-    views = EVERYTHING.model_copy(update={"augment": None, "jitter": None, "erase": None})
-    parameters = draw(views, block.key_hash, block.sizes())
-    row, view = np.repeat(np.arange(4), 4), np.tile(np.arange(4), 4)
-    choice = choose(parameters, row, view)
-    pixels, good = render_choice(Decoder(block), choice, views, 64)
-    assert good.all()
-    for index in range(16):
-        own, share = 60 * row[index], choice.own["share"][index] / WHOLE
-        other = 60 * choice.partner_row[index] if choice.partner_row[index] >= 0 else own
-        mean = pixels[index, 0].float().mean().item()
-        assert abs(mean - (share * own + (1 - share) * other)) < 4  # a box is rounded to whole pixels
-
-
-def load_some(images: dict[str, Image.Image], **options: object):
-    folder = Path(os.environ["PYTEST_IMAGES"])
-    samples = [
-        Sample(key, index % 3, encoded(image, "PNG"), "png") for index, (key, image) in enumerate(images.items())
-    ]
-    tar = pack(samples, folder, f"some{time.monotonic_ns()}", 1000)[0]
-    return load_block(folder / tar.file, tar, 3, decode=False, **options)
-
-
-@pytest.fixture(autouse=True)
-def _images_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTEST_IMAGES", str(tmp_path / "images"))
-
-
-# ---- a store of photographs of different sizes -----------------------------------------------------------------------
-
-NUM = 90
-
-
-def make_samples() -> list[Sample]:
-    rng = np.random.default_rng(7)
-    samples = []
-    for index in range(NUM):
-        image = photograph(index, *rng.integers(30, 90, 2).tolist())
-        samples.append(Sample(f"{index:04d}", index % 3, encoded(image, "JPEG", quality=90), "jpg"))
-    return samples
-
-
-def views_of(**changes: object) -> dict:
-    return EVERYTHING.model_copy(update={"count": 2, "size": 16, **changes}).model_dump(mode="json")
-
-
-def photographs(folder: Path, samples: list[Sample], **changes: object) -> tuple[Recipe, Manifest]:
-    """A recipe on 40 + 40 + 10 photographs, with a teacher that sees 24 pixels where the student sees 16."""
-    tars = pack(samples, folder / "photos", "train", 40)
-    dataset = Dataset(folder="photos", classes=["a", "b", "c"], splits={"train": Split(tars=tars)})
-    manifest = Manifest(datasets={"photos": dataset})
-    weights = folder / "teacher.pt"
-    if not weights.is_file():
-        torch.manual_seed(0)
-        torch.save(build("cifar:resnet8", 3).state_dict(), weights)
-    about = {"views": views_of(), "data": {}} | changes
-    recipe = make_recipe(
-        data={"dataset": "photos", "evaluation": "train"} | about["data"],
-        teacher={
-            "model": "cifar:resnet8",
-            "weights": str(weights),
-            "training": None,
-            "crop": {"size": 24, "resize": 28},
-        },
-        capture={"views_per_group": None, "fidelity_rows": 50},
-        training={"batch_size": 16},
-    )
-    chosen = {"views": about["views"], "student": {"model": "cifar:resnet8"}}
-    return Recipe.model_validate(recipe.model_dump() | chosen), manifest
 
 
 @pytest.fixture(scope="module")
@@ -553,11 +246,37 @@ def test_a_store_with_left_out_images_is_verified_and_trained_from_by_the_comman
     assert "cannot be decoded" in message
 
 
-def command_line(folder: Path, recipe: Recipe, manifest: Manifest) -> tuple[Path, list[str]]:
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
-    (folder / "manifest.yaml").write_text(yaml.safe_dump(manifest.model_dump(mode="json", exclude_none=True)))
-    return file, ["--manifest", str(folder / "manifest.yaml"), "--data-root", str(folder)]
+# ---- many classes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("codec", "objective", "most_bytes"),
+    [
+        ({"name": "topk", "k": 50, "tail_temperature": 4}, "kd", 250),
+        ({"name": "klt", "step": 0.3, "fit_rows": 180}, "wttm", 250),
+        ({"name": "int", "bits": 8}, "dtkd", 21_841 * 1.01),
+    ],
+)
+def test_twenty_thousand_classes_go_through_both_stages_without_a_row_of_floats(tmp_path, codec, objective, most_bytes):
+    """What a worker hands over is encoded; the last class is as good as any."""
+    classes = [f"n{index:05d}" for index in range(21_841)]
+    samples = [replace(sample, label=21_840 - sample.label) for sample in make_samples()]
+    recipe, manifest = photographs(tmp_path, samples, classes, capture={"codec": codec})
+    recipe_file, options = command_line(tmp_path, recipe, manifest)
+    store_path = tmp_path / "store"
+    assert invoke("cache-teacher", recipe_file, "--store", store_path, *options).exit_code == 0
+    store = open_store(store_path)
+    logits = sum(size for name, size in store.manifest.bytes_by_array.items() if name.startswith("logits/"))
+    assert logits / (NUM * 2) <= most_bytes
+    stream = make_stream(
+        recipe, training_images(recipe, manifest, [tmp_path]), [store], [], 0, CPU, store.identity.groups
+    )
+    (part, *_) = stream.reader
+    dense = [name for name, array in part.rows.targets.items() if array.is_floating_point() and array[0].numel() > 100]
+    assert dense == []
+    assert part.rows.labels.min() > 21_836
+    train = ("distill", recipe_file, "--store", store_path, "--objective", objective, "--out", tmp_path / "run")
+    assert invoke(*train, "--allow-biased", *options).exit_code == 0
 
 
 # ---- the command line ------------------------------------------------------------------------------------------------

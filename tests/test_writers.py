@@ -58,7 +58,7 @@ def killed_writers(recipe_file: Path, path: Path, where: list[str], kills: int) 
     """
     moments, at_work = random.Random(kills), 0
     writers = [start_writer(recipe_file, path, where) for _ in range(3)]
-    for _ in range(kills):
+    for kill in range(kills):
         if (path / "manifest.json").exists():  # finished between two kills: take blocks back, so that there is work
             (path / "manifest.json").unlink()
             for file in moments.sample(sorted(path.glob("ledger/*.json")), 6):
@@ -67,7 +67,8 @@ def killed_writers(recipe_file: Path, path: Path, where: list[str], kills: int) 
             if writer.poll() is not None:
                 writer.communicate()
                 writers[index] = start_writer(recipe_file, path, where)
-        deadline = time.monotonic() + moments.uniform(0.5, 8)  # a start takes three seconds, most of them in imports
+        # Every fourth is killed whenever it may be, the others not before one has begun a block: starting takes seconds.
+        deadline = time.monotonic() + (moments.uniform(0.5, 8) if kill % 4 == 3 else 60)
         while time.monotonic() < deadline and not any(is_at_work(writer, path) for writer in writers):
             time.sleep(0.002)
         time.sleep(moments.uniform(0, 0.5))

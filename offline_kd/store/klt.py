@@ -54,8 +54,11 @@ def fit_klt(logits: Floats, *, step: float, num_axes: int, refine: int, refine_s
         covariance = (centred.T @ centred).double() / rows
         axes = torch.linalg.eigh(covariance)[1].flip(1)[:, :num_axes].T
     else:  # more classes than a covariance is worth: the largest axes by random projections
-        torch.manual_seed(0)
-        axes = torch.svd_lowrank(centred, q=min(num_axes, rows), niter=3)[2].T
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            axes = torch.svd_lowrank(centred, q=min(num_axes, rows), niter=3)[2].T
+        # What so few rows do not tell of stays 0, which takes next to nothing.
+        axes = torch.nn.functional.pad(axes, (0, 0, 0, num_axes - len(axes)))
     # The sign of an axis says nothing; fixed, for stores that are equal.
     axes = axes * axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
     tables: Tables = {"axes": torch.round(axes * SCALE).to(torch.int16).contiguous().numpy(), "mean": mean}
