@@ -67,7 +67,7 @@ def killed_writers(recipe_file: Path, path: Path, where: list[str], kills: int) 
             if writer.poll() is not None:
                 writer.communicate()
                 writers[index] = start_writer(recipe_file, path, where)
-        # Every fourth is killed whenever it may be, the others not before one has begun a block: starting takes seconds.
+        # Every fourth is killed whenever it may be, the others once one has begun a block: starting takes seconds.
         deadline = time.monotonic() + (moments.uniform(0.5, 8) if kill % 4 == 3 else 60)
         while time.monotonic() < deadline and not any(is_at_work(writer, path) for writer in writers):
             time.sleep(0.002)
