@@ -1,4 +1,4 @@
-"""Joined rows into batches: which rows when, on which rank, shuffled, rendered.
+"""Joined rows into batches: read in order, shuffled, rendered.
 
 Reading and joining happen per tar, in worker processes if there are any; shuffling and batching happen afterwards in
 the training process, so the batches do not depend on the number of workers.
@@ -6,7 +6,6 @@ the training process, so the batches do not depend on the number of workers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from offline_kd.data import BlockLoader, Decoder, ImageBlock
 from offline_kd.errors import RecipeError
 from offline_kd.joining import Joined, join_all, joined_arrays, left_out_of, without_store
+from offline_kd.order import LANES, Order
 from offline_kd.progress import say
 from offline_kd.rendering import render, render_choice
 from offline_kd.store.reader import Store
@@ -37,11 +37,10 @@ from offline_kd.views import (
 SMALL = 8  # a last batch of less than an eighth is not worth a step
 READ_AHEAD = 4  # tars, from a remote store
 ALONE = 8  # images that are decoded together where none is mixed with another
-LANES = 96  # ranks are a divisor of it
 LIVE_IMAGES = "live:images"
 PART_BYTES = 2**26  # of pixels that a worker hands over at once
 # First counters of the draws made here, so that they are independent of each other and of those of views.py.
-BLOCK_STREAM, ROW_STREAM, LABEL_STREAM, LANE_STREAM = 0x626C6F636B, 0x726F77, 0x6C6162656C, 0x6C616E65
+ROW_STREAM, LABEL_STREAM = 0x726F77, 0x6C6162656C
 
 
 @dataclass(frozen=True)
@@ -114,60 +113,8 @@ class Part:
     bad: list[str]  # what was left out, one line each
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The order of one pass over the data, a pure function of seed, epoch, keys and the manifest's counts.
-
-    A pass shows `views_per_decode` epochs at once. Its rows are numbered by tar, in the pass's order of tars, by
-    epoch and by a permutation of the tar; row i is in lane i % LANES. Slot s of the pass shows a row of the lane
-    s % LANES, out of the same pool of tars. A rank takes whole lanes, and a step so many consecutive slots: so every
-    rank knows its rows by itself, whatever is known of the other tars, and a pass that was stopped goes on with the
-    slots that are left, with any number of ranks and workers.
-    """
-
-    seed: int
-    first_epoch: int
-    epochs: int
-    counts: list[int]  # of the tars, by number
-    pool_blocks: int
-
-    @cached_property
-    def order(self) -> NDArray[np.int64]:
-        """The numbers of the tars."""
-        numbers = np.arange(len(self.counts), dtype=np.uint64)
-        return counter_hash(BLOCK_STREAM, self.seed, self.first_epoch, numbers).argsort()
-
-    @cached_property
-    def starts(self) -> NDArray[np.int64]:
-        """The number of each tar's first row, by position; behind the last one, the number of rows."""
-        return np.concatenate([[0], np.cumsum(np.array(self.counts)[self.order])]) * self.epochs
-
-    def pool_of(self, position: int) -> int:
-        return position // self.pool_blocks
-
-    def pool_slots(self, pool: int) -> range:
-        first, end = (min(number * self.pool_blocks, len(self.order)) for number in (pool, pool + 1))
-        return range(int(self.starts[first]), int(self.starts[end]))
-
-    def lanes(self, position: int, epoch: int, key_hash: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """`[n]` lane of every row of a tar, bad images included, in one of the pass's epochs."""
-        place = np.empty(len(key_hash), dtype=np.int64)
-        place[counter_hash(LANE_STREAM, self.seed, epoch, key_hash).argsort()] = np.arange(len(key_hash))
-        first = self.starts[position] + (epoch - self.first_epoch) * len(key_hash)
-        return (first + place) % LANES
-
-    def slots(self, pool: int, lane: NDArray[np.int64], shuffle: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """`[n]` slot of all rows of a pool that are in some lanes."""
-        slots = np.empty(len(lane), dtype=np.int64)
-        first = self.pool_slots(pool).start
-        for one in np.unique(lane):
-            rows = np.flatnonzero(lane == one)
-            slots[rows[shuffle[rows].argsort()]] = first + (one - first) % LANES + LANES * np.arange(len(rows))
-        return slots
-
-
 class _Reader(IterableDataset[Part]):
-    """Tars in a plan's order, joined and rendered part by part; runs in the worker processes."""
+    """Tars in their order, joined and rendered part by part; runs in the worker processes."""
 
     def __init__(
         self,
@@ -191,44 +138,44 @@ class _Reader(IterableDataset[Part]):
         self.start = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         # first epoch, first slot
 
-    def plan(self) -> Plan:
+    def order(self) -> Order:
         first_epoch = int(self.start[0])
         counts = [tar.count for tar in self.loader.split.tars]
-        return Plan(self.seed, first_epoch, self.views_per_decode, counts, self.pool_blocks)
+        return Order(self.seed, first_epoch, self.views_per_decode, counts, self.pool_blocks)
 
     def __iter__(self) -> Iterator[Part]:
-        plan, info = self.plan(), get_worker_info()
+        order, info = self.order(), get_worker_info()
         done = int(self.start[1])
-        positions = [at for at in range(len(plan.order)) if plan.pool_slots(plan.pool_of(at)).stop > done]
+        positions = [at for at in range(len(order.tars)) if order.pool_slots(order.pool_of(at)).stop > done]
         mine = positions[info.id :: info.num_workers] if info else positions
         for index, position in enumerate(mine):
             for later in mine[index + 1 : index + 1 + READ_AHEAD]:
-                self._fetch_ahead(plan, int(plan.order[later]))
-            yield from self._parts(plan, position)
+                self._fetch_ahead(order, int(order.tars[later]))
+            yield from self._parts(order, position)
 
-    def _fetch_ahead(self, plan: Plan, number: int) -> None:
+    def _fetch_ahead(self, order: Order, number: int) -> None:
         """Begin to fetch what a tar will need of remote stores, as far as a tar is known to be a block of theirs."""
-        for epoch in range(plan.first_epoch, plan.first_epoch + plan.epochs):
+        for epoch in range(order.first_epoch, order.first_epoch + order.epochs):
             group, _ = view_of_epoch(self.seed, np.empty(0, dtype=np.uint64), epoch, self.groups)
             for store, wanted in zip(self.stores, self.decisions, strict=True):
                 block = store.block_of_tar.get(self.loader.split.tars[number].sha256)
                 if store.place.is_remote and block is not None:
                     store.fetch_ahead(block, group, joined_arrays(store, wanted))
 
-    def _parts(self, plan: Plan, position: int) -> Iterator[Part]:
-        whole = self.loader[int(plan.order[position])]
+    def _parts(self, order: Order, position: int) -> Iterator[Part]:
+        whole = self.loader[int(order.tars[position])]
         known_bad = left_out_of(self.stores, whole)
         block = whole.without(known_bad) if known_bad else whole
         good = np.array([row for row in range(len(whole)) if row not in known_bad], dtype=np.int64)
         joined, lanes, shuffles = [], [], []
-        for epoch in range(plan.first_epoch, plan.first_epoch + plan.epochs):
+        for epoch in range(order.first_epoch, order.first_epoch + order.epochs):
             group, at = view_of_epoch(self.seed, block.key_hash, epoch, self.groups)
             if self.stores:
                 joined.append(join_all(self.stores, block, group, at, self.decisions))
             else:
                 joined.append(without_store(self.views, self.groups, block, group, at))
             # A tar that was read for the first time may turn out to lack bad images; lanes go by what it holds.
-            lanes.append(plan.lanes(position, epoch, whole.key_hash)[good])
+            lanes.append(order.lanes(position, epoch, whole.key_hash)[good])
             shuffles.append(counter_hash(ROW_STREAM, self.seed, epoch, block.key_hash))
         decoder = Decoder(block)
         bad = [f"{block.path}: sample '{one.key}': {one.problem}" for one in block.left_out]
@@ -418,25 +365,25 @@ class Stream:
             first_step: go on from here, where another run, of however many workers and ranks, was stopped.
         """
         self.reader.start[0], self.reader.start[1] = epoch, first_step * self.batch_size
-        plan = self.reader.plan()
+        order = self.reader.order()
         step, left, parts = first_step, _Slots.nothing(), iter(self.reader if self.parts is None else self.parts)
         waiting: dict[int, list[Part]] = {}
-        for pool in range(plan.pool_of(len(plan.order) - 1) + 1):
-            slots = plan.pool_slots(pool)
+        for pool in range(order.pool_of(len(order.tars) - 1) + 1):
+            slots = order.pool_slots(pool)
             if slots.stop <= first_step * self.batch_size:
                 continue
-            missing = sum(plan.pool_of(position) == pool for position in range(len(plan.order)))
+            missing = sum(order.pool_of(position) == pool for position in range(len(order.tars)))
             missing -= sum(part.is_last for part in waiting.get(pool, []))
             while missing:
                 part = next(parts)
-                waiting.setdefault(plan.pool_of(part.position), []).append(part)
+                waiting.setdefault(order.pool_of(part.position), []).append(part)
                 self._report(part.bad)
-                missing -= part.is_last and plan.pool_of(part.position) == pool
-            left = left.from_slot(step * self.batch_size).and_pool(plan, pool, waiting.pop(pool), is_exact(self.views))
+                missing -= part.is_last and order.pool_of(part.position) == pool
+            left = left.from_slot(step * self.batch_size).and_pool(order, pool, waiting.pop(pool), is_exact(self.views))
             while step < self.steps_per_pass:
                 stop = (step + 1) * self.batch_size
                 if step == self.steps_per_pass - 1:
-                    stop = int(plan.starts[-1])
+                    stop = int(order.starts[-1])
                 if stop > slots.stop:
                     break
                 rows = left.between(step * self.batch_size, stop)
@@ -476,22 +423,22 @@ class _Slots:
     def nothing() -> "_Slots":
         return _Slots([], *(np.empty(0, dtype=np.int64) for _ in range(3)))
 
-    def and_pool(self, plan: Plan, pool: int, parts: list[Part], together: bool) -> "_Slots":
+    def and_pool(self, order: Order, pool: int, parts: list[Part], together: bool) -> "_Slots":
         """With a pool behind them; `together`: small images are better moved, once."""
         lane = np.concatenate([part.lane for part in parts])
         shuffle = np.concatenate([part.shuffle for part in parts])
-        slots = plan.slots(pool, lane, shuffle)
+        slots = order.slots(pool, lane, shuffle)
         rows = [part.rows for part in parts]
         rows = [Rows.concatenate(rows)] if together else rows
         lengths = [len(one) for one in rows]
         part = np.repeat(np.arange(len(rows)), lengths) + len(self.parts)
         row = np.concatenate([np.arange(length) for length in lengths])
-        order = slots.argsort()
+        rising = slots.argsort()
         return _Slots(
             [*self.parts, *rows],
-            np.concatenate([self.part, part[order]]),
-            np.concatenate([self.row, row[order]]),
-            np.concatenate([self.slots, slots[order]]),
+            np.concatenate([self.part, part[rising]]),
+            np.concatenate([self.row, row[rising]]),
+            np.concatenate([self.slots, slots[rising]]),
         )
 
     def between(self, start: int, stop: int) -> Rows | None:
