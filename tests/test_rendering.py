@@ -1,7 +1,10 @@
 """What an image file means, which views are drawn, and how they are rendered."""
 
+import hashlib
 import itertools
 import os
+import subprocess
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -192,6 +195,29 @@ def test_a_box_of_the_right_size_is_cut_and_mirrored_without_a_change(top, left,
     found = render_view(np.array(image), {"box": np.array([top, left, size, size]), "flip": flip}, size, "bilinear")
     expected = np.asarray(image.crop((left, top, left + size, top + size)))
     assert np.array_equal(found.transpose(1, 2, 0), expected[:, ::-1] if flip else expected)
+
+
+def digest_of_crops() -> str:
+    digest = hashlib.sha256()
+    for seed, side in ((1, 40), (2, 300)):
+        for name in ("bilinear", "bicubic"):
+            for box in ((0, 0, side, side), (3, 5, side // 2, side // 3), (-4, 9, 33, 21)):
+                view = {"box": np.array(box), "flip": seed % 2}
+                digest.update(render_view(np.array(photograph(seed, side, side)), view, 64, name).tobytes())
+    return f"{torch.backends.cpu.get_cpu_capability()} {digest.hexdigest()}"
+
+
+def test_crops_are_the_same_with_any_instruction_set():
+    """What this machine has at best, and what older ones have."""
+    command = [sys.executable, "-c", "from test_rendering import digest_of_crops as made; print(made())"]
+    older = [
+        subprocess.Popen(command, env={**os.environ, "ATEN_CPU_CAPABILITY": name}, stdout=subprocess.PIPE, text=True)
+        for name in ("default", "avx2")
+    ]
+    found = [digest_of_crops(), *(process.communicate()[0].strip() for process in older)]
+    capabilities, digests = zip(*(line.split() for line in found), strict=True)
+    assert "DEFAULT" in capabilities
+    assert len(set(digests)) == 1, found
 
 
 def test_the_evaluation_crop_is_that_of_torchvision():
