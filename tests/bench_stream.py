@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
+from PIL import Image
 
 from offline_kd.cli import keep_freed_memory
 from offline_kd.data import BlockLoader, Decoder, read_tar
@@ -25,7 +26,7 @@ from offline_kd.decoding import decode_image
 from offline_kd.joining import join
 from offline_kd.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar, data_roots, load_manifest, locate
 from offline_kd.packing import pack
-from offline_kd.rendering import choose, render_choice
+from offline_kd.rendering import choose, render_choice, render_view
 from offline_kd.store.codec import Float16, Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.place import Folder
@@ -183,11 +184,33 @@ def several_views(store: Store, loader: BlockLoader, rounds: int, size: int) -> 
     print(f"4 views of a decode / 1: {ratio(times, 'views_per_decode: 1', 'views_per_decode: 4'):.2f} times the images")
 
 
+def resizing(loader: BlockLoader, rounds: int) -> None:
+    """Why crops are resized by torch."""
+    block = loader[0]
+    images = [decode_image(encoded) for encoded in block.encoded[:100]]
+    arrays = [np.array(image) for image in images]
+    boxes = draw(VIEWS, block.key_hash[:100], block.sizes()[:100])["box"][:, 0]
+    for name, filter in (("bilinear", Image.Resampling.BILINEAR), ("bicubic", Image.Resampling.BICUBIC)):
+
+        def by_torch(name: str = name) -> int:
+            for pixels, box in zip(arrays, boxes, strict=True):
+                render_view(pixels, {"box": box, "flip": 0}, VIEWS.size, name)
+            return len(arrays)
+
+        def by_pillow(filter: Image.Resampling = filter) -> int:
+            for image, (top, left, height, width) in zip(images, boxes.tolist(), strict=True):
+                cut = image.crop((left, top, left + width, top + height))
+                np.asarray(cut.resize((VIEWS.size, VIEWS.size), filter))
+            return len(images)
+
+        print(f"decoded images to random crops of {VIEWS.size}, {name}")
+        times = in_turn({"torch, as views are": by_torch, "Pillow": by_pillow}, rounds)
+        print(f"Pillow / torch: {ratio(times, 'Pillow', 'torch, as views are'):.1f} times the seconds")
+
+
 def large_photographs(folder: Path, loader: BlockLoader, scale: float = 1.75) -> BlockLoader:
     """The same photographs at ImageNet's usual size (short side about 420 pixels here)."""
     import io
-
-    from PIL import Image
 
     samples = []
     for sample in read_tar(loader.paths[0])[0][:400]:
@@ -321,6 +344,7 @@ def main() -> None:
         store = make_store(folder / "store", loader, VIEWS, Float16(name="f16"))
         reading(store, loader, rounds)
         large = large_photographs(folder, loader)
+        resizing(large, rounds)
         large_store = make_store(folder / "large-store", large, VIEWS, Float16(name="f16"))
         for size in (224, 128):
             several_views(large_store, large, rounds, size)
