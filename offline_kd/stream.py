@@ -5,7 +5,7 @@ the training process, so the batches do not depend on the number of workers.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -113,30 +113,28 @@ class Part:
     bad: list[str]  # what was left out, one line each
 
 
+def _nothing_done() -> Tensor:
+    return torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+
+@dataclass(eq=False)
 class _Reader(IterableDataset[Part]):
     """Tars in their order, joined and rendered part by part; runs in the worker processes."""
 
-    def __init__(
-        self,
-        loader: BlockLoader,
-        views: AnyViews,
-        groups: list[range],
-        stores: Sequence[Store],
-        decisions: Sequence[Sequence[str]],
-        seed: int,
-        pool_blocks: int,
-        views_per_decode: int,
-        rank: int,
-        world: int,
-        size: int,
-        live_size: int | None,
-    ) -> None:
-        self.loader, self.views, self.groups, self.stores, self.seed = loader, views, groups, stores, seed
-        self.decisions, self.pool_blocks, self.views_per_decode = decisions, pool_blocks, views_per_decode
-        self.rank, self.world, self.size, self.live_size = rank, world, size, live_size
-        # What the next pass begins with, in memory that workers share: they outlive a pass.
-        self.start = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-        # first epoch, first slot
+    loader: BlockLoader
+    views: AnyViews
+    groups: list[range]
+    stores: Sequence[Store]
+    decisions: Sequence[Sequence[str]]
+    seed: int
+    pool_blocks: int
+    views_per_decode: int
+    rank: int
+    world: int
+    size: int
+    live_size: int | None
+    # First epoch and first slot of the next pass, in memory that workers share: they outlive a pass.
+    start: Tensor = field(default_factory=_nothing_done)
 
     def order(self) -> Order:
         first_epoch = int(self.start[0])
@@ -317,22 +315,19 @@ class Stream:
         self.labelled_fraction, self.device, self.views = labelled_fraction, device, views
         self.views_per_decode, self.bad = views_per_decode, set[str]()
         view_size = size or (0 if isinstance(views, NoAugmentation | PadCropFlip) else views.size)
-        decisions = decisions or [[] for _ in stores]
         self.reader = _Reader(
-            *(
-                loader,
-                views,
-                groups,
-                stores,
-                decisions,
-                seed,
-                pool_blocks,
-                views_per_decode,
-                rank,
-                world,
-                view_size,
-                live_size,
-            )
+            loader=loader,
+            views=views,
+            groups=groups,
+            stores=stores,
+            decisions=decisions or [[] for _ in stores],
+            seed=seed,
+            pool_blocks=pool_blocks,
+            views_per_decode=views_per_decode,
+            rank=rank,
+            world=world,
+            size=view_size,
+            live_size=live_size,
         )
         rest = loader.split.count * views_per_decode % batch_size
         if world > 1 and max(2, batch_size // SMALL) <= rest < 2 * world:
