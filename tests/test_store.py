@@ -191,14 +191,15 @@ def test_a_capture_killed_twenty_times_goes_on_to_the_same_store(recipe_file, st
 
 
 def test_ctrl_c_keeps_what_was_committed_and_says_so(recipe_file, tmp_path, where, store_path):
-    path = tmp_path / "store"
-    process = run_capture(recipe_file, path, where)
-    while process.poll() is None and len(list(path.glob("ledger/*.json"))) < 1:
-        time.sleep(0.001)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    if process.returncode == 0:
-        pytest.fail("the capture ended before it could be interrupted")
+    for attempt in range(5):  # a busy machine may let the capture end before this process gets its turn
+        path = tmp_path / f"store{attempt}"
+        process = run_capture(recipe_file, path, where)
+        while process.poll() is None and len(list(path.glob("ledger/*.json"))) < 1:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+        if process.returncode != 0:
+            break
     assert process.returncode == 130
     assert b"Interrupted. What was committed is safe" in errors
     assert b"Traceback" not in errors
