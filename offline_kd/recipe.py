@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from offline_kd.data import OnBadImage
-from offline_kd.errors import RecipeError, did_you_mean
-from offline_kd.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation, Strict, parse, read_yaml
+from offline_kd.data.blocks import OnBadImage
+from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
 from offline_kd.objectives.dtkd import Sharpness
 from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16
-from offline_kd.templates import AnyDecisions, DecisionsConfig, SubclassDecisions
-from offline_kd.views import CenterCrop, NoAugmentation, PadCropFlip, Views
+from offline_kd.store.decisions import AnyDecisions, DecisionsConfig, SubclassDecisions
+from offline_kd.support.errors import RecipeError, did_you_mean
+from offline_kd.support.strict import Strict, parse, read_yaml
+from offline_kd.views.specs import CenterCrop, NoAugmentation, PadCropFlip, Views
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
 Positive = Annotated[float, Field(gt=0)]

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 from test_remote import run_server
 
-from offline_kd.cache import cache_teacher
-from offline_kd.cli import keep_freed_memory
-from offline_kd.distill import distill
-from offline_kd.manifest import data_roots, load_manifest
-from offline_kd.progress import say, show_table
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cli.main import keep_freed_memory
+from offline_kd.data.manifest import data_roots, load_manifest
+from offline_kd.distill.training import distill
 from offline_kd.recipe import load_recipe
-from offline_kd.store.transfer import copy_store
+from offline_kd.store.sync import copy_store
+from offline_kd.support.console import say, show_table
 
 ROOT, ROUNDS, LATENCY = Path(__file__).parent.parent, 3, 0.005
 OVERRIDES = ["data.tars=[0,1]", "views.count=8", "capture.views_per_group=2", "training.epochs=4"]

@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from offline_kd.cli import keep_freed_memory
-from offline_kd.manifest import Normalisation, Tar
-from offline_kd.progress import say, show_table
+from offline_kd.cli.main import keep_freed_memory
+from offline_kd.data.manifest import Normalisation, Tar
 from offline_kd.store.codec import AnyCodec, Float16, Int, encode
 from offline_kd.store.opening import open_store
-from offline_kd.store.place import Folder
+from offline_kd.store.places import Folder
 from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -36,9 +35,11 @@ from offline_kd.store.schema import (
     store_digest,
     zarr_metadata,
 )
+from offline_kd.store.verification import verify
 from offline_kd.store.writer import commit, create_or_resume, manifest_bytes
-from offline_kd.verify import verify
-from offline_kd.views import PadCropFlip, counter_hash
+from offline_kd.support.console import say, show_table
+from offline_kd.support.counter_rng import counter_hash
+from offline_kd.views.specs import PadCropFlip
 
 ROWS, VIEWS, CLASSES, BLOCKS, MANY_BLOCKS, ROUNDS = 4096, 4, 1000, 8, 10_000, 5
 NOTHING = Fidelity(

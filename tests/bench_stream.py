@@ -20,16 +20,26 @@ import torch
 import webdataset
 from PIL import Image
 
-from offline_kd.cli import keep_freed_memory
-from offline_kd.data import BlockLoader, Decoder, read_tar
-from offline_kd.decoding import decode_image
-from offline_kd.joining import join
-from offline_kd.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar, data_roots, load_manifest, locate
-from offline_kd.packing import pack
-from offline_kd.rendering import choose, render_choice, render_view
+from offline_kd.cli.main import keep_freed_memory
+from offline_kd.data.blocks import BlockLoader, Decoder
+from offline_kd.data.decoding import decode_image
+from offline_kd.data.manifest import (
+    Dataset,
+    EvaluationCrop,
+    Normalisation,
+    Split,
+    Tar,
+    data_roots,
+    load_manifest,
+    locate,
+)
+from offline_kd.data.packing import pack
+from offline_kd.data.tars import read_tar
+from offline_kd.distill.loader import Stream
 from offline_kd.store.codec import Float16, Int
+from offline_kd.store.join import join
 from offline_kd.store.opening import open_store
-from offline_kd.store.place import Folder
+from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -42,8 +52,8 @@ from offline_kd.store.schema import (
     store_digest,
 )
 from offline_kd.store.writer import commit, create_or_resume, write_manifest
-from offline_kd.stream import Stream
-from offline_kd.views import RandomCrop, draw
+from offline_kd.views.render import choose, render_choice, render_view
+from offline_kd.views.specs import RandomCrop, draw
 
 CPU = torch.device("cpu")
 VIEWS = RandomCrop(kind="random_resized_crop", size=224, count=4)
@@ -51,8 +61,8 @@ VIEWS = RandomCrop(kind="random_resized_crop", size=224, count=4)
 
 def make_store(folder: Path, loader: BlockLoader, views: RandomCrop, codec: Float16 | Int) -> Store:
     """Of made-up logits for the real images: what `cache_teacher` writes, without a teacher."""
-    from offline_kd.cache import ask_teacher
-    from offline_kd.teacher import Teacher
+    from offline_kd.cache.pipeline import ask_teacher
+    from offline_kd.models.teacher import Teacher
 
     classes = loader.dataset.classes
     about = {"normalisation": Normalisation(mean=(0, 0, 0), std=(1, 1, 1)), "crop": EvaluationCrop(size=8, resize=8)}
@@ -248,7 +258,7 @@ def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
     arrays = {name: array[:, :1] if name.startswith(("view/", "logits/")) else array for name, array in first.items()}
     arrays |= {f"view/{name}": array for name, array in parameters.items()}
     arrays["probe/view"] = np.zeros_like(first["probe/view"])
-    from offline_kd.rendering import render_some
+    from offline_kd.views.render import render_some
 
     probes = choose(parameters, first["probe/row"].astype(np.int64), np.zeros(len(first["probe/row"]), dtype=np.int64))
     arrays["probe/pixels"] = render_some(block, probes, VIEWS, store.created.seen_size[0])

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from bench_stream import finish
 
-from offline_kd.distill import distill
-from offline_kd.manifest import data_roots, load_manifest
+from offline_kd.data.manifest import data_roots, load_manifest
+from offline_kd.distill.training import distill
 from offline_kd.recipe import load_recipe
 from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float32, Int, Klt, TopK, decode_stored, encode, fit_codec
 from offline_kd.store.opening import open_store
-from offline_kd.store.place import Folder
+from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import parts_of
 from offline_kd.store.writer import commit, commit_tables, create_or_resume

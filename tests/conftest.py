@@ -8,10 +8,10 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 
-from offline_kd import cli
-from offline_kd.manifest import Manifest, data_roots, load_manifest
+from offline_kd.cli import main as cli
+from offline_kd.data.manifest import Manifest, data_roots, load_manifest
+from offline_kd.distill.run import pack_digits
 from offline_kd.recipe import Recipe
-from offline_kd.run import pack_digits
 
 # How long an example takes says nothing here: the machine is shared, and first calls import and compile.
 hypothesis.settings.register_profile("unhurried", deadline=None)
@@ -117,7 +117,7 @@ def roots(data_root) -> list[Path]:
 @pytest.fixture(scope="session")
 def teacher_weights(manifest, roots, tmp_path_factory) -> Path:
     """A teacher trained on the digits for a few epochs: it has opinions."""
-    from offline_kd.distill import train_teacher
+    from offline_kd.distill.training import train_teacher
 
     out = tmp_path_factory.mktemp("teacher")
     result = train_teacher(make_recipe(), manifest, roots, out, CPU)
@@ -133,7 +133,7 @@ def recipe(teacher_weights) -> Recipe:
 @pytest.fixture(scope="session")
 def store_path(recipe, manifest, roots, tmp_path_factory) -> Path:
     """A finished store: 3 blocks, 9 views in 3 groups, f32. Tests that damage it copy it first."""
-    from offline_kd.cache import cache_teacher
+    from offline_kd.cache.pipeline import cache_teacher
 
     path = tmp_path_factory.mktemp("stores") / "digits"
     cache_teacher(recipe, manifest, roots, path, CPU)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from offline_kd.manifest import data_roots, load_manifest, locate_weights
+from offline_kd.data.manifest import data_roots, load_manifest, locate_weights
 
 HEAD, BODY = "cifar100_linear_head_on_lite0_128px", "imagenet_efficientnet_lite0"
 

@@ -10,18 +10,12 @@ import yaml
 from conftest import make_recipe
 from PIL import Image
 
-from offline_kd.data import Sample
-from offline_kd.manifest import Dataset, Manifest, Split
-from offline_kd.models import build
-from offline_kd.packing import pack
+from offline_kd.data.manifest import Dataset, Manifest, Split
+from offline_kd.data.packing import pack
+from offline_kd.data.tars import Sample
+from offline_kd.models.networks import build
 from offline_kd.recipe import Recipe
-from offline_kd.views import (
-    ColorJitter,
-    Erase,
-    Mixing,
-    RandAugment,
-    RandomCrop,
-)
+from offline_kd.views.specs import ColorJitter, Erase, Mixing, RandAugment, RandomCrop
 
 EVERYTHING = RandomCrop(
     kind="random_resized_crop",

@@ -26,10 +26,10 @@ MAGNITUDES = {"posterize": 4, "solarize": 128, "hue": 0.2, "rotate": 20, "blur":
 
 
 def render_all(folder: Path, out: Path) -> None:
-    from offline_kd.decoding import decode_image
-    from offline_kd.manifest import EvaluationCrop
-    from offline_kd.rendering import apply_op, evaluation_crop, render_view
-    from offline_kd.views import OPS
+    from offline_kd.data.decoding import decode_image
+    from offline_kd.data.manifest import EvaluationCrop
+    from offline_kd.views.render import apply_op, evaluation_crop, render_view
+    from offline_kd.views.specs import OPS
 
     found: dict[str, list[np.ndarray]] = {}
     for file in sorted(folder.iterdir()):
@@ -58,8 +58,8 @@ def render_all(folder: Path, out: Path) -> None:
 
 def write_images(folder: Path) -> None:
     """The same photographs as JPEG, as WebP and as PNG."""
-    from offline_kd.decoding import decode_image
-    from offline_kd.manifest import data_roots
+    from offline_kd.data.decoding import decode_image
+    from offline_kd.data.manifest import data_roots
 
     contents: list[bytes] = []
     for root in data_roots():

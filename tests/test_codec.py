@@ -9,9 +9,8 @@ from conftest import CPU, invoke, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offline_kd.cache import cache_teacher
-from offline_kd.codec_choice import pack_logits
-from offline_kd.errors import TeacherError
+from offline_kd.cache.codec_choice import pack_logits
+from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.recipe import AutoCodec
 from offline_kd.store import klt
 from offline_kd.store.codec import (
@@ -28,8 +27,9 @@ from offline_kd.store.codec import (
     fit_codec,
 )
 from offline_kd.store.opening import open_store
-from offline_kd.store.place import Folder
-from offline_kd.verify import verify
+from offline_kd.store.places import Folder
+from offline_kd.store.verification import verify
+from offline_kd.support.errors import TeacherError
 
 CODECS = [
     Float32(),

@@ -13,11 +13,13 @@ import yaml
 from conftest import invoke, refused
 from PIL import Image
 
-from offline_kd.data import BlockLoader, Sample, check_dataset, hash_key, load_block, read_tar
-from offline_kd.decoding import decode_image
-from offline_kd.errors import DataError
-from offline_kd.manifest import Dataset, Split, Tar
-from offline_kd.packing import cifar_samples, digits_samples, encode_png, imagefolder_samples, pack
+from offline_kd.data.blocks import BlockLoader, load_block
+from offline_kd.data.checking import check_dataset
+from offline_kd.data.decoding import decode_image
+from offline_kd.data.manifest import Dataset, Split, Tar
+from offline_kd.data.packing import cifar_samples, digits_samples, encode_png, imagefolder_samples, pack
+from offline_kd.data.tars import Sample, hash_key, read_tar
+from offline_kd.support.errors import DataError
 
 
 def pixels(seed: int, size: int = 8) -> np.ndarray:

@@ -12,33 +12,26 @@ from conftest import CPU, ROOT, invoke, make_recipe, refused
 from sklearn.cluster import KMeans as Reference
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from offline_kd import cache, templates
-from offline_kd.cache import cache_teacher
-from offline_kd.data import read_tar
-from offline_kd.distill import distill, make_stream, training_images
-from offline_kd.errors import DataError, RecipeError, StoreCorrupt
-from offline_kd.joining import tables_on
-from offline_kd.manifest import Dataset, Split
+from offline_kd.cache import pipeline as cache
+from offline_kd.cache.kmeans import kmeans
+from offline_kd.cache.lda import class_means, fit_lda, fit_subclasses, nearest_prototype, normalised_table
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cache.teacher import load_teacher
+from offline_kd.data.manifest import Dataset, Split
+from offline_kd.data.packing import pack
+from offline_kd.data.tars import read_tar
+from offline_kd.distill.loss import kd_layer_value
+from offline_kd.distill.student import new_student
+from offline_kd.distill.teacher_signal import Targets, live_targets, stored_targets
+from offline_kd.distill.training import distill, make_stream, training_images
+from offline_kd.models.taps import TapPoint
 from offline_kd.objectives import decisions as decision_loss
-from offline_kd.packing import pack
 from offline_kd.recipe import Decisions, SubclassTerm, load_recipe
+from offline_kd.store import decisions as templates
+from offline_kd.store.decisions import decide, pack_decisions, unpack_probs
+from offline_kd.store.join import tables_on
 from offline_kd.store.opening import open_store
-from offline_kd.student import new_student
-from offline_kd.taps import TapPoint
-from offline_kd.targets import Targets, live_targets, stored_targets
-from offline_kd.teacher import load_teacher
-from offline_kd.templates import (
-    class_means,
-    decide,
-    fit_lda,
-    fit_subclasses,
-    kmeans,
-    nearest_prototype,
-    normalised_table,
-    pack_decisions,
-    unpack_probs,
-)
-from offline_kd.terms import kd_layer_value
+from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt
 
 GOLDEN = np.load(Path(__file__).parent / "fixtures" / "losses.npz", allow_pickle=False)
 LDA = next(case["id"] for case in json.loads(str(GOLDEN["index"])) if case["method"] == "lda_decisions")

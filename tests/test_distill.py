@@ -17,18 +17,18 @@ from conftest import CPU, RECIPE, ROOT, invoke, make_recipe, merged, refused
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from offline_kd.bench import measure_drift
-from offline_kd.data import read_tar
-from offline_kd.decoding import decode_image
-from offline_kd.distill import distill
-from offline_kd.errors import RecipeError
-from offline_kd.manifest import file_sha256
+from offline_kd.cli.bench_steps import measure_drift
+from offline_kd.data.decoding import decode_image
+from offline_kd.data.packing import encode_png, pack
+from offline_kd.data.tars import read_tar
+from offline_kd.distill.loss import term_value, term_weight
+from offline_kd.distill.optimisation import learning_rate
+from offline_kd.distill.training import distill
 from offline_kd.objectives import dkd, nkd
-from offline_kd.optimisation import learning_rate
-from offline_kd.packing import encode_png, pack
 from offline_kd.recipe import CE, DKD, DTKD, NKD, load_recipe
 from offline_kd.store.opening import open_store
-from offline_kd.terms import term_value, term_weight
+from offline_kd.support.errors import RecipeError
+from offline_kd.support.files import file_sha256
 
 
 def test_offline_training_is_online_training(recipe, manifest, roots):
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_to_the_same_student(recipe_file, where, store_path
     options = ["--store", str(store_path), "--objective", "dtkd", "--set", "training.epochs=25", *where]
     assert invoke("distill", recipe_file, "--out", tmp_path / "whole", *options).exit_code == 0
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "offline_kd.cli", "distill", str(recipe_file), "--out", str(out), *options]
+    command = [sys.executable, "-m", "offline_kd", "distill", str(recipe_file), "--out", str(out), *options]
     for epochs in (3, 8):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
         metrics = out / "metrics.jsonl"
@@ -265,7 +265,7 @@ RECIPES = sorted(path for path in (ROOT / "pipelines").rglob("*.yaml") if path.n
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_of_the_repository_can_be_read_and_built(path: Path, manifest):
-    from offline_kd.models import build, parameter_count
+    from offline_kd.models.networks import build, parameter_count
 
     recipe = load_recipe(path)
     # Users enter their own ImageNet, and their own pictures, into the manifest.

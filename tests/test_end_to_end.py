@@ -11,7 +11,8 @@ import pytest
 import yaml
 from conftest import RECIPE, ROOT, invoke, merged, refused
 
-from offline_kd import cli, options
+from offline_kd.cli import main as cli
+from offline_kd.cli import options
 from offline_kd.store.opening import open_store
 
 
@@ -34,7 +35,7 @@ def test_one_command_makes_teacher_store_students_and_report(tmp_path):
     recipe = merged(RECIPE, changes) | {"objectives": objectives}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     options = ["--manifest", str(ROOT / "data_manifest.yaml"), "--out", "out", "--device", "cpu"]
-    command = [sys.executable, "-m", "offline_kd.cli", "run", "recipe.yaml", *options]
+    command = [sys.executable, "-m", "offline_kd", "run", "recipe.yaml", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
@@ -51,7 +52,7 @@ def test_one_command_makes_teacher_store_students_and_report(tmp_path):
     assert all(source.startswith("data:") for source in sources)  # self-contained
 
     # The resolved recipe repeats the capture, bit for bit.
-    again = [sys.executable, "-m", "offline_kd.cli", "cache-teacher", "out/recipe.yaml", "--store", "again"]
+    again = [sys.executable, "-m", "offline_kd", "cache-teacher", "out/recipe.yaml", "--store", "again"]
     done = subprocess.run([*again, *options[:2]], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert open_store(tmp_path / "again").digest == open_store(out / "store").digest

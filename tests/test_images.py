@@ -14,18 +14,17 @@ import torch
 from conftest import CPU, invoke, refused
 from pictures import NUM, command_line, make_samples, photographs, views_of
 
-from offline_kd.cache import cache_teacher
-from offline_kd.data import Decoder, Sample
-from offline_kd.distill import make_stream, training_images
-from offline_kd.errors import DataError, StoreCorrupt, StoreMismatch
-from offline_kd.joining import join, left_out_of
-from offline_kd.manifest import Manifest
-from offline_kd.rendering import render_choice, render_view
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cache.teacher import load_teacher
+from offline_kd.data.blocks import Decoder
+from offline_kd.data.manifest import Manifest
+from offline_kd.data.tars import Sample
+from offline_kd.distill.training import make_stream, training_images
+from offline_kd.store.join import join, left_out_of
 from offline_kd.store.opening import open_store
-from offline_kd.teacher import load_teacher
-from offline_kd.views import (
-    CenterCrop,
-)
+from offline_kd.support.errors import DataError, StoreCorrupt, StoreMismatch
+from offline_kd.views.render import render_choice, render_view
+from offline_kd.views.specs import CenterCrop
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +87,7 @@ def test_students_see_the_same_views_with_and_without_a_store_and_workers(photos
 )
 def test_parameters_that_were_shifted_on_purpose_are_caught(photos, tmp_path, monkeypatch, array, change):
     """Stored parameters that are not those the teacher saw, in a store that is otherwise sealed and whole."""
-    from offline_kd import cache
+    from offline_kd.cache import pipeline as cache
 
     recipe, manifest, folder = photos
     ask = cache.ask_teacher
@@ -167,7 +166,8 @@ def test_other_versions_of_pillow_and_torchvision_render_the_same_pixels():
 def test_small_differences_are_reported_where_versions_differ_and_refused_where_not(
     photos, monkeypatch, capsys, shift, is_let_pass
 ):
-    from offline_kd import joining, rendering
+    from offline_kd.store import join as joining
+    from offline_kd.views import render as rendering
 
     recipe, manifest, folder = photos
     store = open_store(folder / "store")
@@ -291,7 +291,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_other_workers_to_the_same_studen
     command = [
         sys.executable,
         "-m",
-        "offline_kd.cli",
+        "offline_kd",
         "distill",
         str(file),
         "--out",
@@ -363,7 +363,7 @@ def test_a_thousand_replayed_views_of_photographs_get_the_teachers_answer(manife
 @pytest.mark.slow
 def test_codecs_keep_what_they_promise_of_a_thousand_classes(manifest, real_data, tmp_path):
     """Tables learned from four fifths of the images, measured on the others; top-100 in f16 takes 404 bytes."""
-    from offline_kd.codec_bench import bench_codecs
+    from offline_kd.cli.bench_codecs import bench_codecs
     from offline_kd.store.codec import Int, Klt, TopK
 
     _, store = captured_photographs("lite0_codecs", manifest, real_data, tmp_path / "store")

@@ -10,12 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from offline_kd.errors import ModelError
-from offline_kd.kd_layer import KDLayer, insert_kd_layer, penultimate
-from offline_kd.models import build, parameter_count
+from offline_kd.models.kd_layer import KDLayer, insert_kd_layer, penultimate
+from offline_kd.models.networks import build, parameter_count
+from offline_kd.models.taps import TapPoint, feature_maps, fold_tokens, tapped
 from offline_kd.objectives import decisions, subclass_decisions
-from offline_kd.taps import TapPoint, feature_maps, fold_tokens, tapped
-from offline_kd.templates import decide, project, subclass_ids
+from offline_kd.store.decisions import decide, project, subclass_ids
+from offline_kd.support.errors import ModelError
 
 GOLDEN = np.load(Path(__file__).parent / "fixtures" / "losses.npz", allow_pickle=False)
 INDEX = json.loads(str(GOLDEN["index"]))

@@ -8,12 +8,13 @@ import torch
 from conftest import CPU, invoke, make_recipe
 from torch import nn
 
-from offline_kd.data import BlockLoader
-from offline_kd.errors import ModelError
-from offline_kd.evaluate import evaluate
-from offline_kd.manifest import Normalisation, data_roots
-from offline_kd.models import CIFAR, build, find_weights, load_weights, normalise, parameter_count
-from offline_kd.teacher import gate, load_teacher
+from offline_kd.cache.teacher import gate, load_teacher
+from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.manifest import Normalisation, data_roots
+from offline_kd.models.evaluation import evaluate
+from offline_kd.models.networks import CIFAR, build, normalise, parameter_count
+from offline_kd.models.weights import find_weights, load_weights
+from offline_kd.support.errors import ModelError
 
 # Parameters with 100 classes (with 10 for option-A ResNets), and the shape of the last feature map for 32x32 images, of
 # RepDistiller (github HobbitLong/RepDistiller) and of akamaster/pytorch_resnet_cifar10.

@@ -17,12 +17,12 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, invoke, refused
 
-from offline_kd.errors import StoreError
 from offline_kd.store.downloads import Downloads
 from offline_kd.store.opening import open_store
-from offline_kd.store.place import Bucket, Folder
-from offline_kd.store.transfer import copy_store
-from offline_kd.verify import verify
+from offline_kd.store.places import Bucket, Folder
+from offline_kd.store.sync import copy_store
+from offline_kd.store.verification import verify
+from offline_kd.support.errors import StoreError
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -97,7 +97,7 @@ def local_student(recipe, store_path, tmp_path_factory) -> str:
     """sha256 of the student that the local store gives."""
     import yaml
 
-    from offline_kd.run import pack_digits
+    from offline_kd.distill.run import pack_digits
 
     folder = tmp_path_factory.mktemp("local")
     pack_digits(folder / "data" / "digits")
@@ -186,7 +186,7 @@ def test_a_part_without_decisions_says_so(s3, recipe, manifest, roots, where, tm
     import yaml
     from conftest import CPU
 
-    from offline_kd.cache import cache_teacher
+    from offline_kd.cache.pipeline import cache_teacher
 
     content = recipe.model_dump(mode="json", exclude_none=True)
     content["capture"]["decisions"] = {"last": {"kind": "templates", "module": "body.5", "templates": 8}}
@@ -226,7 +226,7 @@ def test_a_server_that_only_hangs_up_is_a_clear_error(s3, address, store_path, t
 
 
 def test_a_server_that_is_gone_and_a_bucket_that_is_not_are_messages(s3, address, monkeypatch, tmp_path):
-    import offline_kd.store.place as place_module
+    import offline_kd.store.places as place_module
 
     assert "no teacher store there" in refused("store", "info", "s3://team/nothing/here")
     assert "no teacher store there" in refused("store", "info", "s3://no-such-bucket/here")
@@ -237,7 +237,7 @@ def test_a_server_that_is_gone_and_a_bucket_that_is_not_are_messages(s3, address
 
 def test_a_push_that_is_killed_leaves_nothing_that_opens_and_goes_on(s3, address, store_path, tmp_path):
     s3.control(latency=0.03)
-    command = [sys.executable, "-m", "offline_kd.cli", "store", "push", str(store_path), address]
+    command = [sys.executable, "-m", "offline_kd", "store", "push", str(store_path), address]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)
     before = s3.control()["PUT"]
     while process.poll() is None and s3.control()["PUT"] - before < 40:
@@ -291,7 +291,7 @@ def test_only_one_of_two_creators_wins(s3, tmp_path):
 
 def test_writers_share_a_capture_in_a_bucket(s3, address, recipe_file, where, store_path):
     s3.control(fail_every=7)
-    command = [sys.executable, "-m", "offline_kd.cli", "cache-teacher", str(recipe_file), "--store", address, *where]
+    command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", address, *where]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     writers = [subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT, env=environment) for _ in range(2)]
     said = [writer.communicate()[1].decode() for writer in writers]
@@ -304,7 +304,7 @@ def test_a_writer_that_is_killed_leaves_a_bucket_that_another_one_completes(
     s3, address, recipe_file, where, store_path
 ):
     s3.control(latency=0.01)  # so that there is time to kill it
-    command = [sys.executable, "-m", "offline_kd.cli", "cache-teacher", str(recipe_file), "--store", address, *where]
+    command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", address, *where]
     bucket = Bucket(address)
     for entries in (1, 4):
         writer = subprocess.Popen(command, stderr=subprocess.PIPE, cwd=ROOT)
@@ -366,7 +366,7 @@ def test_recipes_and_the_manifest_pin_stores(store_path, recipe_file, tmp_path, 
 def test_a_copy_follows_a_store_that_grew(recipe, manifest, roots, tmp_path, s3, address):
     from conftest import CPU
 
-    from offline_kd.cache import cache_teacher
+    from offline_kd.cache.pipeline import cache_teacher
 
     six = recipe.model_copy(update={"views": recipe.views.model_copy(update={"count": 6})})
     cache_teacher(six, manifest, roots, tmp_path / "store", CPU)

@@ -18,12 +18,13 @@ from pictures import EVERYTHING, encoded, photograph
 from PIL import Image
 from torchvision.transforms import v2
 
-from offline_kd.data import Decoder, Sample, load_block
-from offline_kd.decoding import decode_image, image_size
-from offline_kd.manifest import EvaluationCrop
-from offline_kd.packing import pack
-from offline_kd.rendering import apply_op, choose, evaluation_crop, render_choice, render_view
-from offline_kd.views import (
+from offline_kd.data.blocks import Decoder, load_block
+from offline_kd.data.decoding import decode_image, image_size
+from offline_kd.data.manifest import EvaluationCrop
+from offline_kd.data.packing import pack
+from offline_kd.data.tars import Sample
+from offline_kd.views.render import apply_op, choose, evaluation_crop, render_choice, render_view
+from offline_kd.views.specs import (
     NO_PARTNER,
     OPS,
     PARTNERS,
@@ -104,7 +105,7 @@ def test_a_hundred_megapixels_are_read_and_more_than_the_limit_is_not():
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 5))
 def test_more_views_leave_those_before_unchanged_and_every_value_is_legal(seed, count, more):
-    from offline_kd.views import view_arrays
+    from offline_kd.views.specs import view_arrays
 
     views = EVERYTHING.model_copy(update={"seed": seed, "count": count})
     few = draw(views, KEYS, SIZES)

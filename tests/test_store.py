@@ -19,16 +19,16 @@ import zarr
 from conftest import CPU, ROOT, invoke, refused
 from safetensors.torch import load_file
 
-from offline_kd.cache import cache_teacher
-from offline_kd.data import Sample, read_tar
-from offline_kd.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
-from offline_kd.manifest import Dataset, Split
-from offline_kd.models import build
-from offline_kd.packing import pack
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.data.manifest import Dataset, Split
+from offline_kd.data.packing import pack
+from offline_kd.data.tars import Sample, read_tar
+from offline_kd.models.networks import build
 from offline_kd.store.codec import Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, array_specs, store_digest
 from offline_kd.store.writer import manifest_bytes
+from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
 
 CORE_CODECS = {"bytes", "blosc", "zstd", "crc32c"}
 
@@ -151,7 +151,7 @@ def test_teacher_weights_that_differ_are_refused(recipe, recipe_file, where, sto
 
 
 def run_capture(recipe_file: Path, path: Path, where: list[str]) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "offline_kd.cli", "cache-teacher", str(recipe_file), "--store", str(path), *where]
+    command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", str(path), *where]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
 
 

@@ -10,17 +10,20 @@ from conftest import CPU
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from offline_kd.cache import cache_teacher
-from offline_kd.data import BlockLoader, ImageBlock, Sample, read_tar
-from offline_kd.distill import make_stream, training_images
-from offline_kd.errors import RecipeError, StoreMismatch
-from offline_kd.manifest import Dataset, Split, Tar
-from offline_kd.packing import encode_png, pack
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cache.teacher import load_teacher
+from offline_kd.data.blocks import BlockLoader, ImageBlock
+from offline_kd.data.manifest import Dataset, Split, Tar
+from offline_kd.data.packing import encode_png, pack
+from offline_kd.data.tars import Sample, read_tar
+from offline_kd.distill.loader import Stream
+from offline_kd.distill.training import make_stream, training_images
+from offline_kd.models.teacher import Teacher
 from offline_kd.store.codec import decode
 from offline_kd.store.opening import open_store
-from offline_kd.stream import Stream
-from offline_kd.teacher import Teacher, load_teacher
-from offline_kd.views import PadCropFlip, view_groups, view_of_epoch
+from offline_kd.support.errors import RecipeError, StoreMismatch
+from offline_kd.views.epochs import view_groups, view_of_epoch
+from offline_kd.views.specs import PadCropFlip
 
 NUM_SAMPLES, NUM_VIEWS = 1438, 9
 

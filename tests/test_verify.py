@@ -15,13 +15,13 @@ from conftest import CPU, ROOT, invoke, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from offline_kd.cache import cache_teacher
-from offline_kd.errors import OfflineKDError, StoreError
+from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.opening import open_store
-from offline_kd.store.place import Folder, place_at
+from offline_kd.store.places import Folder, place_at
 from offline_kd.store.schema import ArraySpec
-from offline_kd.verify import verify
+from offline_kd.store.verification import verify
+from offline_kd.support.errors import OfflineKDError, StoreError
 
 FIXTURE_V1 = ROOT / "tests" / "fixtures" / "store_v1"
 

@@ -6,20 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from offline_kd.data import hash_key
-from offline_kd.errors import RecipeError
-from offline_kd.rendering import render
-from offline_kd.views import (
-    NoAugmentation,
-    PadCropFlip,
-    counter_hash,
-    counter_uniform,
-    draw,
-    keyed_permutation,
-    mix,
-    view_groups,
-    view_of_epoch,
-)
+from offline_kd.data.tars import hash_key
+from offline_kd.support.counter_rng import counter_hash, counter_uniform, keyed_permutation, mix
+from offline_kd.support.errors import RecipeError
+from offline_kd.views.epochs import view_groups, view_of_epoch
+from offline_kd.views.render import render
+from offline_kd.views.specs import NoAugmentation, PadCropFlip, draw
 
 KEYS = np.array([hash_key(f"{index:05d}") for index in range(300)], dtype=np.uint64)
 CIFAR = PadCropFlip(kind="pad_crop_flip")

@@ -16,20 +16,20 @@ import torch
 import yaml
 from conftest import CPU, ROOT, invoke, refused
 
-from offline_kd.cache import cache_teacher
-from offline_kd.distill import make_stream, open_stores, training_images
-from offline_kd.models import build
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.distill.teacher_signal import Mix, mix_logits, stored_targets
+from offline_kd.distill.training import make_stream, open_stores, training_images
+from offline_kd.models.networks import build
 from offline_kd.recipe import Recipe
 from offline_kd.store.leases import Leases, leases_at
 from offline_kd.store.opening import group_digests, open_store
-from offline_kd.store.place import Folder
+from offline_kd.store.places import Folder
 from offline_kd.store.schema import LedgerEntry
-from offline_kd.targets import Mix, mix_logits, stored_targets
-from offline_kd.verify import verify
+from offline_kd.store.verification import verify
 
 
 def start_writer(recipe_file: Path, path: Path, where: list[str], *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "offline_kd.cli", "cache-teacher", str(recipe_file), "--store", str(path)]
+    command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", str(path)]
     # One thread each: three writers share two cores here.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -145,7 +145,7 @@ def test_workers_of_a_job_array_do_their_own_blocks_and_the_last_one_finishes(re
 def test_torchrun_shares_a_capture(recipe_file, where, store_path, tmp_path):
     path = tmp_path / "store"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "offline_kd.cli", "cache-teacher", str(recipe_file), "--store", str(path), *where]
+    command += ["-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", str(path), *where]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert open_store(path).digest == open_store(store_path).digest
@@ -185,7 +185,7 @@ def test_leases_are_renewed_while_they_are_held(tmp_path):
 def test_the_lease_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):
     program = (
         "import os, sys; from pathlib import Path; from offline_kd.store.leases import Leases\n"
-        "from offline_kd.store.place import Folder\n"
+        "from offline_kd.store.places import Folder\n"
         "assert Leases(Folder(Path(sys.argv[1]))).claim('block-0'); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)
@@ -444,8 +444,8 @@ def test_another_teacher_is_not_added_over_images_that_changed_since(
     """A dataset without sha256 in the manifest, so that only the rows themselves can tell."""
     from test_store import small_dataset
 
-    from offline_kd.data import read_tar
-    from offline_kd.packing import pack
+    from offline_kd.data.packing import pack
+    from offline_kd.data.tars import read_tar
 
     samples = read_tar(data_root / "digits" / "train-000000.tar")[0][:100]
     dataset = small_dataset(tmp_path, data_root, {"train": [samples], "test": [samples]})

@@ -11,7 +11,7 @@
 | decisions, subclass_decisions | decisions.py | letKD, on the scores of a KD layer |
 
 None contains the cross-entropy on labels: a recipe adds the term `ce`. Weights and warm-up belong to the
-recipe (`recipe.py`), and `distill.py` adds up the terms.
+recipe (`recipe.py`), and `distill/loss.py` adds up the terms.
 """
 
 from offline_kd.objectives.decisions import decisions, subclass_decisions

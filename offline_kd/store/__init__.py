@@ -1,1 +1,4 @@
-"""Teacher stores: read `schema.py` first. `codec.py` packs logits, `writer.py` and `reader.py` do the rest."""
+"""A teacher store on disk or in a bucket. Begin with `schema.py`: what it looks like; then `reader.py` and `writer.py`.
+
+In: encoded rows of committed blocks. Out: rows joined with images by key, every byte and every sample checked.
+"""

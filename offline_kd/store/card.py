@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from offline_kd.store.codec import TopK, codec_arrays, decode_stored
+from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
-from offline_kd.templates import SubclassDecisions
 
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
 MAX_FLOATS = 2**24  # of logits that are decoded at once

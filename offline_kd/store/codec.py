@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from offline_kd.errors import TeacherError
-from offline_kd.manifest import Strict
 from offline_kd.store import klt
 from offline_kd.store.klt import Tables
+from offline_kd.support.errors import TeacherError
+from offline_kd.support.strict import Strict
 
 MAX_IDS = 2**16 - 1  # class ids are uint16, the last one marks empty rows
 

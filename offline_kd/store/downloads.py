@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from offline_kd.files import write_atomically
+from offline_kd.support.files import write_atomically
 
 DEFAULT_BYTES = 10 * 2**30
 

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offline_kd.errors import StoreError
-from offline_kd.progress import say
-from offline_kd.store.place import Place
+from offline_kd.store.places import Place
+from offline_kd.support.console import say
+from offline_kd.support.errors import StoreError
 
 LEASE_SECONDS = 120.0
 POLL_SECONDS = 0.5

@@ -8,10 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offline_kd.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
-from offline_kd.manifest import fingerprint
 from offline_kd.store.downloads import DEFAULT_BYTES, Downloads, cache_folder
-from offline_kd.store.place import Place, can_list, place_at
+from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import MAX_METADATA_BYTES, REPAIR, Store, checked, parse_metadata, read_json
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -27,6 +25,8 @@ from offline_kd.store.schema import (
     parts_of,
     store_digest,
 )
+from offline_kd.support.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
+from offline_kd.support.strict import fingerprint
 
 
 def open_store(

@@ -15,13 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.errors import RecipeError, StoreCorrupt, StoreIncomplete
-from offline_kd.manifest import M, parse
-from offline_kd.progress import progress
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codec import CODEC_TABLES, codec_tables
 from offline_kd.store.downloads import Downloads
-from offline_kd.store.place import Place, can_list
+from offline_kd.store.places import Place, can_list
 from offline_kd.store.schema import (
     Addition,
     ArraySpec,
@@ -37,7 +34,10 @@ from offline_kd.store.schema import (
     parts_of,
     tables_ledger_name,
 )
-from offline_kd.views import view_groups
+from offline_kd.support.console import progress
+from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreIncomplete
+from offline_kd.support.strict import M, parse
+from offline_kd.views.epochs import view_groups
 
 KEEP_BYTES = 2**28  # of decoded arrays, in each process
 MAX_METADATA_BYTES = 2**28

@@ -33,11 +33,13 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
-from offline_kd.errors import RecipeError, StoreCorrupt
-from offline_kd.manifest import EvaluationCrop, Normalisation, Sha256, Strict, Tar, fingerprint
+from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
 from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Codec, codec_arrays, codec_tables
-from offline_kd.templates import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
-from offline_kd.views import AnyViews, CenterCrop, NoAugmentation, Views, view_arrays, view_groups
+from offline_kd.store.decisions import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
+from offline_kd.support.errors import RecipeError, StoreCorrupt
+from offline_kd.support.strict import Sha256, Strict, fingerprint
+from offline_kd.views.epochs import view_groups
+from offline_kd.views.specs import AnyViews, CenterCrop, NoAugmentation, Views, view_arrays
 
 SCHEMA_VERSION = 2  # version 1 is still read: see opening.py
 PROBES_PER_GROUP = 4

@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.errors import StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.opening import read_identity
-from offline_kd.store.place import Folder, Place
+from offline_kd.store.places import Folder, Place
 from offline_kd.store.reader import Arrays, parse_metadata, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -36,6 +35,7 @@ from offline_kd.store.schema import (
     tables_ledger_name,
     zarr_metadata,
 )
+from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
 
 ABANDONED_SECONDS = 3600
 

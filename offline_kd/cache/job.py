@@ -1,0 +1,257 @@
+"""What one run of stage 1 works on: a new store, what an unfinished one lacks, or what a finished one shall gain."""
+
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from offline_kd.cache.codec_choice import choose_codec
+from offline_kd.cache.tables import identify_decisions
+from offline_kd.cache.teacher import gate
+from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.checking import dataset_fingerprint
+from offline_kd.data.manifest import Manifest
+from offline_kd.models.teacher import Teacher
+from offline_kd.recipe import AutoCodec, Recipe
+from offline_kd.store.codec import AnyCodec
+from offline_kd.store.opening import read_addition, read_identity
+from offline_kd.store.places import Place
+from offline_kd.store.reader import Store, parse_metadata, stored_object
+from offline_kd.store.schema import (
+    SCHEMA_VERSION,
+    Addition,
+    DatasetIdentity,
+    DecisionsIdentity,
+    StoreIdentity,
+    StoreManifest,
+    TeacherIdentity,
+    parts_of,
+    plan_views_per_group,
+    with_count,
+)
+from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes
+from offline_kd.support.console import say
+from offline_kd.support.errors import StoreCorrupt, StoreMismatch
+from offline_kd.views.epochs import view_groups
+from offline_kd.views.render import decoder_versions, plain_images
+from offline_kd.views.specs import is_exact
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one run of stage 1 works on."""
+
+    recipe: Recipe
+    loader: BlockLoader
+    teacher: Teacher
+    device: torch.device
+    place: Place
+    created: StoreIdentity  # as in store.json
+    additions: list[Addition]  # all of the store, those of this run included
+    own_parts: list[str]  # that this run commits
+    num_views: int
+
+    @property
+    def groups(self) -> list[range]:
+        return view_groups(self.num_views, self.created.views_per_group)
+
+    def identity_of(self, part: str) -> StoreIdentity:
+        """The store as this part sees it: what its teacher is asked for."""
+        added = next((one for one in self.additions if one.name == part), None)
+        update = {"views": with_count(self.created.views, self.num_views)}
+        if added is None:
+            return self.created.model_copy(update=update)
+        about = {"teacher": added.teacher, "codec": added.codec, "decisions": added.decisions}
+        return self.created.model_copy(update=update | about)
+
+
+def refuse_uneven_views(capture: Capture) -> None:
+    """Views come in whole groups, and the same ones for a teacher's logits and all its decisions.
+
+    Raises StoreMismatch otherwise.
+    """
+    place, created, num_views = capture.place, capture.created, capture.num_views
+    if num_views % created.views_per_group:
+        raise StoreMismatch(
+            f"{place}: stores views in groups of {created.views_per_group}, which does not divide the recipe's "
+            f"{num_views}. Use a multiple: --set views.count=..."
+        )
+    manifest = current_manifest(place)
+    stored = manifest.views if manifest else {}
+    parts = parts_of(created, capture.additions)
+    for part, count in stored.items():
+        same_targets = parts[part].targets == parts[capture.own_parts[0]].targets
+        if same_targets and part not in capture.own_parts and num_views > count:
+            raise StoreMismatch(
+                f"{place}: holds decisions {', '.join(parts[part].decisions)} of {count} views, and the recipe, which "
+                f"has {num_views} views, does not have them. Add them to capture.decisions."
+            )
+    most = max((count for part, count in stored.items() if part in capture.own_parts), default=0)
+    lacking = [part for part in capture.own_parts if stored.get(part, 0) < most]
+    if lacking and num_views < most:
+        raise StoreMismatch(
+            f"{place}: holds {most} views, the recipe adds {', '.join(lacking)} for {num_views} only. Add for all: "
+            f"--set views.count={most}"
+        )
+
+
+def store_of(capture: Capture, targets: str, identity: StoreIdentity, contents: Mapping[str, bytes]) -> Store:
+    """The store as far as these ledger entries reach."""
+    entries = {name: stored_object(content).sha256 for name, content in contents.items()}
+    identity = identity.model_copy(update={"views": with_count(identity.views, capture.num_views)})
+    return Store(capture.place, capture.created, capture.additions, targets, identity, entries, digest="")
+
+
+def announce(
+    place: Place, wanted: StoreIdentity, recipe: Recipe, add: bool
+) -> tuple[StoreIdentity, list[Addition], list[str]]:
+    """Create the store, or find what of the recipe it lacks: identity, all additions, and the parts of this run."""
+    if place.size("store.json") is None:
+        return create_or_resume(place, wanted), [], [""]
+    _, existing = read_identity(place)
+    manifest = current_manifest(place)
+    if manifest and manifest.held:
+        raise StoreMismatch(
+            f"{place}: is a partial copy ({manifest.held.model_dump(mode='json')}), which cannot be added to. Pull all "
+            "of the store, or capture into another --store."
+        )
+    additions = [
+        read_addition(place, name.removeprefix("additions/").removesuffix(".json"))
+        for name in sorted(place.sizes("additions"))
+        if name.endswith(".json")
+    ]
+    same_teacher = (existing.teacher.weights_sha256, existing.codec) == (wanted.teacher.weights_sha256, wanted.codec)
+    if same_teacher or not add:
+        name, targets, first_decisions = "", "", existing.decisions
+        first = {"name": existing.name, "decisions": _only(wanted.decisions, existing.decisions)}
+        own_parts = [""]
+    else:
+        name = targets = recipe.name
+        known = next((one for one in additions if one.name == name), None)
+        first_decisions = known.decisions if known else wanted.decisions
+        first = {field: getattr(existing, field) for field in ("name", "teacher", "codec", "decisions")}
+        own_parts = [name]
+    created = create_or_resume(place, wanted.model_copy(update=first))
+    if name:
+        decisions = _only(wanted.decisions, first_decisions)
+        one = Addition(name=name, extends=None, teacher=wanted.teacher, codec=wanted.codec, decisions=decisions)
+        additions = _with(additions, create_addition(place, created, one))
+    more = {tap: about for tap, about in wanted.decisions.items() if tap not in first_decisions}
+    for one in [one for one in additions if one.extends == targets]:
+        if taken := {tap: more.pop(tap) for tap in one.decisions if tap in more}:
+            create_addition(place, created, one.model_copy(update={"decisions": {**one.decisions, **taken}}))
+            own_parts.append(one.name)
+    if more:
+        tap_name = "-".join([*([targets] if targets else []), *more])[:100]
+        about = {"teacher": wanted.teacher, "codec": wanted.codec, "decisions": more}
+        one = create_addition(place, created, Addition(name=tap_name, extends=targets, **about))
+        additions = _with(additions, one)
+        own_parts.append(one.name)
+    return created, additions, own_parts
+
+
+def _only(decisions: Mapping[str, DecisionsIdentity], names: Iterable[str]) -> dict[str, DecisionsIdentity]:
+    return {name: about for name, about in decisions.items() if name in names}
+
+
+def _with(additions: list[Addition], one: Addition) -> list[Addition]:
+    return [*(other for other in additions if other.name != one.name), one]
+
+
+def identify(
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Path],
+    loader: BlockLoader,
+    teacher: Teacher,
+    place: Place,
+    device: torch.device,
+) -> StoreIdentity:
+    """Everything the store will be about. The teacher passes its gate here, unless the store says it did."""
+    existing = read_identity(place)[1] if place.size("store.json") is not None else None
+    there: list[StoreIdentity | Addition] = [existing] if existing else []
+    if existing and place.size(f"additions/{recipe.name}.json") is not None:
+        there.append(read_addition(place, recipe.name))
+    known = next((one for one in there if one.teacher.weights_sha256 == teacher.weights_sha256), None)
+    if known:
+        evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
+    else:
+        evaluated_on, measured = gate(teacher, recipe, manifest, roots, device)
+        expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
+        say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
+    codec = known.codec if known else None
+    return describe_capture(recipe, loader, teacher, evaluated_on, measured, existing, codec, device)
+
+
+def describe_capture(
+    recipe: Recipe,
+    loader: BlockLoader,
+    teacher: Teacher,
+    evaluated_on: str,
+    measured_top1: float,
+    existing: StoreIdentity | None,
+    known_codec: AnyCodec | None,
+    device: torch.device,
+) -> StoreIdentity:
+    """The identity of the store that a recipe makes; one that exists already decides how views are grouped.
+
+    Args:
+        known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
+    """
+    first = loader[0]
+    example = plain_images(first, teacher.crop, 0, 8)[0][:1]
+    rows_per_block = max(tar.count for tar in loader.split.tars)
+    return StoreIdentity(
+        schema_version=SCHEMA_VERSION,
+        name=recipe.name,
+        dataset=DatasetIdentity(
+            name=recipe.data.dataset,
+            split=recipe.data.train,
+            fingerprint=dataset_fingerprint(loader.dataset, loader.split),
+            classes=loader.dataset.classes,
+            height=first.images.shape[2] if is_exact(recipe.views) else None,
+            width=first.images.shape[3] if is_exact(recipe.views) else None,
+            tars=loader.split.tars,
+            licence=loader.dataset.licence,
+        ),
+        teacher=TeacherIdentity(
+            name=teacher.name,
+            model=teacher.model,
+            model_args=teacher.model_args,
+            weights_sha256=teacher.weights_sha256,
+            normalisation=teacher.normalisation,
+            crop=teacher.crop,
+            dtype=teacher.dtype,
+            evaluated_on=evaluated_on,
+            measured_top1=measured_top1,
+            licence=teacher.licence,
+        ),
+        views=recipe.views,
+        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, first, device)
+        if isinstance(recipe.capture.codec, AutoCodec)
+        else recipe.capture.codec,
+        decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
+        rows_per_block=rows_per_block,
+        views_per_group=plan_views_per_group(
+            recipe.views,
+            rows_per_block=rows_per_block,
+            num_classes=len(loader.dataset.classes),
+            requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
+        ),
+        versions={"python": platform.python_version()}
+        | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")}
+        | decoder_versions(),
+    )
+
+
+def current_manifest(place: Place) -> StoreManifest | None:
+    """The manifest of an earlier finish, unless there is none that can be read."""
+    try:
+        content = place.read("manifest.json")
+        manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
+    except (FileNotFoundError, StoreCorrupt):
+        return None
+    return manifest if manifest_bytes(manifest) == content else None

@@ -1,0 +1,169 @@
+"""Rate against distortion: what each codec makes of a real teacher's logits, read from a store."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from offline_kd.cache.codec_choice import describe_codec, integer_codecs, pack_logits, transform_codecs
+from offline_kd.cache.fidelity import distortion
+from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
+from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, decode_stored, fit_codec
+from offline_kd.store.klt import Tables
+from offline_kd.store.reader import Store
+from offline_kd.support.console import progress
+from offline_kd.support.errors import StoreMismatch
+
+# One setting of every objective, for how much its loss and gradient change.
+OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "kd": lambda s, t, y: kd(s, t, temperature=4.0),
+    "ttm": lambda s, t, y: ttm(s, t, gamma=0.5),
+    "wttm": lambda s, t, y: wttm(s, t, gamma=0.5),
+    "dtkd": lambda s, t, y: dtkd(s, t, temperature=4.0),
+    "dkd": lambda s, t, y: dkd(s, t, y, alpha=1.0, beta=2.0, temperature=4.0),
+    "dist": lambda s, t, y: dist(s, t, beta=1.0, gamma=1.0, temperature=4.0),
+    "nkd": lambda s, t, y: nkd(s, t, y, gamma=1.5, temperature=1.0),
+}
+
+
+MOST_LEARNED = 16384  # rows
+
+
+@dataclass(frozen=True)
+class CodecResult:
+    """One codec on the same rows as all others."""
+
+    codec: str
+    bytes_per_row: float  # as stored, entropy coding included
+    encode_rows_per_second: float
+    decode_rows_per_second: float  # on the CPU, unpacking included
+    distortion: dict[str, Any]  # as in `Fidelity`
+    change: dict[str, float]  # of the gradient on the student's logits, relative, by objective
+
+
+def candidates(logits: Any) -> list[AnyCodec]:
+    """What is compared: every width of `int`, with and without a top, `klt`, and `topk` as the reference."""
+    num_classes = logits.shape[-1]
+    lists: list[AnyCodec] = [TopK(name="topk", k=k) for k in (5, 10, 16, 50, 100) if k < num_classes]
+    return [Float16(name="f16"), *integer_codecs(num_classes), *transform_codecs(logits), *lists]
+
+
+def bench_codecs(store: Store, num_rows: int, codecs: Sequence[AnyCodec] = ()) -> list[CodecResult]:
+    """Encode whole stored blocks of a store of f32 or f16 with every candidate, or these codecs, and decode them again.
+
+    Raises StoreMismatch when the store's own codec has lost more than rounding.
+    """
+    identity = store.identity
+    if not isinstance(identity.codec, Float32 | Float16):
+        raise StoreMismatch(
+            f"{store.place}: its codec is {identity.codec.model_dump(mode='json')}; codecs are compared on logits that "
+            "were kept whole: capture with codec f32 or f16."
+        )
+    blocks, labels = _read(store, num_rows)
+    # The tables of klt are learned from four fifths of the images; all codecs are measured on the others.
+    learn_from = np.concatenate([block[: len(block) * 4 // 5].reshape(-1, block.shape[-1]) for block in blocks])
+    labels = [one[len(block) * 4 // 5 :].flatten() for one, block in zip(labels, blocks, strict=True)]
+    blocks = [block[len(block) * 4 // 5 :] for block in blocks]
+    z_t = torch.cat([torch.from_numpy(block).flatten(0, 1) for block in blocks])
+    y = torch.cat(labels)
+    # A student that has learned something: the teacher's answers for other rows, half as sure, and noise.
+    noise = torch.randn(z_t.shape, generator=torch.Generator().manual_seed(0))
+    student = 0.5 * z_t.roll(1, dims=0) + 0.5 * z_t + noise
+    true = {name: _gradient(loss, student, z_t, y) for name, loss in OBJECTIVES.items()}
+    results = []
+    chosen = codecs or candidates(learn_from)
+    with progress("codecs", len(chosen), "codecs") as meter:
+        for codec in chosen:
+            results.append(
+                _measure(store, codec, blocks, fit_codec(codec, learn_from[:MOST_LEARNED]), z_t, student, y, true)
+            )
+            meter.advance()
+    return results
+
+
+def _read(store: Store, num_rows: int) -> tuple[list[Any], list[Tensor]]:
+    """Logits `[rows, views, C]` of whole blocks and view groups until there are enough rows, and labels of all rows."""
+    blocks, labels, rows = [], [], 0
+    for block in store.blocks:
+        for group in range(len(store.identity.groups)):
+            arrays = store.read(block, group, ["label", "logits/values"])
+            logits = arrays["logits/values"].astype(np.float32)
+            blocks.append(logits)
+            label = torch.from_numpy(arrays["label"].astype(np.int64))
+            labels.append(label[:, None].expand(-1, logits.shape[1]))
+            rows += logits.shape[0] * logits.shape[1]
+            if rows >= num_rows:
+                return blocks, labels
+    return blocks, labels
+
+
+def _gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    leaf = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(leaf, teacher, y), leaf)
+    return gradient
+
+
+def _measure(
+    store: Store,
+    codec: AnyCodec,
+    blocks: list[Any],
+    tables: Tables,
+    z_t: Tensor,
+    student: Tensor,
+    y: Tensor,
+    true: dict[str, Tensor],
+) -> CodecResult:
+    stored, decoded, encoding, decoding = 0, [], 0.0, 0.0
+    for logits in blocks:
+        started = time.perf_counter()
+        objects = pack_logits(codec, logits, tables)
+        encoding += time.perf_counter() - started
+        stored += sum(len(content) for _, content in objects.values())
+        started = time.perf_counter()
+        unpacked = {name: decode_chunk(spec, content, name) for name, (spec, content) in objects.items()}
+        decoded.append(decode_stored(codec, unpacked, tables, store.identity.num_classes).flatten(0, 1))
+        decoding += time.perf_counter() - started
+    z = torch.cat(decoded)
+    change = {
+        name: ((_gradient(OBJECTIVES[name], student, z, y) - gradient).norm() / gradient.norm()).item()
+        for name, gradient in true.items()
+    }
+    return CodecResult(
+        codec=describe_codec(codec),
+        bytes_per_row=stored / len(z),
+        encode_rows_per_second=len(z) / encoding,
+        decode_rows_per_second=len(z) / decoding,
+        distortion=distortion(z_t, z),
+        change=change,
+    )
+
+
+def write_plot(results: Sequence[CodecResult], file: Path, title: str) -> None:
+    """Total variation at T = 1 and 4 against bytes per row, one line per family, as SVG or PNG by the file's name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    families: dict[str, list[CodecResult]] = {}
+    for one in results:
+        family = "topk" if one.codec.startswith("topk") else "int + top 8" if "+ top" in one.codec else one.codec[:3]
+        families.setdefault(family, []).append(one)
+    for axes, t in zip(figure.subplots(1, 2), ("1", "4"), strict=True):
+        for family, members in families.items():
+            members = sorted(members, key=lambda one: one.bytes_per_row)
+            values = [max(one.distortion["total_variation"][t], 1e-6) for one in members]
+            axes.plot([one.bytes_per_row for one in members], values, "o-", label=family)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("bytes per row")
+        axes.set_ylabel(f"total variation at T = {t}")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.suptitle(title)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file)

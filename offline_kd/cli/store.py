@@ -1,0 +1,350 @@
+"""`offline-kd store ...`: look at teacher stores, prove them, share them."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offline_kd.cache.estimate import plan
+from offline_kd.cache.fidelity import measure_fidelity
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cache.teacher import load_teacher
+from offline_kd.cli.options import common_options, read_inputs, recipe_options
+from offline_kd.data.blocks import ImageBlock, load_block
+from offline_kd.data.manifest import Manifest, data_roots, load_manifest, locate
+from offline_kd.store.card import served_terms
+from offline_kd.store.opening import group_digests, open_store
+from offline_kd.store.places import Place, place_at
+from offline_kd.store.reader import Store
+from offline_kd.store.sample_page import write_inspect_page
+from offline_kd.store.sync import KINDS, copy_store, describe
+from offline_kd.store.verification import Verification, faults_as_json, take_back, verify
+from offline_kd.support.console import printable, say, show_table
+from offline_kd.support.errors import RecipeError, StoreMismatch
+from offline_kd.views.specs import is_exact
+
+
+@click.group("store")
+def store_group() -> None:
+    """Look at teacher stores, prove them, share them. STORE is a folder, a URL or a name in the manifest.
+
+    \b
+    offline-kd store info runs/digits/store
+    """
+
+
+def open_named(reference: str, manifest_path: Path) -> Store:
+    """A store by folder, URL or manifest name, with `#TARGETS` and `@sha256:DIGEST` or not."""
+    known = load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
+    where = known.store(reference)
+    return open_store(where.location, targets=where.targets, digest=where.digest)
+
+
+def place_named(reference: str, manifest_path: Path) -> Place:
+    known = load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
+    return place_at(known.store(reference).location)
+
+
+@store_group.command("info")
+@click.argument("reference", metavar="STORE")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@common_options
+def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+    """What a store holds, from whom, how faithfully, and which objectives it serves.
+
+    \b
+    offline-kd store info runs/digits/store
+    offline-kd store info s3://team/stores/cifar10 --json
+    """
+    store = open_named(reference, manifest_path)
+    identity, manifest = store.identity, store.manifest
+    assert manifest is not None
+    fidelity = manifest.fidelity.get(store.targets)
+    facts = {
+        "digest": f"sha256:{store.digest}",
+        "holds": describe(manifest.held),
+        "blocks": len(store.blocks),
+        "rows": sum(identity.dataset.tars[block].count for block in store.blocks) * identity.views.num_views,
+        "views": identity.views.model_dump(mode="json") | {"stored": identity.views.num_views},
+        "group digests": group_digests(store),
+        "bytes": manifest.total_bytes,
+        "bytes by array": manifest.bytes_by_array,
+        "codecs": {"logits": identity.codec.model_dump(mode="json")},
+        "teacher": identity.teacher.model_dump(mode="json"),
+        "other teachers": [one.name for one in store.additions if one.extends is None],
+        "dataset": identity.dataset.model_dump(mode="json", exclude={"tars", "classes"})
+        | {"samples": sum(tar.count for tar in identity.dataset.tars), "classes": len(identity.dataset.classes)},
+        "licences": {"dataset": identity.dataset.licence, "teacher": identity.teacher.licence},
+        "left out": manifest.left_out,
+        "serves": served_terms(store),
+        "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
+        "schema version": manifest.schema_version,
+        "versions": identity.versions,
+    }
+    if as_json:
+        click.echo(json.dumps(facts, indent=2))
+        return
+    rows = []
+    for name, value in facts.items():
+        if name == "group digests":
+            continue  # as many as there are groups: for programs
+        parts = value.items() if isinstance(value, dict) else [("", value)]
+        rows += [
+            [f"{name} {part}".strip(), ", ".join(map(str, text)) if isinstance(text, list) else f"{text}"]
+            for part, text in parts
+        ]
+    show_table(reference, ["", "value"], rows)
+
+
+@store_group.command("verify")
+@click.argument("reference", metavar="STORE")
+@click.option("--quick", is_flag=True, help="Ledger, presence and sizes only; nothing large is read.")
+@click.option("--dataset", "with_dataset", is_flag=True, help="Compare keys, images and labels with the dataset too.")
+@click.option("--teacher", "rows", type=click.IntRange(min=1), help="Ask the teacher of --recipe again about N rows.")
+@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="Names the teacher for --teacher.")
+@click.option("--device", default="auto", show_default=True, help="For --teacher.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@common_options
+def verify_command(
+    reference: str,
+    quick: bool,
+    with_dataset: bool,
+    rows: int | None,
+    recipe_path: Path | None,
+    device: str,
+    as_json: bool,
+    manifest_path: Path,
+    data_root: tuple[Path, ...],
+) -> None:
+    """Prove a store: every file is read, hashed, unpacked and looked at. Exit 1 and a list of places on any fault.
+
+    \b
+    offline-kd store verify runs/digits/store
+    offline-kd store verify s3://team/stores/cifar10 --quick
+    offline-kd store verify stores/cifar10 --teacher 1000 --recipe pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    """
+    place = place_named(reference, manifest_path)
+    images = None
+    if with_dataset:
+        store, manifest = open_named(reference, manifest_path), load_manifest(manifest_path)
+        images = images_of(store, manifest, data_roots(data_root))
+    result = verify(place, quick=quick, images=images)
+    show_faults(result, reference, as_json)
+    if result.faults:
+        sys.exit(1)
+    open_named(reference, manifest_path)  # with the digest that was asked for
+    if rows is None:
+        return
+    if recipe_path is None:
+        raise RecipeError("--teacher needs --recipe, which names the teacher.")
+    recipe, manifest, roots, on = read_inputs(recipe_path, (), manifest_path, data_root, device)
+    store = open_named(reference, manifest_path)
+    teacher = load_teacher(recipe, manifest, roots, store.identity.num_classes, on)
+    if teacher.weights_sha256 != store.identity.teacher.weights_sha256:
+        raise StoreMismatch(
+            f"{reference}: was made by weights {store.identity.teacher.weights_sha256}, the recipe's teacher has "
+            f"{teacher.weights_sha256}. Name the right recipe, or other targets of the store: STORE#TARGETS."
+        )
+    assert store.manifest is not None
+    held, before = store.manifest.held, store.manifest.fidelity.get(store.targets)
+    if held and not held.has("logits/"):
+        raise StoreMismatch(f"{reference}: holds {describe(held)}: there are no logits to ask the teacher about.")
+    if held and not held.has("decisions/"):
+        store = replace(store, identity=store.identity.model_copy(update={"decisions": {}}))
+    found = measure_fidelity(store, images_of(store, manifest, roots), teacher, rows, on).model_dump(mode="json")
+    known = before.model_dump(mode="json") if before else {}
+    table = [[name, f"{value}", f"{known.get(name, '')}"] for name, value in found.items()]
+    show_table(f"{reference}: the teacher, asked again", ["field", "now", "when finished"], table)
+
+
+def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callable[[int], ImageBlock]:
+    """The images of each block of a store: those tars that it was made from, whatever a recipe says."""
+    about = store.identity.dataset
+    folder = manifest.dataset(about.name).folder
+
+    def images(block: int) -> ImageBlock:
+        tar = about.tars[block]
+        return load_block(
+            locate(f"{folder}/{tar.file}", roots),
+            tar,
+            store.identity.num_classes,
+            decode=is_exact(store.identity.views),
+            on_bad="skip" if store.entry("", block, 0).left_out else "fail",
+        )
+
+    return images
+
+
+def show_faults(result: Verification, reference: str, as_json: bool) -> None:
+    if as_json:
+        click.echo(faults_as_json(result))
+        return
+    for fault in result.faults:
+        click.echo(printable(f"{fault.file}: {fault.problem}"))
+    found = f"{len(result.faults)} FAULTS" if result.faults else "no fault"
+    say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
+
+
+@store_group.command("repair")
+@click.argument("reference", metavar="STORE")
+@recipe_options
+@click.option("--remove-extra", is_flag=True, help="Delete files that do not belong to the store, too.")
+def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inputs: Any) -> None:
+    """Find what is wrong with STORE and do exactly those blocks again, with the teacher of RECIPE.
+
+    Without the teacher, `store pull` over a damaged copy fetches what is wrong from another one.
+
+    \b
+    offline-kd store repair runs/digits/store runs/digits/recipe.yaml
+    """
+    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
+    place = place_at(manifest.store(reference).location)
+    for _ in range(3):  # a damaged manifest hides what else is damaged
+        result = verify(place)
+        faults = [fault for fault in result.faults if remove_extra or not fault.is_extra]
+        if not faults:
+            break
+        show_faults(result, reference, as_json=False)
+        redone = take_back(place, faults, remove_extra)
+        say(f"{reference}: doing {len(redone)} blocks again")
+        is_addition = place.size(f"additions/{recipe.name}.json") is not None
+        cache_teacher(recipe, manifest, roots, place, device, add=is_addition)
+    result = verify(place)
+    show_faults(result, reference, as_json=False)
+    if any(not fault.is_extra for fault in result.faults):
+        sys.exit(1)
+    say(f"{reference}: sha256:{open_store(place).digest}")
+
+
+@store_group.command("plan")
+@recipe_options
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def plan_command(recipe_path: Path, as_json: bool, **inputs: Any) -> None:
+    """What capturing RECIPE would cost, from a warm-up of some seconds, and from how many students on it pays.
+
+    \b
+    offline-kd store plan pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    """
+    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
+    found = plan(recipe, manifest, roots, device)
+    if as_json:
+        click.echo(json.dumps(asdict(found) | {"total_bytes": sum(found.bytes.values())}, indent=2))
+        return
+    total = sum(found.bytes.values())
+    table = [
+        ["rows", f"{found.rows:,}"],
+        ["bytes", f"{total:,} ({total / found.rows:.1f} per row)"],
+        *[[f"  {kind}", f"{size:,}"] for kind, size in found.bytes.items()],
+        ["objects", f"{found.objects:,}"],
+        ["images through the teacher", f"{found.teacher_passes:,}"],
+        [
+            "time of a view, teacher alone / whole stage 1",
+            f"{1e3 * found.teacher_seconds_per_view:.3f} / {1e3 * found.seconds_per_view:.3f} ms",
+        ],
+        ["time of the capture", duration(found.capture_seconds)],
+        ["what a live teacher would add to one student", duration(found.student_teacher_seconds)],
+        ["students from which on the store pays", f"{found.break_even_students:,}"],
+    ]
+    show_table(f"{recipe.name} on {device}", ["", "estimate"], table)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def copy_options(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(
+        [
+            click.argument("source", metavar="FROM"),
+            click.argument("target", metavar="TO"),
+            click.option("--blocks", metavar="A:B", help="Take blocks A to B - 1 only."),
+            click.option("--views", metavar="0:N", help="Take the first N views only."),
+            click.option("--only", type=click.Choice(KINDS), multiple=True, help="Take these kinds of targets only."),
+        ]
+    ):
+        command = option(command)
+    return common_options(command)
+
+
+@store_group.command("push")
+@copy_options
+def push_command(**options: Any) -> None:
+    """Copy a store to where the team can reach it. Interrupted, the same command goes on.
+
+    \b
+    offline-kd store push runs/digits/store s3://team/stores/digits
+    """
+    copy_command(**options)
+
+
+@store_group.command("pull")
+@copy_options
+def pull_command(**options: Any) -> None:
+    """Copy a store, or a part of it, from where the team keeps it. Over a damaged copy, it repairs that.
+
+    \b
+    offline-kd store pull s3://team/stores/digits stores/digits
+    offline-kd store pull https://example.org/stores/digits stores/digits --views 0:5 --only logits
+    """
+    copy_command(**options)
+
+
+def copy_command(
+    source: str,
+    target: str,
+    blocks: str | None,
+    views: str | None,
+    only: tuple[str, ...],
+    manifest_path: Path,
+    data_root: tuple[Path, ...],
+) -> None:
+    known = load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
+    where = known.store(source)
+    some_views = from_to("--views", views)
+    if some_views is not None and some_views.start:
+        raise RecipeError(f"--views {views}: a copy has the first views, write 0:N.")
+    copied = copy_store(
+        where.location,
+        target,
+        blocks=from_to("--blocks", blocks),
+        views=some_views.stop if some_views else None,
+        only=only or None,
+        digest=where.digest,
+    )
+    say(
+        f"{target}: {describe(copied.held)}, sha256:{copied.digest}; {copied.files:,} files, {copied.bytes:,} bytes, "
+        f"{copied.already_there:,} of them were there already"
+    )
+
+
+def from_to(option: str, text: str | None) -> range | None:
+    if text is None:
+        return None
+    parts = re.fullmatch(r"(\d+):(\d+)", text)
+    if parts is None or not int(parts[1]) < int(parts[2]):
+        raise RecipeError(f"{option} {text}: write A:B with A < B, such as 0:10.")
+    return range(int(parts[1]), int(parts[2]))
+
+
+@store_group.command("inspect")
+@click.argument("reference", metavar="STORE")
+@click.option("--key", required=True, help="Key of the sample.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write.")
+@common_options
+def inspect_command(reference: str, key: str, out: Path, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+    """A page about one sample: its views, the teacher's five likeliest classes, the template map over the image.
+
+    \b
+    offline-kd store inspect runs/digits/store --key 0042 --data-root runs/digits/data --out 0042.html
+    """
+    store = open_named(reference, manifest_path)
+    folder = load_manifest(manifest_path).dataset(store.identity.dataset.name).folder
+    write_inspect_page(store, key, folder, data_roots(data_root), out)
+    say(f"{out} written")

@@ -1,0 +1,62 @@
+"""Is a local copy of a dataset what its manifest says?"""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from offline_kd.data.decoding import UNDECODABLE, decode_image
+from offline_kd.data.manifest import Dataset, Split, Tar, locate
+from offline_kd.data.tars import read_tar
+from offline_kd.support.errors import DataError
+from offline_kd.support.strict import fingerprint
+
+
+def dataset_fingerprint(dataset: Dataset, split: Split) -> str:
+    """sha256 over what defines a split: class names in order, and count and sha256 of every tar in order."""
+    return fingerprint([dataset.classes, [[tar.count, tar.sha256] for tar in split.tars]])
+
+
+# ---- proving a copy ------------------------------------------------------------------------------------------------
+
+
+def check_dataset(
+    dataset: Dataset, roots: Sequence[Path], progress: Callable[[Iterable[Tar]], Iterable[Tar]]
+) -> dict[str, int]:
+    """Prove a local copy: sha256, count, keys, labels and decodability of every tar. Returns samples per split.
+
+    Raises DataError naming the first difference: file, sample and both values.
+    """
+    counts: dict[str, int] = {}
+    first_use: dict[str, str] = {}
+    for split_name, split in dataset.splits.items():
+        per_class = np.zeros(len(dataset.classes), dtype=np.int64)
+        for tar in progress(split.tars):
+            path = locate(f"{dataset.folder}/{tar.file}", roots)
+            samples, _ = read_tar(path, expected=tar)
+            for sample in samples:
+                where = f"{path}: sample '{sample.key}'"
+                if sample.label >= len(dataset.classes):
+                    raise DataError(
+                        f"{where}: label {sample.label}, the manifest names {len(dataset.classes)} classes. "
+                        "Correct `classes` in the manifest, or pack the dataset again."
+                    )
+                use = f"{split_name}/{sample.key}"
+                if use in first_use:
+                    raise DataError(
+                        f"{where}: its key was used before, in {first_use[use]}. Keys of a split must be unique: "
+                        "pack the dataset again."
+                    )
+                first_use[use] = tar.file
+                try:
+                    decode_image(sample.encoded)
+                except UNDECODABLE as error:
+                    raise DataError(f"{where}: cannot be decoded ({error}). Repair or remove it.") from error
+                per_class[sample.label] += 1
+        for index in np.flatnonzero(per_class == 0):
+            raise DataError(
+                f"split '{split_name}': no sample of class {index} ('{dataset.classes[index]}') in "
+                f"{split.count} samples. Correct `classes` in the manifest, or pack the dataset again."
+            )
+        counts[split_name] = int(per_class.sum())
+    return counts

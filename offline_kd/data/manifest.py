@@ -1,0 +1,190 @@
+"""`data_manifest.yaml`: the datasets and teachers that recipes may name, and what proves a local copy of them.
+
+A file is named relative to a data root. The roots are, in this order: those given explicitly (`--data-root`, or
+`data.root` of a recipe), the folders of the environment variable `OFFLINE_KD_DATA` (separated as in PATH), `./data`.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean
+from offline_kd.support.files import file_sha256
+from offline_kd.support.strict import Sha256, Strict, parse, read_yaml
+
+MANIFEST_NAME = "data_manifest.yaml"
+
+
+class Tar(Strict):
+    """One image tar. `sha256` may be missing where only the owner of a copy can know it (official CIFAR-100)."""
+
+    file: str
+    count: int = Field(gt=0)
+    sha256: Sha256 | None = None
+
+
+class Split(Strict):
+    tars: list[Tar] = Field(min_length=1)
+
+    @property
+    def count(self) -> int:
+        return sum(tar.count for tar in self.tars)
+
+    def only(self, numbers: Sequence[int] | None) -> "Split":
+        """The split of the tars with these numbers; all of them for None."""
+        for number in numbers or ():
+            if not 0 <= number < len(self.tars):
+                raise RecipeError(f"data.tars: there is no tar {number}, the split has {len(self.tars)} (0..).")
+        return self if numbers is None else Split(tars=[self.tars[number] for number in numbers])
+
+
+class Dataset(Strict):
+    """Images in WebDataset tars: members `KEY.(png|jpg|webp)` and `KEY.cls`, the class index in ASCII."""
+
+    folder: str
+    classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
+    splits: dict[str, Split]
+    source: str = ""
+    licence: str = ""
+
+
+class Normalisation(Strict):
+    """What a network expects of `[3, H, W]` pixels in 0..1: `(pixels - mean) / std` per channel."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class EvaluationCrop(Strict):
+    """An image of any size as a network takes it: the short side to `resize`, the middle `size` x `size` cut out."""
+
+    size: int = Field(ge=1, le=4096)
+    resize: int = Field(ge=1, le=8192)
+    interpolation: Interpolation = "bilinear"
+
+
+class Weights(Strict):
+    file: str
+    sha256: Sha256
+
+
+class ExpectedAccuracy(Strict):
+    """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
+
+    dataset: str
+    split: str
+    top1: float = Field(ge=0, le=100)
+    tolerance: float = Field(gt=0, description="percentage points")
+
+
+class Teacher(Strict):
+    model: str
+    model_args: dict[str, int | float | str | bool] = Field({})
+    weights: Weights
+    normalisation: Normalisation
+    crop: EvaluationCrop | None = Field(None, description="by default what timm knows of the model")
+    expected: ExpectedAccuracy | None = None
+    source: str = ""
+    licence: str = ""
+
+
+class SharedStore(Strict):
+    """A teacher store of the team: a folder or URL, and what it must be."""
+
+    location: str
+    digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class StoreReference:
+    """Where a store is, whose targets of it are meant ('': the first teacher's), and its sha256 if that was said."""
+
+    location: str
+    targets: str
+    digest: str | None
+
+
+class Manifest(Strict):
+    manifest_version: int = Field(1, ge=1, le=1)
+    datasets: dict[str, Dataset] = Field({})
+    teachers: dict[str, Teacher] = Field({})
+    files: dict[str, Weights] = Field({}, description="other weights that a team shares")
+    stores: dict[str, SharedStore] = Field({}, description="teacher stores that a team shares")
+
+    def weights(self, name: str) -> Weights | None:
+        """The weights file of that name, a teacher's or another."""
+        return self.teachers[name].weights if name in self.teachers else self.files.get(name)
+
+    def store(self, reference: str) -> StoreReference:
+        """What `NAME`, a folder or a URL, with `#TARGETS` and `@sha256:DIGEST` behind it or not, refers to."""
+        address, pinned, digest = reference.partition("@sha256:")
+        address, _, targets = address.partition("#")
+        if pinned and not re.fullmatch("[0-9a-f]{64}", digest):
+            raise RecipeError(f"store '{reference}': '{digest[:80]}' is no sha256. See `offline-kd store info`.")
+        known = self.stores.get(address)
+        if known is None:
+            return StoreReference(address, targets, digest or None)
+        if digest not in ("", known.digest.removeprefix("sha256:")):
+            raise RecipeError(
+                f"store '{address}': the recipe wants sha256:{digest}, the manifest says {known.digest}. Correct one."
+            )
+        return StoreReference(known.location, targets, known.digest.removeprefix("sha256:"))
+
+    def dataset(self, name: str) -> Dataset:
+        if name not in self.datasets:
+            raise RecipeError(f"no dataset '{name}' in the manifest.{did_you_mean(name, self.datasets)}")
+        return self.datasets[name]
+
+    def split(self, dataset: str, split: str) -> Split:
+        splits = self.dataset(dataset).splits
+        if split not in splits:
+            raise RecipeError(f"dataset '{dataset}' has no split '{split}'.{did_you_mean(split, splits)}")
+        return splits[split]
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read and check a manifest; raises RecipeError naming the field that is wrong."""
+    if not path.is_file():
+        raise RecipeError(
+            f"{path}: no such manifest. Run in the folder that holds {MANIFEST_NAME}, or pass --manifest FILE."
+        )
+    return parse(Manifest, read_yaml(path), where=str(path))
+
+
+def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:
+    """Folders in which the manifest's files are looked for, most specific first."""
+    from_environment = [part for part in os.environ.get("OFFLINE_KD_DATA", "").split(os.pathsep) if part]
+    return [Path(root) for root in (*explicit, *from_environment, "data")]
+
+
+def locate(file: str, roots: Sequence[Path]) -> Path:
+    """The first existing `root / file`; raises DataError listing where it was looked for."""
+    if Path(file).is_absolute() or ".." in Path(file).parts:
+        raise DataError(f"{file}: a manifest names files inside the data root, never absolute or through '..'")
+    for root in roots:
+        if (root / file).is_file():
+            return root / file
+    raise DataError(
+        f"{file}: not found in {', '.join(str(root) for root in roots)}. "
+        "Set OFFLINE_KD_DATA or pass --data-root, or make it with `offline-kd data pack`."
+    )
+
+
+def locate_weights(weights: Weights, roots: Sequence[Path]) -> Path:
+    """Path of a weights file whose sha256 was just found to be the manifest's."""
+    path = locate(weights.file, roots)
+    found = file_sha256(path)
+    if found != weights.sha256:
+        raise ModelError(
+            f"{path}: sha256 is {found}, the manifest says {weights.sha256}. "
+            "These are other weights, or a damaged copy: fetch the file again, or correct the manifest."
+        )
+    return path

@@ -1,0 +1,142 @@
+"""Image tars: their samples, read and checked."""
+
+import hashlib
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from webdataset import tariterators
+
+from offline_kd.data.manifest import Tar
+from offline_kd.support.errors import DataError
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+KEY_PATTERN = re.compile(r"[0-9A-Za-z_\-]+(/[0-9A-Za-z_\-]+)*")
+
+
+@dataclass(frozen=True)
+class Sample:
+    key: str
+    label: int
+    encoded: bytes
+    extension: str
+
+
+def hash_key(key: str) -> int:
+    """The 64-bit name of a sample in stores: blake2b of its key. Never 2**64 - 1, which marks an empty row."""
+    value = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+    return min(value, 2**64 - 2)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def read_tar(path: Path, *, expected: Tar | None = None, prove: bool = True) -> tuple[list[Sample], str]:
+    """Read all samples of a tar, in order, with the file's sha256; without `prove`, the one that is expected of it.
+
+    Raises DataError when the file is damaged or truncated, when a key is used twice, is not legal or lacks its image
+    or its label, and when sha256 or count are not the `expected` ones.
+    """
+    content = path.read_bytes()
+    known = expected.sha256 if expected else None
+    sha256 = known if known and not prove else hashlib.sha256(content).hexdigest()
+    if expected is not None and expected.sha256 not in (None, sha256):
+        problem = _why_unreadable(content)
+        raise DataError(
+            f"{path}: sha256 is {sha256}, the manifest says {expected.sha256}{problem and f'; {problem}'}. "
+            "The file was changed or damaged: fetch or pack it again, or correct the manifest."
+        )
+    samples: list[Sample] = []
+    seen: dict[str, int] = {}
+    try:
+        for member in _members(content):
+            sample = _parse_sample(path, member)
+            if sample.key in seen:
+                raise DataError(
+                    f"{path}: key '{sample.key}' is used twice, by samples {seen[sample.key]} and {len(samples)}. "
+                    "Keys must be unique: pack the dataset again."
+                )
+            seen[sample.key] = len(samples)
+            samples.append(sample)
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path}: damaged or truncated after {len(samples)} samples "
+            f"({len(content):,} bytes; {error}). Fetch or pack the file again."
+        ) from error
+    except ValueError as error:  # webdataset: a member name that comes twice inside one sample
+        raise DataError(f"{path}: after {len(samples)} samples: {error.args[0]}. Pack the dataset again.") from error
+    if expected is not None and expected.count != len(samples):
+        raise DataError(
+            f"{path}: holds {len(samples)} samples, the manifest says {expected.count}. "
+            "The file may be cut: fetch or pack it again, or correct the manifest."
+        )
+    return samples, sha256
+
+
+def _members(content: bytes) -> Iterator[dict[str, object]]:
+    files = _plain_files(content) or tariterators.tar_file_iterator(io.BytesIO(content), skip_meta=None)
+    return tariterators.group_by_keys({**file, "__url__": ""} for file in files)
+
+
+def _plain_files(content: bytes) -> list[dict[str, object]] | None:
+    """The files of an uncompressed tar of plain members, which nearly all are; None where tarfile has to look closer.
+
+    tarfile spends most of the time that reading takes on turning headers into objects.
+    """
+    files: list[dict[str, object]] = []
+    offsets, sums, at = [], [], 0
+    try:
+        while content[at : at + 512].strip(b"\0"):
+            header = content[at : at + 512]
+            size = int(header[124:136].rstrip(b" \0"), 8)
+            if header[156:157] not in (b"0", b"\0") or at + 512 + size > len(content):
+                return None
+            name = header[:100].rstrip(b"\0")
+            if header[257:263] == b"ustar\0" and (prefix := header[345:500].rstrip(b"\0")):
+                name = prefix + b"/" + name
+            files.append({"fname": name.decode(), "data": content[at + 512 : at + 512 + size]})
+            offsets.append(at)
+            sums.append(int(header[148:156].rstrip(b" \0"), 8))
+            at += 512 + -(-size // 512) * 512
+    except ValueError:
+        return None
+    if len(content) < at + 512:
+        return None  # cut
+    headers = np.frombuffer(content, dtype=np.uint8)[np.array(offsets, dtype=np.int64)[:, None] + np.arange(512)]
+    headers[:, 148:156] = ord(" ")
+    return files if np.array_equal(headers.sum(axis=1, dtype=np.int64), sums) else None
+
+
+def _why_unreadable(content: bytes) -> str:
+    try:
+        for _ in _members(content):
+            pass
+    except Exception as error:
+        return f"reading it fails with: {error.args[0] if error.args else error}"
+    return ""
+
+
+def _parse_sample(path: Path, member: dict[str, object]) -> Sample:
+    key = str(member["__key__"])
+    fields = {name: value for name, value in member.items() if not name.startswith("__")}
+    images = [name for name in fields if name in IMAGE_EXTENSIONS]
+    where = f"{path}: sample '{key}'"
+    if not KEY_PATTERN.fullmatch(key):
+        raise DataError(f"{where}: keys may hold letters, digits, '_', '-' and '/' only. Pack the dataset again.")
+    if len(images) != 1 or "cls" not in fields:
+        raise DataError(
+            f"{where}: expected one image ({', '.join(IMAGE_EXTENSIONS)}) and one .cls, found "
+            f"{', '.join('.' + name for name in fields)}. A key ends at the first dot of the file name; "
+            "both members of a sample must stand together."
+        )
+    encoded, text = fields[images[0]], fields["cls"]
+    assert isinstance(encoded, bytes)
+    assert isinstance(text, bytes)
+    if not text.strip().isdigit():
+        raise DataError(f"{where}: the label is {text[:40]!r}, not a class index. Pack the dataset again.")
+    return Sample(key, int(text), encoded, images[0])

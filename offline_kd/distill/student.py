@@ -1,0 +1,54 @@
+"""The network that learns: built by name, with the KD layers that an objective's terms put into it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from offline_kd.data.blocks import BlockLoader
+from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
+from offline_kd.models.networks import build, normalise
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.support.errors import RecipeError
+from offline_kd.views.specs import NoAugmentation, PadCropFlip
+
+
+@dataclass(frozen=True)
+class Student:
+    network: nn.Module
+    kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
+
+
+def new_student(
+    recipe: Recipe, loader: BlockLoader, seed: int, device: torch.device, terms: Sequence[AnyTerm] = ()
+) -> Student:
+    """The student of a recipe, freshly initialised, with the KD layers that `terms` put into it.
+
+    Raises ModelError for a KD layer behind a module that gives no map, RecipeError for one behind the same module as
+    another.
+    """
+    num_classes = len(loader.dataset.classes)
+    torch.manual_seed(seed)
+    network = build(recipe.student.model, num_classes, recipe.student.model_args).to(device)
+    wanted = kd_layer_terms(terms)
+    if not wanted:
+        return Student(network, {})
+    if isinstance(recipe.views, NoAugmentation | PadCropFlip):
+        images = loader[0].images[:1]
+    else:
+        images = torch.zeros((1, 3, recipe.views.size, recipe.views.size), dtype=torch.uint8)
+    example = normalise(images.to(device), recipe.data.normalisation)
+    places = {term.after: find_map(network, term.after, example) for term in wanted}
+    if len(set(places.values())) < len(wanted):
+        raise RecipeError(
+            f"recipe '{recipe.name}': two KD layers behind one module: {[term.after for term in wanted]}."
+        )
+    layers: dict[str, WithKDLayer] = {}
+    # A layer behind a module changes the names of the modules inside it: the innermost come first.
+    for term in sorted(wanted, key=lambda term: places[term.after].count("."), reverse=True):
+        num_templates = recipe.decisions_of(term).num_templates(num_classes)
+        layers[term.after], _ = insert_kd_layer(
+            network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
+        )
+    return Student(network, layers)

@@ -1,0 +1,73 @@
+"""How good a classifier is on a dataset split."""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.manifest import EvaluationCrop
+from offline_kd.support.console import progress
+from offline_kd.support.errors import ModelError
+from offline_kd.views.render import plain_images
+
+ECE_BINS = 15
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    samples: int
+    top1: float  # percent
+    nll: float  # nats per sample
+    ece: float  # expected calibration error over 15 bins of confidence, Guo et al. 2017, arXiv:1706.04599
+
+
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    loader: BlockLoader,
+    batch_size: int,
+    device: torch.device,
+    title: str,
+    crop: EvaluationCrop | None = None,
+) -> Evaluation:
+    """Run `predict` (`[B, 3, H, W]` uint8 -> `[B, C]` logits) over every image of a split, un-augmented.
+
+    Args:
+        crop: of images of different sizes; None: they are taken as they are.
+
+    Raises ModelError when there is not one finite logit for every class of the dataset.
+    """
+    logits, labels = [], []
+    with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
+        for block in loader:
+            for start in range(0, len(block), batch_size):
+                images, rows = plain_images(block, crop, start, start + batch_size, threads)
+                if not rows:
+                    continue
+                labels.append(torch.from_numpy(block.labels[rows]).long())
+                logits.append(predict(images.to(device)).float().cpu())
+                meter.advance(len(images))
+                if logits[0].shape[1] != len(loader.dataset.classes):
+                    raise ModelError(
+                        f"{title}: the network gives {logits[0].shape[1]} logits, the dataset has "
+                        f"{len(loader.dataset.classes)} classes."
+                    )
+    z, y = torch.cat(logits), torch.cat(labels)
+    if not z.isfinite().all():
+        row, column = (~z.isfinite()).nonzero()[0].tolist()
+        raise ModelError(f"{title}: logit {column} of image {row} is {z[row, column].item()}. Check the weights.")
+    confidence, predicted = z.softmax(dim=1).max(dim=1)
+    correct = (predicted == y).double()
+    bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
+    gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence.double())
+    return Evaluation(
+        samples=len(y),
+        top1=100 * correct.mean().item(),
+        nll=F.cross_entropy(z, y).item(),
+        ece=gaps.abs().sum().item() / len(y),
+    )

@@ -1,0 +1,146 @@
+"""Networks by name, and weights for them.
+
+cifar:NAME              the benchmark networks for 32x32 images, written here (`CIFAR` lists them)
+torchvision:NAME        torchvision.models
+timm:NAME               timm (install `offline-kd[timm]`)
+package.module:NAME     your own: a callable that takes num_classes and returns a torch.nn.Module
+"""
+
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from offline_kd.data.manifest import EvaluationCrop, Normalisation
+from offline_kd.models.cifar_resnet import CifarResNet, CifarResNet50
+from offline_kd.models.cifar_vgg import CifarVGG
+from offline_kd.models.mobilenetv2 import MobileNetV2
+from offline_kd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from offline_kd.models.weights import _torchvision_entry
+from offline_kd.models.wide_resnet import WideResNet
+from offline_kd.support.errors import ModelError, did_you_mean
+
+NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
+VGG8 = [[64], [128], [256], [512], [512]]
+VGG13 = [[64, 64], [128, 128], [256, 256], [512, 512], [512, 512]]
+
+CIFAR: dict[str, Callable[..., nn.Module]] = {
+    **{f"resnet{depth}": partial(CifarResNet, depth, NARROW) for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}x4": partial(CifarResNet, depth, WIDE) for depth in (8, 32)},
+    **{f"resnet{depth}_a": partial(CifarResNet, depth, NARROW, shortcut="pad") for depth in (20, 32, 44, 56, 110)},
+    **{f"wrn_{depth}_{widen}": partial(WideResNet, depth, widen) for depth in (16, 40) for widen in (1, 2)},
+    "vgg8": partial(CifarVGG, VGG8),
+    "vgg13": partial(CifarVGG, VGG13),
+    "resnet50": CifarResNet50,
+    "mobilenetv2": MobileNetV2,
+    "shufflenetv1": ShuffleNetV1,
+    "shufflenetv2": ShuffleNetV2,
+}
+
+
+def build(name: str, num_classes: int, args: Mapping[str, Any] | None = None) -> nn.Module:
+    """A freshly initialised network with `num_classes` outputs; raises ModelError for a name nobody knows.
+
+    Weights are laid out channels-last, as `normalise` lays out images: twice as fast for ResNets on a CPU.
+    """
+    try:
+        model = _constructor(name)(num_classes=num_classes, **(args or {}))
+    except TypeError as error:
+        raise ModelError(f"'{name}' cannot be built with {dict(args or {})}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"'{name}' returned a {type(model).__name__}, not a torch.nn.Module.")
+    return model.to(memory_format=torch.channels_last)
+
+
+def _constructor(name: str) -> Callable[..., object]:
+    source, _, model = name.partition(":")
+    if source == "cifar":
+        if model not in CIFAR:
+            raise ModelError(f"no network 'cifar:{model}'.{did_you_mean(model, CIFAR)}")
+        return CIFAR[model]
+    if source == "torchvision":
+        from torchvision import models
+
+        if model not in models.list_models():
+            raise ModelError(f"torchvision has no '{model}'.{did_you_mean(model, models.list_models())}")
+        return partial(models.get_model, model, weights=None)
+    if source == "timm":
+        timm = _timm()
+        if not timm.is_model(model):
+            raise ModelError(f"timm has no '{model}'.{did_you_mean(model, timm.list_models())}")
+        return partial(timm.create_model, model)
+    if model:
+        return _import(source, model)
+    raise ModelError(
+        f"'{name}' is no network name. Write cifar:NAME, torchvision:NAME, timm:NAME or package.module:function."
+    )
+
+
+def _timm() -> Any:
+    try:
+        return importlib.import_module("timm")
+    except ImportError as error:
+        raise ModelError("timm is not installed: pip install 'offline-kd[timm]'") from error
+
+
+def _import(module: str, function: str) -> Callable[..., object]:
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"'{module}:{function}' cannot be imported: {error}") from error
+    if not callable(found):
+        raise ModelError(f"'{module}:{function}' is not callable.")
+    return found
+
+
+@dataclass(frozen=True)
+class Input:
+    """What a network was trained to see."""
+
+    normalisation: Normalisation
+    crop: EvaluationCrop
+
+
+def input_of(name: str, weights: str | None) -> Input | None:
+    """What timm knows of a model, or torchvision of its weights (`ResNet50_Weights.IMAGENET1K_V2`); None: nothing."""
+    source, _, model = name.partition(":")
+    if source == "timm":
+        config = _timm().get_pretrained_cfg(model)
+        if config is None:
+            return None
+        size = config.input_size[-1]
+        return Input(
+            Normalisation(mean=config.mean, std=config.std),
+            EvaluationCrop(
+                size=size,
+                resize=math.floor(size / config.crop_pct),
+                interpolation="bicubic" if config.interpolation == "bicubic" else "bilinear",
+            ),
+        )
+    if source == "torchvision" and weights and "_Weights." in weights:
+        preset = _torchvision_entry(weights).transforms()
+        return Input(
+            Normalisation(mean=tuple(preset.mean), std=tuple(preset.std)),
+            EvaluationCrop(
+                size=preset.crop_size[0], resize=preset.resize_size[0], interpolation=preset.interpolation.value
+            ),
+        )
+    return None
+
+
+def parameter_count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def normalise(images: Tensor, normalisation: Normalisation) -> Tensor:
+    """`[B, 3, H, W]` uint8 pixels to the float32 input of a network: `(pixels / 255 - mean) / std`."""
+    mean, std = (
+        torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+        for values in (normalisation.mean, normalisation.std)
+    )
+    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)

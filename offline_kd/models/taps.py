@@ -1,0 +1,105 @@
+"""Taps: reading the feature maps of named modules while a network runs.
+
+A tap is a module's name, and whether its input or its output is read: the input of an activation module is the map
+before activation. Maps `[B, D, H, W]` are taken as they are; token sequences `[B, T, D]` (vision transformers) are
+folded into their square grid, without the class and register tokens that come before.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from offline_kd.support.errors import ModelError, did_you_mean
+from offline_kd.support.strict import Strict
+
+MAX_PREFIX_TOKENS = 8
+
+
+class TapPoint(Strict):
+    """Where a map is read, and the grid `[height, width]` it is averaged to (a student's, if that is coarser)."""
+
+    module: str
+    at: Literal["input", "output"] = "output"
+    grid: tuple[int, int] | None = None
+
+
+@contextmanager
+def tapped(model: nn.Module, points: Sequence[TapPoint]) -> Iterator[list[Tensor | None]]:
+    """While open, every forward pass of `model` puts its maps into the yielded list, in the order of `points`.
+
+    Raises ModelError when a module does not exist, and later when its output cannot be read as a map.
+    """
+    modules = dict(model.named_modules())
+    maps: list[Tensor | None] = [None] * len(points)
+    handles = []
+
+    def keep(index: int, tensor: object) -> None:
+        if isinstance(tensor, Tensor):
+            tensor = tensor.detach().clone()  # the next module may overwrite it in place
+        maps[index] = as_map(tensor, points[index])
+
+    for index, point in enumerate(points):
+        if point.module not in modules:
+            raise ModelError(f"the network has no module '{point.module}'.{did_you_mean(point.module, modules)}")
+        module = modules[point.module]
+        if point.at == "output":
+            handles.append(module.register_forward_hook(lambda _, __, output, index=index: keep(index, output)))
+        else:
+            handles.append(module.register_forward_pre_hook(lambda _, inputs, index=index: keep(index, inputs[0])))
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_map(tensor: object, point: TapPoint) -> Tensor:
+    """`[B, D, H, W]` float32 of what a module gave; raises ModelError when it is no map."""
+    if not isinstance(tensor, Tensor) or tensor.ndim not in (3, 4):
+        shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ModelError(f"tap '{point.module}': gives {shape}, neither a map [B, D, H, W] nor tokens [B, T, D].")
+    features = (tensor if tensor.ndim == 4 else fold_tokens(tensor, point.module)).float()
+    return features if point.grid is None else F.adaptive_avg_pool2d(features, point.grid)
+
+
+def fold_tokens(tokens: Tensor, name: str) -> Tensor:
+    """`[B, T, D]` -> `[B, D, side, side]`: the last side**2 tokens; class and register tokens stand first."""
+    side = math.isqrt(tokens.shape[1])
+    if tokens.shape[1] - side * side > MAX_PREFIX_TOKENS or side == 0:
+        raise ModelError(f"tap '{name}': {tokens.shape[1]} tokens are no square grid with a few tokens before it.")
+    return tokens[:, -side * side :].transpose(1, 2).reshape(len(tokens), -1, side, side)
+
+
+@torch.no_grad()
+def feature_maps(model: nn.Module, example: Tensor) -> dict[str, tuple[int, int, int, int]]:
+    """Shapes `[B, D, H, W]` of the maps (tokens folded) that modules give for `example`, in the order they finish.
+
+    A module that runs more than once (a shared activation) stands where it finished last, with that shape.
+    """
+    shapes: dict[str, tuple[int, int, int, int]] = {}
+    handles = []
+
+    def note(name: str, output: object) -> None:
+        shapes.pop(name, None)
+        try:
+            batch, channels, height, width = as_map(output, TapPoint(module=name)).shape
+        except ModelError:
+            return
+        shapes[name] = (batch, channels, height, width)
+
+    for name, module in model.named_modules():
+        if name:
+            handles.append(module.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
+    training = model.training
+    try:
+        model.eval()(example)
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+    return shapes

@@ -1,0 +1,176 @@
+"""Templates: K-means over a tap's feature vectors, and the teacher's decisions - which template each location chose.
+
+letKD-1 (penultimate map): K templates; a location's decision is softmax(-temperature * squared distance), of which the
+m likeliest are kept. letKD-2 (intermediate map): vectors are projected by LDA, each class has its own sub-classes, and
+the decision is the nearest sub-class of the image's own class. arXiv:2309.02843, its supplement and code.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from offline_kd.models.taps import TapPoint
+
+NEAREST = 8  # vectors that are remembered of each template
+PROB_LEVELS = (
+    2**14 - 1
+)  # stored probabilities are multiples of 1 / PROB_LEVELS; two more bits cost 64 bytes for an 8x8 map
+
+
+class TemplateDecisions(TapPoint):
+    """letKD-1: K templates of a tap, and the `top` likeliest at every location (1: hard ids)."""
+
+    kind: Literal["templates"]
+    templates: int = Field(4096, ge=2, le=8192)
+    top: int = Field(4, ge=1, le=16)
+    temperature: float = Field(1.0, gt=0, description="of softmax(-temperature * squared distance)")
+    iterations: int = Field(20, ge=1)
+    init: Literal["k-means++", "random"] = "k-means++"
+    seed: int = Field(0, ge=0)
+    max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that K-means sees; images are sampled")
+
+    def num_templates(self, num_classes: int) -> int:
+        return self.templates
+
+
+class SubclassDecisions(TapPoint):
+    """letKD-2: sub-classes of every class on the LDA coordinates of a tap, one id at every location."""
+
+    kind: Literal["subclasses"]
+    per_class: int = Field(8, ge=1, le=255)
+    components: int = Field(60, ge=1)
+    iterations: int = Field(20, ge=1)
+    seed: int = Field(0, ge=0)
+    max_vectors: int = Field(4_000_000, ge=1)
+
+    def num_templates(self, num_classes: int) -> int:
+        return num_classes * self.per_class
+
+
+AnyDecisions = TemplateDecisions | SubclassDecisions
+DecisionsConfig = Annotated[AnyDecisions, Field(discriminator="kind")]
+
+
+# ---- decisions on templates ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What a teacher decided at every location, the likeliest template first."""
+
+    ids: Tensor  # [B, H, W, m] int64
+    probs: Tensor  # [B, H, W, m], as computed over all K: they add up to 1 - dropped
+    dropped: Tensor  # [B, H, W] mass of the templates that are not kept
+
+
+def pack_decisions(decisions: Decisions) -> dict[str, Tensor]:
+    """What the store keeps: `id` and `prob` as integers, and the largest dropped mass `[B]`.
+
+    A template whose probability rounds to 0 is replaced by the first, which packs better and means the same.
+    """
+    levels = (decisions.probs.double() * PROB_LEVELS).round().long()
+    ids = torch.where(levels > 0, decisions.ids, decisions.ids[..., :1])
+    return {"id": ids, "prob": levels, "dropped": decisions.dropped.flatten(1).amax(dim=1).float()}
+
+
+def pack(config: AnyDecisions, features: Tensor, labels: Tensor, tables: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Everything the store keeps of the decisions on a batch of maps, by the last part of the array's name.
+
+    Args:
+        features: `[B, D, H, W]`.
+        labels: `[B]` int64; sub-classes are those of the label.
+        tables: by the last part of their name, on the device of `features`.
+    """
+    if isinstance(config, SubclassDecisions):
+        projected = project(features, tables["scalings"], tables["xbar"], config.components)
+        return {"subclass": subclass_ids(projected, labels, tables["centers"])}
+    decided = decide(features, tables["centroids"], top=config.top, temperature=config.temperature)
+    packed = pack_decisions(decided)
+    return packed if config.top > 1 else {"id": packed["id"], "dropped": packed["dropped"]}
+
+
+def unpack_probs(levels: Tensor) -> Tensor:
+    return levels.float() / PROB_LEVELS
+
+
+def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float) -> Decisions:
+    """The `top` likeliest templates of softmax(-temperature * squared distance) at every location.
+
+    Args:
+        features: `[B, D, H, W]`.
+        centroids: `[K, D]`, on the same device.
+    """
+    batch, _, height, width = features.shape
+    x = features.permute(0, 2, 3, 1).flatten(0, 2)
+    centroids = centroids.to(x.dtype)
+    half_squares = centroids.square().sum(dim=1) / 2
+    size = max(CHUNK_ELEMENTS[x.device.type] // len(centroids), 64)
+    # Two buffers for all chunks: fresh memory for every chunk takes longer to map than to fill.
+    workspace = x.new_empty(2, min(size, len(x)), len(centroids))
+    parts = [
+        _decide(x[start : start + size], centroids, half_squares, min(top, len(centroids)), temperature, workspace)
+        for start in range(0, len(x), size)
+    ]
+    ids, probs, dropped = (
+        torch.cat(part).view(batch, height, width, *part[0].shape[1:]) for part in zip(*parts, strict=True)
+    )
+    return Decisions(ids, probs, dropped)
+
+
+def _decide(
+    x: Tensor, centroids: Tensor, half_squares: Tensor, top: int, temperature: float, workspace: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    closeness, shares = workspace[:, : len(x)]  # [n, K] each
+    scale = 2 * temperature  # closeness: temperature * (|x|^2 - distance), the exponent but for a constant of the row
+    torch.addmm(half_squares, x, centroids.T, beta=-scale, alpha=scale, out=closeness)
+    # Expanded squares lose digits: take some candidates more, and measure their distances again, exactly.
+    candidates = _largest(closeness, min(top + 4, len(centroids)))
+    exact = -temperature * (x[:, None] - centroids[candidates]).square().sum(dim=2)  # [n, candidates]
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    # The share of the others is small, so that their expanded squares are good enough. softmax is one fused pass over
+    # all templates; logsumexp takes eight times as long, most of it on exponentials that underflow.
+    torch.softmax(closeness, dim=1, out=shares)
+    others = (1 - shares.gather(1, candidates).sum(dim=1)).clamp(min=0)
+    log_total = torch.logsumexp(exact, dim=1) - torch.log1p(-others)
+    probs = (exact[:, :top] - log_total[:, None]).exp()
+    dropped = (exact[:, top:] - log_total[:, None]).exp().sum(dim=1) + others
+    return candidates.gather(1, order[:, :top]), probs, dropped
+
+
+def _largest(values: Tensor, num: int) -> Tensor:
+    """Columns `[n, num]` of the largest values of every row.
+
+    On a CPU, by way of the largest of each group of 64: the `num` largest lie in the `num` groups of largest maxima.
+    """
+    rows, columns = values.shape
+    if columns % 64 or columns < 128 * num or values.is_cuda:
+        return values.topk(num, dim=1).indices
+    grouped = values.view(rows, columns // 64, 64)
+    groups = grouped.amax(dim=2).topk(num, dim=1).indices
+    place = grouped.gather(1, groups[:, :, None].expand(-1, -1, 64)).flatten(1).topk(num, dim=1).indices
+    return groups.gather(1, place // 64) * 64 + place % 64
+
+
+def project(features: Tensor, scalings: Tensor, xbar: Tensor, components: int) -> Tensor:
+    """`[B, D, H, W]` -> `[B, r, H, W]`: the LDA coordinates of every location."""
+    x = features.permute(0, 2, 3, 1) - xbar.to(features.dtype)
+    return (x @ scalings[:, :components].to(features.dtype)).permute(0, 3, 1, 2)
+
+
+def subclass_ids(projected: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """`[B, H, W]` int64 in 0..s-1: the nearest of the s sub-classes of each image's own class.
+
+    Args:
+        projected: `[B, r, H, W]`.
+        labels: `[B]` int64.
+        centers: `[C, s, r]`.
+    """
+    own = centers.to(projected.dtype)[labels]  # [B, s, r]
+    distances = torch.cdist(projected.flatten(2).transpose(1, 2), own, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.argmin(dim=2).view(len(labels), *projected.shape[2:])
+
+
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # distances held at a time; on a CPU they should stay in its cache

@@ -1,0 +1,341 @@
+"""Images, views and stored targets, joined sample by sample.
+
+The join goes by key, never by position: a re-sharded, re-ordered or partial copy of the dataset gets the right rows.
+Every sample is checked on key hash, image bytes and label each time it is joined, and the stored probe pixels are
+rendered again.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offline_kd.data.blocks import ImageBlock
+from offline_kd.store.codec import codec_arrays, unpack
+from offline_kd.store.decisions import SubclassDecisions
+from offline_kd.store.reader import Arrays, Store
+from offline_kd.support.console import say
+from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
+from offline_kd.views.render import Choice, choose, decoder_versions, render_some
+from offline_kd.views.specs import NO_PARTNER, WHOLE, AnyViews, Parameters, draw, is_exact, view_arrays
+
+MOST_DRIFT = 0.5  # mean difference of any probe, in 1/255, that other versions of libraries may make
+
+
+@dataclass(frozen=True)
+class Joined:
+    """n samples of a tar with one view each: what it is, and what stores say of it; without pixels."""
+
+    choice: Choice
+    labels: Tensor  # [n] int64
+    other_labels: Tensor  # [n] of the image that is mixed in; where there is none, as `labels`
+    share: Tensor  # [n] float32, of the image itself
+    key_hash: NDArray[np.uint64]  # [n]
+    targets: dict[str, Tensor]  # by codec array or `decisions/...`, [n, ...]; empty without a store
+
+    def take(self, index: NDArray[Any] | slice) -> "Joined":
+        return Joined(
+            self.choice.take(index),
+            self.labels[index],
+            self.other_labels[index],
+            self.share[index],
+            self.key_hash[index],
+            {name: array[index] for name, array in self.targets.items()},
+        )
+
+
+# ---- joining -------------------------------------------------------------------------------------------------------
+
+
+def join(
+    store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str] = ()
+) -> Joined:
+    """Give each sample of an image tar what the store says of one of its views.
+
+    Args:
+        group: the view group, common to all samples.
+        position: `[n]` view within the group, for each sample of the tar.
+        decisions: names of the decisions that are wanted beside the logits.
+
+    Raises:
+        StoreMismatch: a sample is not in the store, or is there with other image bytes or another label.
+        StoreCorrupt: stored probe pixels are not what the stored parameters render.
+    """
+    return join_all([store], block, group, position, [decisions])
+
+
+def join_all(
+    stores: Sequence[Store],
+    block: ImageBlock,
+    group: int,
+    position: NDArray[np.int64],
+    decisions: Sequence[Sequence[str]],
+) -> Joined:
+    """The same from several stores; targets of the second one have `1:` before their names, and so on.
+
+    Raises StoreMismatch, too, when the stores mean different crops by one view.
+    """
+    first, *others = [
+        _join_one(store, block, group, position, wanted) for store, wanted in zip(stores, decisions, strict=True)
+    ]
+    targets = dict(first.targets)
+    for number, (store, rows) in enumerate(zip(stores[1:], others, strict=True), start=1):
+        for name, array in first.choice.own.items():
+            other = rows.choice.own[name]
+            # A store of its own may have left out other rows, so that partners are numbered in another way.
+            if name == "partner":
+                array, other = first.choice.partner_row, rows.choice.partner_row
+            different = (array != other).reshape(len(array), -1).any(axis=1)
+            if different.any():
+                index = int(different.nonzero()[0][0])
+                raise StoreMismatch(
+                    f"{store.place}: view {store.identity.groups[group][int(position[index])]} of sample "
+                    f"'{block.keys[index]}' has {name} {other[index].tolist()}, in {stores[0].place} it is "
+                    f"{array[index].tolist()}. Stores that are mixed must hold the same views: capture both with the "
+                    "same views (kind, seed and views_per_group)."
+                )
+        targets |= {f"{number}:{name}": array for name, array in rows.targets.items()}
+    return replace(first, targets=targets)
+
+
+def _join_one(
+    store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str]
+) -> Joined:
+    names = joined_arrays(store, decisions)
+    store_rows = _find_rows(store, block)
+    store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
+    found: Arrays = {}
+    partner_row = np.full(len(block), NO_PARTNER, dtype=np.int64)
+    partner: Parameters = {}
+    slabs = []
+    for number in np.unique(store_blocks):
+        arrays = store.read(int(number), group, names)
+        here = np.flatnonzero(store_blocks == number)
+        slabs.append((int(number), arrays, here))
+        for name in names:
+            if name.startswith("probe/"):
+                continue
+            per_view = name.startswith(("view/", "logits/", "decisions/"))
+            values = arrays[name][offsets[here], position[here]] if per_view else arrays[name][offsets[here]]
+            _put(found, name, here, values, len(block))
+        if "view/partner" in arrays:
+            at = found["view/partner"][here].astype(np.int64)
+            for name in view_arrays(store.identity.views):
+                _put(partner, name, here, arrays[f"view/{name}"][at.clip(min=0), position[here]], len(block))
+            partner_row[here] = _rows_in_tar(store, block, arrays["key_hash"], at)
+    _check_samples(store, block, found)
+    for number, arrays, here in slabs:
+        _check_probes(store, block, number, arrays, here, offsets[here])
+    logits = {name: found[f"logits/{name}"] for name in codec_arrays(store.identity.codec)}
+    decided = {name: array for name, array in found.items() if name.startswith("decisions/")}
+    targets = {
+        name: _tensor(array)
+        for name, array in (unpack(store.identity.codec, logits, store.codec_tables) | decided).items()
+    }
+    own = {name: found[f"view/{name}"] for name in view_arrays(store.identity.views)}
+    return _joined(block, Choice(np.arange(len(block)), own, partner_row, partner or own), targets)
+
+
+def _put(found: dict[str, NDArray[Any]], name: str, here: NDArray[np.int64], values: NDArray[Any], count: int) -> None:
+    if name not in found:
+        found[name] = np.empty((count, *values.shape[1:]), dtype=values.dtype)
+    found[name][here] = values
+
+
+def _rows_in_tar(
+    store: Store, block: ImageBlock, key_hash: NDArray[Any], partner: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Which rows of a tar are the rows `partner` of a store's block, by key; NO_PARTNER stays what it is."""
+    mixed = partner >= 0
+    wanted = key_hash[partner[mixed]]
+    order = block.key_hash.argsort()
+    place = np.searchsorted(block.key_hash, wanted, sorter=order).clip(max=len(block) - 1)
+    rows = order[place]
+    absent = np.flatnonzero(block.key_hash[rows] != wanted)
+    if len(absent):
+        raise StoreMismatch(
+            f"{block.name}: {len(absent)} of its images are mixed with images of other tars (the first has key hash "
+            f"{wanted[absent[0]]:016x}). Mixed views of {store.place} need the tars that it was made from."
+        )
+    found = np.full(len(partner), NO_PARTNER, dtype=np.int64)
+    found[mixed] = rows
+    return found
+
+
+def _joined(block: ImageBlock, choice: Choice, targets: dict[str, Tensor]) -> Joined:
+    labels = torch.from_numpy(block.labels[choice.row]).long()
+    mixed = torch.from_numpy(choice.partner_row >= 0)
+    other = torch.from_numpy(block.labels[choice.partner_row.clip(min=0)]).long()
+    share = torch.ones(len(labels))
+    if "share" in choice.own:
+        share = torch.from_numpy(choice.own["share"].astype(np.float32) / WHOLE)
+    return Joined(choice, labels, torch.where(mixed, other, labels), share, block.key_hash[choice.row], targets)
+
+
+def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
+    """The arrays that a join reads."""
+    views = store.identity.views
+    names = [
+        "image_crc",
+        "label",
+        "probe/row",
+        "probe/view",
+        "probe/pixels",
+        *(f"view/{n}" for n in view_arrays(views)),
+    ]
+    if "partner" in view_arrays(views):
+        names.append("key_hash")
+    names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
+    return names + [name for one in decisions for name in decision_arrays(store, one)]
+
+
+def decision_arrays(store: Store, name: str) -> list[str]:
+    """The arrays that a loss on these decisions reads; raises StoreMismatch when the store has none of that name."""
+    if name not in store.identity.decisions:
+        raise StoreMismatch(
+            f"{store.place}: holds no decisions '{name}', which the objective asks for."
+            f"{did_you_mean(name, store.identity.decisions)} Capture them with capture.decisions in the recipe."
+        )
+    config = store.identity.decisions[name].config
+    if isinstance(config, SubclassDecisions):
+        return [f"decisions/{name}/subclass"]
+    return [f"decisions/{name}/{part}" for part in (("id", "prob") if config.top > 1 else ("id",))]
+
+
+def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
+    """Templates (or LDA and sub-classes) of decisions, by the last part of their name."""
+    return {part: _tensor(array).to(device) for part, array in store.read_tables(name).items()}
+
+
+def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
+    """What the codec of a store needs to decode logits; nothing for most."""
+    return {part: _tensor(array).to(device) for part, array in (store.codec_tables or {}).items()}
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Torch knows uint16 but can do little with it."""
+    return torch.from_numpy(array.astype(np.int32) if array.dtype == np.uint16 else array)
+
+
+def without_store(
+    views: AnyViews, groups: list[range], block: ImageBlock, group: int, position: NDArray[np.int64]
+) -> Joined:
+    """The same rows with the same views as `join`, drawn here and without targets."""
+    parameters = draw(views, block.key_hash, block.sizes())
+    choice = choose(parameters, np.arange(len(block)), groups[group].start + position)
+    return _joined(block, choice, {})
+
+
+def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:
+    """The store's row of every sample: of the block that was made from this tar, or by an index of all keys."""
+    number = store.block_of_tar.get(block.sha256)
+    if number is not None:
+        hashes = store.read(number, 0, ["key_hash"])["key_hash"]
+        if np.array_equal(hashes, block.key_hash):
+            return number * store.identity.rows_per_block + np.arange(len(block))
+    hashes, rows = store.row_index
+    place = np.searchsorted(hashes, block.key_hash).clip(max=len(hashes) - 1)
+    absent = np.flatnonzero(hashes[place] != block.key_hash)
+    if len(absent):
+        raise StoreMismatch(
+            f"{block.name}: sample '{block.keys[absent[0]]}' (and {len(absent) - 1} more) is not in the store "
+            f"{store.place}, which was made from {store.identity.dataset.name}/{store.identity.dataset.split}. "
+            "Use the dataset the store was made from, or a part of it."
+        )
+    return rows[place]
+
+
+def as_stored(store: Store, block: ImageBlock) -> ImageBlock:
+    """A tar without the bad images that the store left out of it."""
+    bad = left_out_of([store], block)
+    return block.without(bad) if bad else block
+
+
+def left_out_of(stores: Sequence[Store], block: ImageBlock) -> dict[int, str]:
+    """Rows of a tar that the stores left out, because they were bad images, and why."""
+    bad: dict[int, str] = {}
+    for store in stores:
+        number = store.block_of_tar.get(block.sha256)
+        if number is not None and (left_out := store.entry("", number, 0).left_out):
+            bad |= {row: left_out[key] for row, key in enumerate(block.keys) if key in left_out}
+    return bad
+
+
+def _check_samples(store: Store, block: ImageBlock, found: Arrays) -> None:
+    changed = np.flatnonzero(found["image_crc"] != block.image_crc)
+    if len(changed):
+        first = changed[0]
+        raise StoreMismatch(
+            f"{block.name}: the image of sample '{block.keys[first]}' (and {len(changed) - 1} more) has crc32c "
+            f"{block.image_crc[first]:08x}, the one the teacher saw had {found['image_crc'][first]:08x} (store "
+            f"{store.place}). The images were changed since: use the original dataset, or capture it again."
+        )
+    relabelled = np.flatnonzero(found["label"] != block.labels)
+    if len(relabelled):
+        first = relabelled[0]
+        raise StoreMismatch(
+            f"{block.name}: sample '{block.keys[first]}' (and {len(relabelled) - 1} more) has label "
+            f"{block.labels[first]}, in the store {store.place} it has {found['label'][first]}. "
+            "The labels were changed since: use the original dataset, or capture it again."
+        )
+    if (found["view/flip"].astype(int) > 1).any():
+        raise StoreCorrupt(f"{store.place}: a view that was never written is in use. Copy or capture the store again.")
+
+
+def _check_probes(
+    store: Store,
+    block: ImageBlock,
+    number: int,
+    arrays: Arrays,
+    local: NDArray[np.int64],
+    offsets: NDArray[np.int64],
+) -> None:
+    """Render the probes of a store block again, as far as their samples are in this tar."""
+    at = np.full(store.identity.rows_per_block, -1)
+    at[offsets] = local
+    here = at[arrays["probe/row"].astype(np.int64)] >= 0
+    if not here.any():
+        return
+    row, view = arrays["probe/row"][here].astype(np.int64), arrays["probe/view"][here].astype(np.int64)
+    parameters = {name: arrays[f"view/{name}"] for name in view_arrays(store.identity.views)}
+    choice = choose(parameters, row, view)
+    partner_row = (
+        _rows_in_tar(store, block, arrays["key_hash"], choice.partner_row) if "partner" in parameters else None
+    )
+    choice = replace(choice, row=at[row], partner_row=choice.partner_row if partner_row is None else partner_row)
+    pixels = render_some(block, choice, store.identity.views, store.created.seen_size[0])
+    seen = arrays["probe/pixels"][here]
+    wrong = np.flatnonzero((pixels != seen).any(axis=(1, 2, 3)))
+    if len(wrong):
+        first = wrong[0]
+        difference = np.abs(pixels[first].astype(int) - seen[first].astype(int))
+        changed = _other_versions(store)
+        if changed and np.abs(pixels.astype(int) - seen).mean(axis=(1, 2, 3)).max() <= MOST_DRIFT:
+            say(
+                f"{store.place}: views differ from what the teacher saw by up to {difference.max()} of 255 (mean "
+                f"{difference.mean():.2g}), in block {number}: {changed}. Training goes on with these views."
+            )
+            return
+        raise StoreCorrupt(
+            f"{store.place}: block {number}, sample '{block.keys[at[row[first]]]}': the stored view (box "
+            f"{choice.own['box'][first].tolist()}, flip {int(choice.own['flip'][first])}) renders to pixels that "
+            f"differ from those the teacher saw, by up to {difference.max()} of 255 in "
+            f"{np.count_nonzero(difference.any(axis=0))} places (mean {difference.mean():.2g}). Parameters and targets "
+            "do not belong together, or images are decoded differently here: capture the store again."
+        )
+
+
+def _other_versions(store: Store) -> str:
+    """What resamples and decodes here, where it is not what the store was made with; '' for views that are exact."""
+    if is_exact(store.identity.views):
+        return ""
+    here = {name: version(name) for name in ("torch", "torchvision", "pillow")} | decoder_versions()
+    there = store.created.versions
+    return ", ".join(
+        f"{name} {here[name]} here, {there[name]} there" for name in here if there.get(name, here[name]) != here[name]
+    )

@@ -1,0 +1,229 @@
+"""A page about one sample of a store: its views, what the teacher said, and the template map over the image."""
+
+import base64
+import colorsys
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from offline_kd.data.blocks import ImageBlock, OnBadImage, load_block
+from offline_kd.data.manifest import locate
+from offline_kd.data.packing import encode_png
+from offline_kd.data.tars import hash_key
+from offline_kd.store.codec import decode
+from offline_kd.store.decisions import TemplateDecisions, unpack_probs
+from offline_kd.store.join import as_stored, codec_tables_on, join
+from offline_kd.store.reader import Arrays, Store
+from offline_kd.support.errors import DataError
+from offline_kd.views.render import Choice, plain_images, render_some
+from offline_kd.views.specs import OPS, WHOLE, is_exact
+
+MAX_VIEWS, MAX_TEMPLATES = 8, 12
+CELLS_ACROSS_PATCH = 3
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+img { image-rendering: pixelated; display: block; }
+.views { display: flex; flex-wrap: wrap; gap: 1.5rem; } .view { width: 17rem; }
+.pictures { display: flex; gap: .5rem; } .pictures img { width: 8rem; height: 8rem; }
+.bar { display: grid; grid-template-columns: 7rem 1fr 3.5rem; gap: .4rem; align-items: center; font-size: 13px; }
+.bar i { display: block; height: .7rem; background: #4878a8; } .bar b { font-weight: normal; text-align: right; }
+.template { display: flex; gap: .4rem; align-items: center; margin: .3rem 0; }
+.template img { width: 3rem; height: 3rem; }
+.swatch { width: 1.4rem; height: 1.4rem; border-radius: 3px; } .number { width: 4rem; text-align: right; }
+small { color: #666; }
+"""
+
+
+def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path], file: Path) -> None:
+    """Write the page; raises DataError when the store does not know the key.
+
+    Args:
+        folder: of the dataset's tars, below one of the data `roots`.
+    """
+    hashes, rows = store.row_index
+    place = int(np.searchsorted(hashes, np.uint64(hash_key(key))))
+    if place == len(hashes) or hashes[place] != hash_key(key):
+        raise DataError(f"{store.place}: holds no sample '{key}'. Keys look like '{_some_key(store, folder, roots)}'.")
+    number, row = divmod(int(rows[place]), store.identity.rows_per_block)
+    images = _Images(store, folder, roots)
+    block = images.block(number)
+    classes = store.identity.dataset.classes
+    maps = [name for name, one in store.identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
+    used: dict[str, list[int]] = {name: [] for name in maps}
+    views: list[str] = []
+    for group in range(len(store.identity.groups)):
+        for position, view in enumerate(store.identity.groups[group]):
+            if len(views) < MAX_VIEWS:
+                views.append(_view(store, block, number, row, group, position, view, maps, used))
+    sections = [_templates(store, name, used[name], images) for name in maps]
+    identity = store.identity
+    title = f"{key}: {classes[block.labels[row]]}"
+    page = f"""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
+<h1>{html.escape(title)}</h1>
+<p>Sample {html.escape(key)} of {html.escape(identity.dataset.name)}/{html.escape(identity.dataset.split)},
+block {number}, row {row}; teacher {html.escape(identity.teacher.name)}; store {html.escape(identity.name)}
+<small>sha256:{store.digest[:16]}</small></p>
+<h2>Views, with the teacher's five likeliest classes{" and template maps" if maps else ""}</h2>
+<div class="views">{"".join(views)}</div>
+{"".join(sections)}
+</body></html>
+"""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(page, encoding="utf-8")
+
+
+class _Images:
+    """The tars that the store was made from, decoded when needed."""
+
+    def __init__(self, store: Store, folder: str, roots: Sequence[Path]) -> None:
+        self.store, self.folder, self.roots = store, folder, roots
+        self.blocks: dict[int, ImageBlock] = {}
+
+    def block(self, number: int) -> ImageBlock:
+        if number not in self.blocks:
+            tar = self.store.identity.dataset.tars[number]
+            path = locate(f"{self.folder}/{tar.file}", self.roots)
+            identity = self.store.identity
+            on_bad: OnBadImage = "skip" if self.store.entry("", number, 0).left_out else "fail"
+            block = load_block(path, tar, identity.num_classes, decode=is_exact(identity.views), on_bad=on_bad)
+            self.blocks[number] = as_stored(self.store, block)
+        return self.blocks[number]
+
+
+def _some_key(store: Store, folder: str, roots: Sequence[Path]) -> str:
+    return _Images(store, folder, roots).block(0).keys[0]
+
+
+def _view(
+    store: Store,
+    block: ImageBlock,
+    number: int,
+    row: int,
+    group: int,
+    position: int,
+    view: int,
+    maps: list[str],
+    used: dict[str, list[int]],
+) -> str:
+    identity = store.identity
+    wanted = [f"decisions/{name}/id" for name in maps]
+    wanted += [f"decisions/{name}/prob" for name in maps if _top(store, name) > 1]
+    arrays: Arrays = {name: array[row, position] for name, array in store.read(number, group, wanted).items()}
+    at = np.zeros(len(block), dtype=np.int64) + position
+    joined = join(store, block, group, at)
+    choice = joined.choice.take(np.array([row]))
+    pixels = render_some(block, choice, identity.views, store.created.seen_size[0])[0].transpose(1, 2, 0)
+    pictures = [_img(pixels, f"view {view}")]
+    for name in maps:
+        ids = arrays[f"decisions/{name}/id"][..., 0].astype(np.int64)
+        used[name] += ids.flatten().tolist()
+        certainty = np.ones(ids.shape)
+        if _top(store, name) > 1:
+            certainty = unpack_probs(
+                torch.from_numpy(arrays[f"decisions/{name}/prob"][..., 0].astype(np.int64))
+            ).numpy()
+        pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view}"))
+    logits = decode(
+        identity.codec,
+        {name: array[row] for name, array in joined.targets.items() if not name.startswith("decisions/")},
+        identity.num_classes,
+        codec_tables_on(store, torch.device("cpu")),
+    )
+    probabilities = logits.softmax(dim=0)
+    bars = "".join(
+        f'<div class="bar"><span>{html.escape(identity.dataset.classes[int(index)])}</span>'
+        f'<i style="width:{100 * probability:.1f}%"></i><b>{100 * probability:.1f} %</b></div>'
+        for probability, index in zip(*(part.tolist() for part in probabilities.topk(min(5, len(logits)))), strict=True)
+    )
+    caption = f"view {view}: {_describe(choice, block)}"
+    return f'<div class="view"><div class="pictures">{"".join(pictures)}</div><small>{caption}</small>{bars}</div>'
+
+
+def _describe(choice: Choice, block: ImageBlock) -> str:
+    own = {name: array[0] for name, array in choice.own.items()}
+    top, left, height, width = own["box"].tolist()
+    said = [f"{width} x {height} at {left}, {top}", *(["mirrored"] if own["flip"] else [])]
+    for op, magnitude in zip(own.get("op", ()), own.get("magnitude", ()), strict=True):
+        if OPS[op] != "identity":
+            said.append(f"{OPS[op]} {magnitude:.2f}")
+    if "erase" in own and own["erase"][2]:
+        said.append("erased")
+    if choice.partner_row[0] >= 0:
+        how = "covered by" if own["mix_box"][2] else "blended with"
+        said.append(f"{1 - own['share'] / WHOLE:.0%} {how} {html.escape(block.keys[choice.partner_row[0]])}")
+    return ", ".join(said)
+
+
+def _top(store: Store, name: str) -> int:
+    config = store.identity.decisions[name].config
+    assert isinstance(config, TemplateDecisions)
+    return config.top
+
+
+def _templates(store: Store, name: str, used: list[int], images: _Images) -> str:
+    """The templates that these views show most, with the training patches nearest to each."""
+    tables = store.read_tables(name)
+    about = store.identity.decisions[name]
+    ids, counts = np.unique(used, return_counts=True)
+    lines = []
+    for template in ids[counts.argsort()[::-1]][:MAX_TEMPLATES].tolist():
+        patches = []
+        for row, place in zip(
+            tables["nearest_row"][template].tolist(), tables["nearest_place"][template].tolist(), strict=True
+        ):
+            if row < 0:
+                continue
+            number, inside = divmod(row, store.identity.rows_per_block)
+            plain, _ = plain_images(images.block(number), store.created.teacher.crop, inside, inside + 1)
+            image = plain[0].permute(1, 2, 0).numpy()
+            patches.append(_img(_patch(image, place, about.height, about.width), f"row {row}"))
+        vectors = int(tables["count"][template])
+        lines.append(
+            f'<div class="template"><span class="swatch" style="background:rgb{_colour(template)}"></span>'
+            f'<span class="number">{template}</span>{"".join(patches)}<small>{vectors:,} vectors</small></div>'
+        )
+    return (
+        f"<h2>Templates of {html.escape(name)}</h2><p>Those that these views show most, each with the training patches "
+        f"nearest to it ({html.escape(about.config.module)}, {len(tables['count']):,} templates on a grid of "
+        f"{about.height} x {about.width}). One colour for each template, the same everywhere; pale where the teacher "
+        f"was undecided.</p>{''.join(lines)}"
+    )
+
+
+def _overlay(pixels: NDArray[np.uint8], ids: NDArray[np.int64], certainty: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """The template map over a greyed view: `[H, W, 3]`."""
+    height, width = pixels.shape[:2]
+    rows, columns = np.arange(height) * ids.shape[0] // height, np.arange(width) * ids.shape[1] // width
+    colours = np.array([_colour(int(template)) for template in ids.flatten()]).reshape(*ids.shape, 3)
+    strength = (0.25 + 0.4 * certainty)[rows][:, columns][..., None]
+    grey = pixels.mean(axis=2, keepdims=True)
+    mixed = (1 - strength) * grey + strength * colours[rows][:, columns]
+    return mixed.astype(np.uint8)
+
+
+def _patch(image: NDArray[np.uint8], place: int, grid_height: int, grid_width: int) -> NDArray[np.uint8]:
+    """The part of an image around a place of the grid: CELLS_ACROSS_PATCH cells each way, moved inside the image."""
+    sides = []
+    for index, size, cells in zip(divmod(place, grid_width), image.shape[:2], (grid_height, grid_width), strict=True):
+        length = min(max(size * CELLS_ACROSS_PATCH // cells, 1), size)
+        start = round((index + 0.5) * size / cells - length / 2)
+        start = min(max(start, 0), size - length)
+        sides.append(slice(start, start + length))
+    return image[sides[0], sides[1]]
+
+
+def _colour(template: int) -> tuple[int, int, int]:
+    """A colour of its own for every template: hues a golden angle apart, in three lightnesses."""
+    red, green, blue = colorsys.hls_to_rgb((template * 0.61803398875) % 1, (0.42, 0.55, 0.68)[template % 3], 0.75)
+    return int(255 * red), int(255 * green), int(255 * blue)
+
+
+def _img(pixels: NDArray[np.uint8], alt: str) -> str:
+    data = base64.b64encode(encode_png(np.ascontiguousarray(pixels))).decode()
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'

@@ -1,0 +1,311 @@
+"""Prove a store, and name every place where it is not what was committed."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offline_kd.data.blocks import ImageBlock
+from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.codec import Int
+from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
+from offline_kd.store.join import as_stored, join
+from offline_kd.store.opening import open_store
+from offline_kd.store.places import Place, can_list
+from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
+from offline_kd.store.schema import NO_KEY, ArraySpec, LedgerEntry, StoredObject, TablesEntry, small_files
+from offline_kd.store.writer import manifest_bytes
+from offline_kd.support.console import progress
+from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreError
+from offline_kd.views.specs import view_arrays
+
+AT_ONCE = 64  # ledger entries that are looked at together
+FINISHED_FILES = ("manifest.json", "README.md", "index.html")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One place where a store is wrong."""
+
+    file: str
+    problem: str
+    entry: str | None = None  # the ledger entry whose block has to be done again
+    is_extra: bool = False  # a file that does not belong there: it may be removed
+
+
+@dataclass
+class Verification:
+    """What was looked at and what was found."""
+
+    mode: str
+    objects: int = 0
+    bytes: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+
+def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBlock] | None = None) -> Verification:
+    """Check a store against its own manifest and ledger.
+
+    Quick: digest, ledger, and by listing presence and size of every object. Otherwise every file is read: sha256,
+    unpacking, sentinels where there are rows and nothing else where there are none, ranges, keys used once.
+
+    Args:
+        images: gives the image block of a number, to compare keys, image bytes, labels and probe pixels with.
+
+    Never raises for a damaged store: what cannot be opened is a fault of its own.
+    """
+    result = Verification("quick" if quick else "full")
+    try:
+        store = open_store(place, download_bytes=0)
+    except OfflineKDError as error:
+        result.faults.append(Fault("manifest.json", str(error)))
+        return result
+    store = replace(store, downloads=None)  # what is verified is what lies there
+    _check_files(store, result)
+    sizes = place.sizes() if can_list(place) else None
+    keys: dict[int, NDArray[np.uint64]] = {}  # by block
+    tasks = promised_entries(store, store.manifest.held if store.manifest else None)
+    with progress("verifying", len(tasks), "blocks") as meter, ThreadPoolExecutor(place.parallel) as threads:
+        for start in range(0, len(tasks), AT_ONCE):
+            some = tasks[start : start + AT_ONCE]
+
+            def look(task: PromisedEntry) -> tuple[Verification, NDArray[np.uint64] | None]:
+                return _check_entry(store, task, sizes, quick)
+
+            for task, (found, key_hash) in zip(some, threads.map(look, some), strict=True):
+                result.faults += found.faults
+                result.objects += found.objects
+                result.bytes += found.bytes
+                if key_hash is not None:
+                    keys[task.block] = key_hash
+                meter.advance()
+    result.faults += _used_twice(keys)
+    if images is not None and not result.faults:
+        result.faults += _compare_with(store, images)
+    if sizes is not None:
+        known = _known_files(store, tasks)
+        result.faults += [
+            Fault(name, "does not belong to the store; perhaps a writer is at work, or was stopped", is_extra=True)
+            for name in sorted(set(sizes) - known)
+        ]
+    return result
+
+
+def _check_files(store: Store, result: Verification) -> None:
+    """manifest.json itself, and the small files that it lists."""
+    manifest, place = store.manifest, store.place
+    assert manifest is not None
+    if manifest.schema_version == 1:
+        return  # that version listed none
+    content = place.read("manifest.json", MAX_METADATA_BYTES)
+    if manifest_bytes(manifest) != content:
+        result.faults.append(Fault("manifest.json", "is not what `finish` wrote: a byte of it was changed"))
+    expected = [name for name in small_files(store.additions, store.parts) if name in manifest.files]
+    absent = [name for name in small_files(store.additions, store.parts) if name not in manifest.files]
+    result.faults += [Fault("manifest.json", f"does not list {name}") for name in absent]
+    for name in expected:
+        try:
+            found: bytes | None = place.read(name, MAX_METADATA_BYTES)
+        except (FileNotFoundError, StoreError):
+            found = None
+        problem = _difference(manifest.files[name], None if found is None else len(found), found)
+        if problem:
+            result.faults.append(Fault(name, problem))
+    result.bytes += sum(manifest.files[name].bytes for name in expected) + len(content)
+
+
+def _known_files(store: Store, tasks: Sequence[PromisedEntry]) -> set[str]:
+    objects = {f"targets.zarr/{spec.object_key(task.block, task.group)}" for task in tasks for spec in task.specs}
+    return (
+        objects
+        | {"manifest.json", *small_files(store.additions, store.parts)}
+        | {f"ledger/{task.name}" for task in tasks}
+    )
+
+
+def _difference(expected: StoredObject, size: int | None, content: bytes | None) -> str:
+    if size is None:
+        return "missing"
+    if size != expected.bytes:
+        return f"{size:,} bytes, committed were {expected.bytes:,}"
+    if content is not None and (found := hashlib.sha256(content).hexdigest()) != expected.sha256:
+        return f"sha256 {found}, committed was {expected.sha256}"
+    return ""
+
+
+def _check_entry(
+    store: Store, task: PromisedEntry, sizes: dict[str, int] | None, quick: bool
+) -> tuple[Verification, NDArray[np.uint64] | None]:
+    """One ledger entry and its objects; and the key hashes of its rows, if it has them."""
+    found = Verification("entry")
+    key_hash: NDArray[np.uint64] | None = None
+    try:
+        entry: LedgerEntry | TablesEntry = (
+            store.tables_entry(task.part, task.decisions) if task.decisions else _block_entry(store, task)
+        )
+    except StoreError as error:
+        found.faults.append(Fault(f"ledger/{task.name}", str(error), task.name))
+        return found, key_hash
+    for spec in task.specs:
+        key = spec.object_key(task.block, task.group)
+        name = f"targets.zarr/{key}"
+        expected = entry.objects.get(key)
+        if expected is None:
+            found.faults.append(Fault(name, f"ledger/{task.name} does not vouch for it", task.name))
+            continue
+        content: bytes | None = None
+        if quick and sizes is not None:
+            size = sizes.get(name)
+        else:
+            try:
+                content = store.place.read(name)
+            except (FileNotFoundError, NotADirectoryError):
+                content = None
+            except StoreError as error:
+                found.faults.append(Fault(name, str(error), task.name))
+                continue
+            size = None if content is None else len(content)
+        problem = _difference(expected, size, content)
+        if not problem and content is not None and not quick:
+            try:
+                chunk = decode_chunk(spec, content, name)
+            except StoreCorrupt as error:
+                problem = str(error)
+            else:
+                count = entry.rows if isinstance(entry, LedgerEntry) else 0
+                problem = "" if task.decisions else _content_problem(store, task, spec, chunk, count)
+                if spec.name == "key_hash":
+                    key_hash = chunk[:count].astype(np.uint64)
+        if problem:
+            found.faults.append(Fault(name, problem, task.name))
+        found.objects += 1
+        found.bytes += size or 0
+    return found, key_hash
+
+
+def _block_entry(store: Store, task: PromisedEntry) -> LedgerEntry:
+    entry = store.ledger_entry(task.name)
+    tar = store.created.dataset.tars[task.block]
+    if entry.rows + len(entry.left_out) != tar.count or tar.sha256 not in (None, entry.tar_sha256):
+        raise StoreCorrupt(
+            f"{store.place}/ledger/{task.name}: is about {entry.rows} rows and {len(entry.left_out)} bad images of a "
+            f"tar with sha256 {entry.tar_sha256}, store.json says {tar.count} of {tar.sha256}"
+        )
+    return entry
+
+
+def _content_problem(store: Store, task: PromisedEntry, spec: ArraySpec, chunk: np.ndarray[Any, Any], rows: int) -> str:
+    """What is wrong with the values of a chunk, whose bytes are those that were committed."""
+    fill = np.asarray(spec.fill, dtype=spec.dtype)
+    if not spec.name.startswith("probe/"):
+        used, unused = chunk[:rows], chunk[rows:]
+        empty = np.isnan(unused) if np.isnan(fill) else unused == fill
+        if not empty.all():
+            return f"{np.count_nonzero(~empty):,} values behind the last of {rows} rows, where there must be none"
+    else:
+        used = chunk
+    low, high = _range(store, task, spec)
+    if used.dtype.kind == "f":
+        if not _any_not_finite(used):
+            return ""
+        bad = ~np.isfinite(used)
+    else:
+        if spec.name == "key_hash":
+            high = NO_KEY - 1
+        if not used.size or ((low is None or used.min() >= low) and (high is None or used.max() <= high)):
+            return ""
+        bad = np.zeros(used.shape, dtype=bool) if low is None else (used < low)
+        bad |= False if high is None else (used > high)
+    place = [int(index) for index in np.argwhere(bad)[0]]
+    return f"{np.count_nonzero(bad):,} values that cannot be, the first at {place}: {used[tuple(place)]}" + (
+        f" (must be {low} to {high})" if low is not None else ""
+    )
+
+
+def _any_not_finite(values: NDArray[Any]) -> bool:
+    """By the bits: an exponent of ones, or more. Several times as fast as `np.isfinite`, above all for float16."""
+    bits = values.view(f"<u{values.itemsize}")
+    sign = bits.dtype.type(1 << (8 * values.itemsize - 1))
+    infinity = np.array(np.inf, dtype=values.dtype).view(bits.dtype)
+    return bool(np.bitwise_and(bits, sign - bits.dtype.type(1)).max(initial=0) >= infinity)
+
+
+def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | None, float | None]:
+    """The smallest and largest legal value of an integer array; None where every value is legal."""
+    created = store.created
+    known: dict[str, tuple[float, float]] = {
+        "label": (0, created.num_classes - 1),
+        **{f"view/{name}": array.legal for name, array in view_arrays(created.views).items()},
+        "probe/row": (0, created.rows_per_block - 1),
+        "probe/view": (0, created.views_per_group - 1),
+    }
+    if spec.name in known:
+        return known[spec.name]
+    part = store.parts[task.part]
+    if spec.name.startswith("logits/") and isinstance(part.codec, Int):
+        return (0, part.codec.levels) if spec.dtype == "|u1" else (None, None)
+    if spec.name.startswith("decisions/"):
+        _, name, array = spec.name.split("/")
+        config = part.decisions[name].config
+        if isinstance(config, SubclassDecisions):
+            return 0, config.per_class - 1
+        if array in ("id", "prob"):
+            return 0, config.templates - 1 if array == "id" else PROB_LEVELS
+    return None, None
+
+
+def _used_twice(keys: dict[int, NDArray[np.uint64]]) -> list[Fault]:
+    """Blocks with a key that another row has."""
+    if not keys:
+        return []
+    hashes = np.concatenate(list(keys.values()))
+    blocks = np.repeat(list(keys), [len(one) for one in keys.values()])
+    order = hashes.argsort(kind="stable")
+    twice = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    pairs = sorted({(int(blocks[order[index]]), int(blocks[order[index + 1]])) for index in twice})
+    return [Fault(f"block {one}", f"shares a key with block {other}: pack the dataset anew") for one, other in pairs]
+
+
+def _compare_with(store: Store, images: Callable[[int], ImageBlock]) -> list[Fault]:
+    """Join every block with its images as stage 2 does, which compares every sample and renders the probes again."""
+    faults = []
+    with progress("comparing with the dataset", len(store.blocks), "blocks") as meter:
+        for number in store.blocks:
+            try:
+                block = as_stored(store, images(number))
+                for group in range(len(store.identity.groups)):
+                    join(store, block, group, np.zeros(len(block), dtype=np.int64))
+            except OfflineKDError as error:
+                faults.append(Fault(f"block {number}", str(error)))
+            meter.advance()
+    return faults
+
+
+# ---- repairing -----------------------------------------------------------------------------------------------------
+
+
+def take_back(place: Place, faults: Sequence[Fault], remove_extra: bool) -> list[str]:
+    """Take back the proof of every faulty block, so that `cache-teacher` does exactly those again.
+
+    The card, zarr's metadata and the manifest are written anew by `finish`; extra files are removed only if asked for.
+    Returns the ledger entries whose blocks have to be done.
+    """
+    entries = sorted({fault.entry for fault in faults if fault.entry is not None})
+    for fault in faults:
+        made_again = fault.file.startswith(("targets.zarr/", "ledger/")) or fault.file in FINISHED_FILES
+        if remove_extra if fault.is_extra else made_again:
+            place.delete(fault.file)
+    for name in entries:
+        place.delete(f"ledger/{name}")
+    return entries
+
+
+def faults_as_json(result: Verification) -> str:
+    faults = [{"file": one.file, "problem": one.problem, "block": one.entry} for one in result.faults]
+    about = {"mode": result.mode, "objects": result.objects, "bytes": result.bytes, "faults": faults}
+    return json.dumps(about, indent=2)
