@@ -61,7 +61,7 @@ VIEWS = RandomCrop(kind="random_resized_crop", size=224, count=4)
 
 def make_store(folder: Path, loader: BlockLoader, views: RandomCrop, codec: Float16 | Int) -> Store:
     """Of made-up logits for the real images: what `cache_teacher` writes, without a teacher."""
-    from offline_kd.cache.pipeline import ask_teacher
+    from offline_kd.cache.asking import Inquiry, ask_teacher
     from offline_kd.models.teacher import Teacher
 
     classes = loader.dataset.classes
@@ -94,11 +94,9 @@ def make_store(folder: Path, loader: BlockLoader, views: RandomCrop, codec: Floa
     place = Folder(folder)
     create_or_resume(place, identity)
     part = parts_of(identity)[""]
-    entries = {}
+    inquiry, entries = Inquiry(teacher, identity, {}, CPU), {}
     for number, block in enumerate(loader):
-        arrays, _ = ask_teacher(
-            teacher, identity, {}, block, draw(views, block.key_hash, block.sizes()), number, 0, CPU
-        )
+        arrays, _ = ask_teacher(inquiry, block, draw(views, block.key_hash, block.sizes()), number, 0)
         entry = commit(place, part, number, 0, range(views.count), arrays, tar=block.name, tar_sha256=block.sha256)
         entries[entry.file_name] = entry
     contents = {name: place.read(f"ledger/{name}") for name in entries}

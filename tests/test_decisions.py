@@ -12,7 +12,7 @@ from conftest import CPU, ROOT, invoke, make_recipe, refused
 from sklearn.cluster import KMeans as Reference
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
-from offline_kd.cache import pipeline as cache
+from offline_kd.cache import asking as cache
 from offline_kd.cache.kmeans import kmeans
 from offline_kd.cache.lda import class_means, fit_lda, fit_subclasses, nearest_prototype, normalised_table
 from offline_kd.cache.pipeline import cache_teacher

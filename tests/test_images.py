@@ -87,7 +87,7 @@ def test_students_see_the_same_views_with_and_without_a_store_and_workers(photos
 )
 def test_parameters_that_were_shifted_on_purpose_are_caught(photos, tmp_path, monkeypatch, array, change):
     """Stored parameters that are not those the teacher saw, in a store that is otherwise sealed and whole."""
-    from offline_kd.cache import pipeline as cache
+    from offline_kd.cache import work as cache
 
     recipe, manifest, folder = photos
     ask = cache.ask_teacher

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import describe_capture
-from offline_kd.cache.pipeline import ask_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.manifest import Manifest
@@ -54,10 +54,10 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torc
     views = identity.groups[0]
     parameters = draw(recipe.views, block.key_hash, block.sizes())
     chosen = {name: array[:, : views.stop] for name, array in parameters.items()}
-    tables = _stand_ins(identity, device)
+    inquiry = Inquiry(teacher, identity, _stand_ins(identity, device), device)
 
     def stage_1() -> Arrays:
-        return ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)[0]
+        return ask_teacher(inquiry, block, chosen, 0, 0)[0]
 
     arrays = stage_1()
     size_per_kind: dict[str, float] = {}

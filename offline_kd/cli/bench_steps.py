@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from zarr.storage import LocalStore
 
-from offline_kd.cache.pipeline import ask_teacher, cache_teacher
+from offline_kd.cache.asking import Inquiry, ask_teacher
+from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Dataset, Manifest, Split, locate
@@ -225,6 +226,7 @@ def _stage_1(
 ) -> Callable[[], None]:
     """Read, decode, ask and commit one block and view group, as `cache_teacher` does for this identity."""
     tables = {name: tables_on(store, name, device) for name in identity.decisions}
+    inquiry = Inquiry(teacher, identity, tables, device)
     undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0, decode=is_exact(recipe.views))
 
     def work() -> None:
@@ -234,7 +236,7 @@ def _stage_1(
         parameters = draw(recipe.views, block.key_hash, block.sizes())
         end = identity.groups[0].stop
         chosen = {name: array[:, :end] for name, array in parameters.items()}
-        arrays, _ = ask_teacher(teacher, identity, tables, block, chosen, 0, 0, device)
+        arrays, _ = ask_teacher(inquiry, block, chosen, 0, 0)
         part, views = parts_of(identity)[""], identity.groups[0]
         commit(place, part, 0, 0, views, arrays, tar=block.name, tar_sha256=block.sha256)
         shutil.rmtree(place.path)

@@ -15,6 +15,7 @@ import click
 import torch
 import yaml
 
+from offline_kd.cache.engines import DEFAULT_ENGINE, ENGINES
 from offline_kd.cache.pipeline import Worker, cache_teacher
 from offline_kd.cli.bench_codecs import bench_codecs, write_plot
 from offline_kd.cli.bench_steps import bench, measure_drift
@@ -100,8 +101,9 @@ def run_command(recipe_path: Path, out: Path | None, **inputs: Any) -> None:
 @recipe_options
 @click.option("--store", "store", required=True, help="Folder or URL (s3://, gs://, az://) of the store.")
 @click.option("--worker", metavar="I/N", help="In a job array: do the blocks of worker I (from 0) of N only.")
+@click.option("--engine", default=DEFAULT_ENGINE, show_default=True, help=f"Who does the blocks: {', '.join(ENGINES)}.")
 @click.option("--add", is_flag=True, help="Add this teacher to a store of another one, over the same views.")
-def cache_command(recipe_path: Path, store: str, worker: str | None, add: bool, **inputs: Any) -> None:
+def cache_command(recipe_path: Path, store: str, worker: str | None, engine: str, add: bool, **inputs: Any) -> None:
     """Stage 1: ask the teacher about every view of every image, once. The same command again resumes.
 
     Several processes may run it on one store, on any machines: blocks that one works on are left alone by the others,
@@ -113,7 +115,9 @@ def cache_command(recipe_path: Path, store: str, worker: str | None, add: bool, 
     torchrun --nproc-per-node 8 -m offline_kd.cli cache-teacher recipe.yaml --store stores/cifar10
     """
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
-    finished = cache_teacher(recipe, manifest, roots, store, device, worker=which_worker(worker), add=add)
+    finished = cache_teacher(
+        recipe, manifest, roots, store, device, worker=which_worker(worker), engine=engine, add=add
+    )
     if finished is None:
         return
     fidelity = finished.fidelity.get(recipe.name) or next(iter(finished.fidelity.values()))

@@ -1,0 +1,207 @@
+"""The open blocks of a capture, and how one of them is done: read -> ask -> refuse or commit."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from offline_kd.cache.asking import Inquiry, ask_teacher
+from offline_kd.cache.job import Capture, store_of
+from offline_kd.data.blocks import BlockLoader, ImageBlock
+from offline_kd.store.join import tables_on
+from offline_kd.store.reader import Arrays
+from offline_kd.store.schema import Part, identity_of_targets, ledger_name, parts_of, tables_ledger_name
+from offline_kd.store.writer import commit, read_ledger
+from offline_kd.support.console import say
+from offline_kd.support.errors import DataError, StoreMismatch
+from offline_kd.views.specs import draw, view_arrays
+
+
+@dataclass(frozen=True)
+class Work:
+    """Blocks of one addition that a process shall see committed, by itself or by others."""
+
+    capture: Capture
+    part: Part
+    inquiry: Inquiry
+    blocks: Sequence[int]  # in the order in which they are tried
+    done: set[tuple[int, int]]  # block and view group of what is committed: grows
+    key_owner: dict[int, int]  # block by key hash, of what was read or committed: grows
+
+    def open_groups(self, block: int) -> list[int]:
+        """The view groups of a block that nobody has committed, by what the store says now."""
+        place, groups = self.capture.place, self.capture.groups
+        for group, views in enumerate(groups):
+            name = f"ledger/{ledger_name(block, views, self.part.name)}"
+            if (block, group) not in self.done and place.size(name) is not None:
+                self.done.add((block, group))
+        return [group for group in range(len(groups)) if (block, group) not in self.done]
+
+    def known_done(self, block: int) -> bool:
+        """Whether all of a block was committed when it was last looked at."""
+        return all((block, group) in self.done for group in range(len(self.capture.groups)))
+
+    @property
+    def open_views(self) -> int:
+        """How many views of how many images are not committed, as far as is known."""
+        tars = self.capture.loader.split.tars
+        return sum(
+            tars[block].count * len(views)
+            for block in self.blocks
+            for group, views in enumerate(self.capture.groups)
+            if (block, group) not in self.done
+        )
+
+
+def open_work(capture: Capture, addition: str, blocks: Sequence[int]) -> Work:
+    """What of these blocks is committed already; tables must be.
+
+    Args:
+        addition: its name; "" for what the store was created with.
+    """
+    part = parts_of(capture.created, capture.additions)[addition]
+    identity = capture.identity_of(addition)
+    inquiry = Inquiry(capture.teacher, identity, _tables(capture, part), capture.device)
+    present = capture.place.sizes("ledger")
+    done = {
+        (block, group)
+        for block in blocks
+        for group, views in enumerate(capture.groups)
+        if f"ledger/{ledger_name(block, views, addition)}" in present
+    }
+    if done:
+        say(f"{capture.place}: resuming: {len(done)} of {len(blocks) * len(capture.groups)} blocks are committed")
+    key_owner = _keys_of_committed_blocks(capture, present) if addition == "" else {}
+    return Work(capture, part, inquiry, blocks, done, key_owner)
+
+
+def _tables(capture: Capture, part: Part) -> dict[str, dict[str, Tensor]]:
+    """Tables by decisions and array, on the device, as they are committed."""
+    contents = read_ledger(capture.place, [tables_ledger_name(name, part.name) for name in part.tables])
+    identity = identity_of_targets(capture.created, capture.additions, part.targets, 1)
+    store = store_of(capture, part.targets, identity, contents)
+    return {name: tables_on(store, name, capture.device) for name in part.tables}
+
+
+def _keys_of_committed_blocks(capture: Capture, present: Mapping[str, int]) -> dict[int, int]:
+    """Block by key hash, of what was committed before."""
+    of_block = {
+        block: (group, ledger_name(block, views))
+        for block in range(capture.created.num_blocks)
+        for group, views in enumerate(capture.groups)
+        if f"ledger/{ledger_name(block, views)}" in present
+    }
+    store = store_of(capture, "", capture.created, read_ledger(capture.place, [name for _, name in of_block.values()]))
+    return {
+        key: block
+        for block, (group, _) in of_block.items()
+        for key in store.read(block, group, ["key_hash"])["key_hash"].tolist()
+    }
+
+
+# ---- one block -----------------------------------------------------------------------------------------------------
+
+
+def capture_block(
+    work: Work, number: int, images: ImageBlock, still_mine: Callable[[], bool], step: Callable[[int], None]
+) -> None:
+    """Commit every view group of a block that is open.
+
+    Args:
+        still_mine: whether nobody else has begun the block meanwhile.
+        step: is told how many views of how many images were committed.
+    """
+    if work.part.name == "":
+        _refuse_used_keys(work, images, number)
+    parameters = draw(work.inquiry.identity.views, images.key_hash, images.sizes())
+    for group in work.open_groups(number):
+        views = work.capture.groups[group]
+        of_group = {name: array[:, views.start : views.stop] for name, array in parameters.items()}
+        arrays, left_out = ask_teacher(work.inquiry, images, of_group, number, group)
+        if work.part.name:
+            _refuse_other_rows(work.capture, arrays, images, number, group)
+        elif group == 0:
+            for bad in left_out:
+                say(f"{images.path}: sample '{bad.key}' is left out: {bad.problem}")
+        commit(
+            work.capture.place,
+            work.part,
+            number,
+            group,
+            views,
+            arrays,
+            tar=images.name,
+            tar_sha256=images.sha256,
+            left_out={bad.key: bad.problem for bad in left_out},
+            still_mine=still_mine,
+        )
+        work.done.add((number, group))
+        step(len(images) * len(views))
+
+
+def _refuse_used_keys(work: Work, images: ImageBlock, number: int) -> None:
+    tars = work.capture.loader.split.tars
+    for key, key_hash in zip(images.keys, images.key_hash.tolist(), strict=True):
+        owner = work.key_owner.setdefault(key_hash, number)
+        if owner != number:
+            raise DataError(
+                f"{images.name}: key '{key}' was used before, in {tars[owner].file}. "
+                "Keys of a split must be unique: pack the dataset again."
+            )
+
+
+def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, number: int, group: int) -> None:
+    """An addition must be about exactly the rows and views that the store has: raises StoreMismatch otherwise."""
+    name = ledger_name(number, capture.groups[group])
+    contents = read_ledger(capture.place, [name]) if capture.place.size(f"ledger/{name}") is not None else {}
+    if not contents:
+        raise StoreMismatch(
+            f"{capture.place}: has no ledger/{name}, so nothing can be added to it. Capture these views of the first "
+            "teacher before, or add fewer: --set views.count=..."
+        )
+    store = store_of(capture, "", capture.created, contents)
+    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in view_arrays(capture.created.views))):
+        if not np.array_equal(store.read(number, group, [array])[array], arrays[array]):
+            raise StoreMismatch(
+                f"{capture.place}: block {number} ({images.name}), {array} is not what this capture has: the images or "
+                "views differ from those that the store was created with. Capture another store."
+            )
+
+
+# ---- reading ahead -------------------------------------------------------------------------------------------------
+
+
+def read_blocks(loader: BlockLoader, numbers: Iterator[int], workers: int) -> Iterator[tuple[int, ImageBlock]]:
+    """Blocks with their numbers, in the given order, read ahead by so many worker processes if there are any."""
+    if workers == 0:
+        return ((number, loader[number]) for number in numbers)
+    return iter(
+        DataLoader(
+            _Numbered(loader),
+            batch_size=None,
+            sampler=_Once(numbers),
+            num_workers=min(workers, len(loader)),
+        )
+    )
+
+
+class _Numbered(Dataset[tuple[int, ImageBlock]]):
+    """Blocks that bring their numbers along."""
+
+    def __init__(self, loader: BlockLoader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, number: int) -> tuple[int, ImageBlock]:
+        return number, self.loader[number]
+
+
+class _Once(Sampler[int]):
+    """An iterator as a sampler."""
+
+    def __init__(self, numbers: Iterator[int]) -> None:
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[int]:
+        return self.numbers
