@@ -18,7 +18,8 @@ from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig, SubclassDecisions
 from offline_kd.support.errors import RecipeError, did_you_mean
 from offline_kd.support.strict import Strict, parse, read_yaml
-from offline_kd.views.specs import CenterCrop, NoAugmentation, PadCropFlip, Views
+from offline_kd.views import Views
+from offline_kd.views.none import NoAugmentation
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -236,13 +237,7 @@ class Recipe(Strict):
     @property
     def evaluation_crop(self) -> EvaluationCrop | None:
         """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
-        views = self.views
-        if isinstance(views, NoAugmentation | PadCropFlip):
-            return self.data.crop
-        if self.data.crop:
-            return self.data.crop
-        resize = views.resize if isinstance(views, CenterCrop) else round(views.size * 8 / 7)
-        return EvaluationCrop(size=views.size, resize=resize, interpolation=views.interpolation)
+        return self.data.crop or self.views.evaluation_crop
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""

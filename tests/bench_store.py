@@ -39,7 +39,7 @@ from offline_kd.store.verification import verify
 from offline_kd.store.writer import commit, create_or_resume, manifest_bytes
 from offline_kd.support.console import say, show_table
 from offline_kd.support.counter_rng import counter_hash
-from offline_kd.views.specs import PadCropFlip
+from offline_kd.views.pad_crop_flip import PadCropFlip
 
 ROWS, VIEWS, CLASSES, BLOCKS, MANY_BLOCKS, ROUNDS = 4096, 4, 1000, 8, 10_000, 5
 NOTHING = Fidelity(

@@ -52,8 +52,10 @@ from offline_kd.store.schema import (
     store_digest,
 )
 from offline_kd.store.writer import commit, create_or_resume, write_manifest
-from offline_kd.views.render import choose, render_choice, render_view
-from offline_kd.views.specs import RandomCrop, draw
+from offline_kd.views.choice import choose
+from offline_kd.views.kind import draw
+from offline_kd.views.random_resized_crop import RandomCrop
+from offline_kd.views.render import render_choice, render_view
 
 CPU = torch.device("cpu")
 VIEWS = RandomCrop(kind="random_resized_crop", size=224, count=4)

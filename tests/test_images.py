@@ -23,8 +23,8 @@ from offline_kd.distill.training import make_stream, training_images
 from offline_kd.store.join import join, left_out_of
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import DataError, StoreCorrupt, StoreMismatch
+from offline_kd.views.center_crop import CenterCrop
 from offline_kd.views.render import render_choice, render_view
-from offline_kd.views.specs import CenterCrop
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from offline_kd.store.codec import decode
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError, StoreMismatch
 from offline_kd.views.epochs import view_groups, view_of_epoch
-from offline_kd.views.specs import PadCropFlip
+from offline_kd.views.pad_crop_flip import PadCropFlip
 
 NUM_SAMPLES, NUM_VIEWS = 1438, 9
 

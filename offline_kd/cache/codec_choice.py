@@ -24,8 +24,8 @@ from offline_kd.store.codec import (
 from offline_kd.store.klt import Tables
 from offline_kd.store.schema import ArraySpec
 from offline_kd.support.console import say
+from offline_kd.views.kind import ViewSpec, draw
 from offline_kd.views.render import view_batches
-from offline_kd.views.specs import AnyViews, draw
 
 FEWEST_CLASSES = 64
 MAX_SAMPLES, MAX_VIEWS = 1024, 4  # of the first tar
@@ -72,7 +72,7 @@ def describe_codec(codec: AnyCodec) -> str:
 
 
 def choose_codec(
-    wanted: AutoCodec, teacher: Teacher, views: AnyViews, block: ImageBlock, device: torch.device
+    wanted: AutoCodec, teacher: Teacher, views: ViewSpec, block: ImageBlock, device: torch.device
 ) -> AnyCodec:
     """Ask the teacher about some views of a block and take the codec with the fewest bytes within the budget.
 
@@ -104,7 +104,7 @@ def choose_codec(
     return codec
 
 
-def _ask(teacher: Teacher, views: AnyViews, block: ImageBlock, device: torch.device) -> NDArray[np.float32]:
+def _ask(teacher: Teacher, views: ViewSpec, block: ImageBlock, device: torch.device) -> NDArray[np.float32]:
     """`[rows, views, C]` logits of the first samples and views of a block."""
     count, num_views = min(len(block), MAX_SAMPLES), min(views.num_views, MAX_VIEWS)
     parameters = {name: array[:count, :num_views] for name, array in draw(views, block.key_hash, block.sizes()).items()}

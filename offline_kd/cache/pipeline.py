@@ -46,8 +46,9 @@ from offline_kd.store.writer import commit, commit_tables, committed_tables, rea
 from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import DataError, StoreMismatch, TeacherError
-from offline_kd.views.render import choose, render_some, view_batches
-from offline_kd.views.specs import Parameters, draw, is_exact, view_arrays
+from offline_kd.views.choice import choose
+from offline_kd.views.kind import Parameters, draw
+from offline_kd.views.render import render_some, view_batches
 
 ENCODE_BYTES = 2**24
 PROBE_STREAM = 0x70726F6265  # first counter of the draws made here
@@ -94,7 +95,7 @@ def cache_teacher(
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     loader = BlockLoader(
-        dataset, split, roots, keep_bytes=0, decode=is_exact(recipe.views), on_bad=recipe.data.bad_images
+        dataset, split, roots, keep_bytes=0, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images
     )
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
     wanted = identify(recipe, manifest, roots, loader, teacher, place, device)
@@ -201,7 +202,7 @@ def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, blo
             "teacher before, or add fewer: --set views.count=..."
         )
     store = store_of(capture, "", capture.created, contents)
-    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in view_arrays(capture.created.views))):
+    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in capture.created.views.arrays())):
         if not np.array_equal(store.read(block, group, [array])[array], arrays[array]):
             raise StoreMismatch(
                 f"{capture.place}: block {block} ({images.name}), {array} is not what this capture has: the images or "

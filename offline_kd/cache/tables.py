@@ -24,8 +24,8 @@ from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_uniform
 from offline_kd.support.errors import TeacherError
+from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images, view_batches
-from offline_kd.views.specs import draw
 
 SAMPLE_STREAM = 0x73616D706C65  # first counter of the draws made here
 

@@ -41,8 +41,8 @@ from offline_kd.store.schema import StoreIdentity, create_array, parts_of
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError
+from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images
-from offline_kd.views.specs import PadCropFlip, RandomCrop, draw, is_exact
 
 BENCH_VIEWS = 4
 DRIFT_CODECS: dict[str, AnyCodec] = {"f32": Float32(), "f16": Float16(name="f16"), "int8": Int(name="int")}
@@ -173,9 +173,7 @@ def _small(
         classes=dataset.classes,
         splits={"all": Split(tars=pack(samples, folder / "bench", "all", wanted))},
     )
-    views = recipe.views
-    if isinstance(views, PadCropFlip | RandomCrop):
-        views = views.model_copy(update={"count": min(BENCH_VIEWS, views.num_views)})
+    views = recipe.views.with_count(min(BENCH_VIEWS, recipe.views.num_views))
     ungated = {name: teacher.model_copy(update={"expected": None}) for name, teacher in manifest.teachers.items()}
     changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "workers": 0, "keep_bytes": 2**30}
     return (
@@ -225,7 +223,7 @@ def _stage_1(
 ) -> Callable[[], None]:
     """Read, decode, ask and commit one block and view group, as `cache_teacher` does for this identity."""
     tables = {name: tables_on(store, name, device) for name in identity.decisions}
-    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0, decode=is_exact(recipe.views))
+    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0, decode=recipe.views.is_exact)
 
     def work() -> None:
         place = Folder(folder / "stage-1")

@@ -26,7 +26,6 @@ from offline_kd.store.sync import KINDS, copy_store, describe
 from offline_kd.store.verification import Verification, faults_as_json, take_back, verify
 from offline_kd.support.console import printable, say, show_table
 from offline_kd.support.errors import RecipeError, StoreMismatch
-from offline_kd.views.specs import is_exact
 
 
 @click.group("store")
@@ -173,7 +172,7 @@ def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callab
             locate(f"{folder}/{tar.file}", roots),
             tar,
             store.identity.num_classes,
-            decode=is_exact(store.identity.views),
+            decode=store.identity.views.is_exact,
             on_bad="skip" if store.entry("", block, 0).left_out else "fail",
         )
 

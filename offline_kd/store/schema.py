@@ -38,8 +38,9 @@ from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Codec, codec_arrays, 
 from offline_kd.store.decisions import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
 from offline_kd.support.errors import RecipeError, StoreCorrupt
 from offline_kd.support.strict import Sha256, Strict, fingerprint
+from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
-from offline_kd.views.specs import AnyViews, CenterCrop, NoAugmentation, Views, view_arrays
+from offline_kd.views.kind import ViewSpec
 
 SCHEMA_VERSION = 2  # version 1 is still read: see opening.py
 PROBES_PER_GROUP = 4
@@ -339,7 +340,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         per_row("label", "<i4", -1, "class index"),
         *(
             per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
-            for name, array in view_arrays(identity.views).items()
+            for name, array in identity.views.arrays().items()
         ),
         per_probe("probe/row", "<i4", -1, "row within the block"),
         per_probe("probe/view", "<i4", -1, "view within the group"),
@@ -428,7 +429,7 @@ def identity_of_targets(
     identity: StoreIdentity, additions: Iterable[Addition], targets: str, num_views: int
 ) -> StoreIdentity:
     """The store as if it had been created with these targets and so many views."""
-    update: dict[str, Any] = {"views": with_count(identity.views, num_views)}
+    update: dict[str, Any] = {"views": identity.views.with_count(num_views)}
     decisions = dict(identity.decisions) if targets == "" else {}
     for addition in additions:
         if addition.targets == targets:
@@ -436,10 +437,6 @@ def identity_of_targets(
             if addition.extends is None:
                 update |= {"teacher": addition.teacher, "codec": addition.codec}
     return identity.model_copy(update=update | {"decisions": decisions})
-
-
-def with_count(views: AnyViews, num_views: int) -> AnyViews:
-    return views if isinstance(views, NoAugmentation | CenterCrop) else views.model_copy(update={"count": num_views})
 
 
 def check_bounds(where: str, parts: Mapping[str, Part]) -> None:
@@ -487,7 +484,7 @@ def zarr_metadata(parts: Mapping[str, Part]) -> dict[str, bytes]:
     return {f"targets.zarr/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
 
 
-def plan_views_per_group(views: AnyViews, *, rows_per_block: int, num_classes: int, requested: int | None) -> int:
+def plan_views_per_group(views: ViewSpec, *, rows_per_block: int, num_classes: int, requested: int | None) -> int:
     """How many views are stored and read together: as requested, else the fewest that make a worthwhile object.
 
     Always a divisor of the number of views, so that no group is ever half full and views can be added later without

@@ -22,7 +22,6 @@ from offline_kd.store.schema import NO_KEY, ArraySpec, LedgerEntry, StoredObject
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreError
-from offline_kd.views.specs import view_arrays
 
 AT_ONCE = 64  # ledger entries that are looked at together
 FINISHED_FILES = ("manifest.json", "README.md", "index.html")
@@ -240,7 +239,7 @@ def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | 
     created = store.created
     known: dict[str, tuple[float, float]] = {
         "label": (0, created.num_classes - 1),
-        **{f"view/{name}": array.legal for name, array in view_arrays(created.views).items()},
+        **{f"view/{name}": array.legal for name, array in created.views.arrays().items()},
         "probe/row": (0, created.rows_per_block - 1),
         "probe/view": (0, created.views_per_group - 1),
     }
