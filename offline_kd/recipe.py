@@ -14,7 +14,8 @@ from pydantic import Field, field_validator
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
 from offline_kd.objectives.dtkd import Sharpness
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16
+from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
+from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig, SubclassDecisions
 from offline_kd.support.errors import RecipeError, did_you_mean
 from offline_kd.support.strict import Strict, parse, read_yaml

@@ -36,7 +36,8 @@ from offline_kd.data.manifest import (
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.loader import Stream
-from offline_kd.store.codec import Float16, Int
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import join
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder

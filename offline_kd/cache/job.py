@@ -16,7 +16,7 @@ from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, Recipe
-from offline_kd.store.codec import AnyCodec
+from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, parse_metadata, stored_object

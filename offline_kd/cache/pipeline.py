@@ -25,7 +25,7 @@ from offline_kd.data.manifest import Manifest, Split
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import Recipe
-from offline_kd.store.codec import CODEC_TABLES, encode
+from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import pack
 from offline_kd.store.join import tables_on
 from offline_kd.store.leases import POLL_SECONDS, Leases, leases_at
@@ -266,7 +266,7 @@ def ask_teacher(
 
     def encode_waiting() -> None:
         if waiting:
-            for name, array in encode(identity.codec, np.concatenate(waiting), codec_tables).items():
+            for name, array in identity.codec.encode(np.concatenate(waiting), codec_tables).items():
                 encoded.setdefault(f"logits/{name}", []).append(array)
         waiting.clear()
 

@@ -32,7 +32,10 @@ from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
-from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
+from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.f32 import Float32
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import tables_on
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder

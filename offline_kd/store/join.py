@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import ImageBlock
-from offline_kd.store.codec import codec_arrays, unpack
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.console import say
@@ -133,11 +132,11 @@ def _join_one(
     _check_samples(store, block, found)
     for number, arrays, here in slabs:
         _check_probes(store, block, number, arrays, here, offsets[here])
-    logits = {name: found[f"logits/{name}"] for name in codec_arrays(store.identity.codec)}
+    logits = {name: found[f"logits/{name}"] for name in store.identity.codec.arrays()}
     decided = {name: array for name, array in found.items() if name.startswith("decisions/")}
     targets = {
         name: _tensor(array)
-        for name, array in (unpack(store.identity.codec, logits, store.codec_tables) | decided).items()
+        for name, array in (store.identity.codec.unpack(logits, store.codec_tables) | decided).items()
     }
     own = {name: found[f"view/{name}"] for name in store.identity.views.arrays()}
     return _joined(block, Choice(np.arange(len(block)), own, partner_row, partner or own), targets)
@@ -192,7 +191,7 @@ def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
     ]
     if "partner" in views.arrays():
         names.append("key_hash")
-    names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
+    names += [f"logits/{name}" for name in store.identity.codec.arrays()]
     return names + [name for one in decisions for name in decision_arrays(store, one)]
 
 
@@ -216,7 +215,7 @@ def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor
 
 def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
     """What the codec of a store needs to decode logits; nothing for most."""
-    return {part: _tensor(array).to(device) for part, array in (store.codec_tables or {}).items()}
+    return {part: _tensor(array).to(device) for part, array in store.codec_tables.items()}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -14,7 +14,6 @@ from offline_kd.data.blocks import ImageBlock, OnBadImage, load_block
 from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
 from offline_kd.data.tars import hash_key
-from offline_kd.store.codec import decode
 from offline_kd.store.decisions import TemplateDecisions, unpack_probs
 from offline_kd.store.join import as_stored, codec_tables_on, join
 from offline_kd.store.reader import Arrays, Store
@@ -131,8 +130,7 @@ def _view(
                 torch.from_numpy(arrays[f"decisions/{name}/prob"][..., 0].astype(np.int64))
             ).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view}"))
-    logits = decode(
-        identity.codec,
+    logits = identity.codec.decode(
         {name: array[row] for name, array in joined.targets.items() if not name.startswith("decisions/")},
         identity.num_classes,
         codec_tables_on(store, torch.device("cpu")),

@@ -34,7 +34,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Codec, codec_arrays, codec_tables
+from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.decisions import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
 from offline_kd.support.errors import RecipeError, StoreCorrupt
 from offline_kd.support.strict import Sha256, Strict, fingerprint
@@ -93,7 +93,7 @@ class StoreIdentity(Strict):
     dataset: DatasetIdentity
     teacher: TeacherIdentity
     views: Views
-    codec: Codec
+    codec: AnyCodec
     decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
     rows_per_block: int = Field(gt=0, le=2**24)
     views_per_group: int = Field(gt=0, le=2**15)
@@ -129,7 +129,7 @@ class Addition(Strict):
         description="None: another teacher. Else more decisions of the targets of that name, '' being the first ones"
     )
     teacher: TeacherIdentity
-    codec: Codec
+    codec: AnyCodec
     decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
 
     @property
@@ -285,7 +285,7 @@ def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
             ArraySpec(
                 f"codec/{part}", dtype, shape, shape, tuple(f"dim_{axis}" for axis in range(len(shape))), 0, "whole", ""
             )
-            for part, (dtype, shape) in codec_tables(identity.codec, identity.num_classes).items()
+            for part, (dtype, shape) in identity.codec.tables(identity.num_classes).items()
         ]
     about = identity.decisions[name]
     config, channels = about.config, about.channels
@@ -354,7 +354,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
             ("width", width),
         ),
     ]
-    for name, array in codec_arrays(identity.codec).items():
+    for name, array in identity.codec.arrays().items():
         inner = [(array.axis[0], array.axis[1] or identity.num_classes)] if array.axis else []
         specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
     for name, about in identity.decisions.items():
@@ -397,7 +397,7 @@ class Part:
     targets: str  # that it belongs to; "" are the first ones
     specs: list[ArraySpec]
     tables: dict[str, list[ArraySpec]]  # by name of the decisions
-    codec: Codec
+    codec: AnyCodec
     decisions: Mapping[str, DecisionsIdentity]
 
 
@@ -422,7 +422,7 @@ def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dic
 
 def _tables(codec: AnyCodec | None, decisions: Iterable[str]) -> list[str]:
     """Which tables there are: of the codec if it has any, and of all decisions."""
-    return [*([CODEC_TABLES] if codec is not None and codec_tables(codec, 2) else []), *decisions]
+    return [*([CODEC_TABLES] if codec is not None and codec.learns_from else []), *decisions]
 
 
 def identity_of_targets(

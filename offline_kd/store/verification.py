@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.codec import Int
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
 from offline_kd.store.opening import open_store
@@ -246,8 +245,8 @@ def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | 
     if spec.name in known:
         return known[spec.name]
     part = store.parts[task.part]
-    if spec.name.startswith("logits/") and isinstance(part.codec, Int):
-        return (0, part.codec.levels) if spec.dtype == "|u1" else (None, None)
+    if spec.name.startswith("logits/"):
+        return part.codec.legal_range(spec.name.removeprefix("logits/")) or (None, None)
     if spec.name.startswith("decisions/"):
         _, name, array = spec.name.split("/")
         config = part.decisions[name].config
