@@ -220,12 +220,24 @@ class TeacherStore(Strict):
     weight: Positive = 1.0
 
 
-class Recipe(Strict):
+class CaptureRecipe(Strict):
+    """What stage 1 needs to know: which teacher sees which views of which images, and what is stored of its answers."""
+
     name: Name
     data: Data
     teacher: TeacherNetwork
     views: Views = NoAugmentation()
     capture: Capture = Capture()
+
+    @property
+    def evaluation_crop(self) -> EvaluationCrop | None:
+        """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
+        return self.data.crop or self.views.evaluation_crop
+
+
+class Recipe(CaptureRecipe):
+    """An experiment: what is captured, and which students learn from it, how."""
+
     store: str | Annotated[list[TeacherStore], Field(min_length=1)] | None = Field(
         None, description="where stage 2 finds targets, unless --store says so; several are mixed by weight"
     )
@@ -234,11 +246,6 @@ class Recipe(Strict):
     training: Training
     objectives: dict[Name, Objective] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
-
-    @property
-    def evaluation_crop(self) -> EvaluationCrop | None:
-        """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
-        return self.data.crop or self.views.evaluation_crop
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""

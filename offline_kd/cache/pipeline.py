@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -70,23 +71,25 @@ class Worker:
         return [*range(first, num_blocks), *range(first)]
 
 
+class CaptureOptions(TypedDict, total=False):
+    """What a capture may be told besides what it is about."""
+
+    teacher: Teacher | None  # one that is in memory, on the device; None: the one that the recipe names
+    worker: Worker | None  # which of several writers this is; None: the only one, or one that shares all blocks
+    add: bool  # another teacher's targets may be added to a store, under the recipe's name
+
+
 def cache_teacher(
     recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Path],
     location: Place | str | Path,
     device: torch.device,
-    *,
-    worker: Worker | None = None,
-    add: bool = False,
+    **options: Unpack[CaptureOptions],
 ) -> StoreManifest | None:
     """Make, go on making, or add to the teacher store of a recipe.
 
     A store grows by itself when the recipe has more views, or more decisions of the same teacher.
-
-    Args:
-        worker: which of several writers this is; None: the only one, or one of several that share all blocks.
-        add: another teacher's targets may be added to a store, under the recipe's name.
 
     Returns:
         The manifest of the finished store; None when other writers have blocks to do yet.
@@ -97,14 +100,14 @@ def cache_teacher(
     loader = BlockLoader(
         dataset, split, roots, keep_bytes=0, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images
     )
-    teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
+    teacher = options.get("teacher") or load_teacher(recipe, manifest, roots, len(dataset.classes), device)
     wanted = identify(recipe, manifest, roots, loader, teacher, place, device)
-    created, additions, own_parts = announce(place, wanted, recipe, add)
+    created, additions, own_parts = announce(place, wanted, recipe, options.get("add", False))
     capture = Capture(recipe, loader, teacher, device, place, created, additions, own_parts, recipe.views.num_views)
     refuse_uneven_views(capture)
     with leases_at(place) as leases:
         for part in own_parts:
-            _capture_part(capture, parts_of(created, additions)[part], worker or Worker(), leases)
+            _capture_part(capture, parts_of(created, additions)[part], options.get("worker") or Worker(), leases)
         return finish_if_complete(capture, leases)
 
 

@@ -50,36 +50,11 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
     offline-kd store info runs/digits/store
     offline-kd store info s3://team/stores/cifar10 --json
     """
-    from offline_kd.store.card import served_terms
-    from offline_kd.store.opening import group_digests
-    from offline_kd.store.sync import describe
+    from offline_kd.store.info import store_info
     from offline_kd.support.console import show_table
 
     store = open_named(reference, manifest_path)
-    identity, manifest = store.identity, store.manifest
-    assert manifest is not None
-    fidelity = manifest.fidelity.get(store.targets)
-    facts = {
-        "digest": f"sha256:{store.digest}",
-        "holds": describe(manifest.held),
-        "blocks": len(store.blocks),
-        "rows": sum(identity.dataset.tars[block].count for block in store.blocks) * identity.views.num_views,
-        "views": identity.views.model_dump(mode="json") | {"stored": identity.views.num_views},
-        "group digests": group_digests(store),
-        "bytes": manifest.total_bytes,
-        "bytes by array": manifest.bytes_by_array,
-        "codecs": {"logits": identity.codec.model_dump(mode="json")},
-        "teacher": identity.teacher.model_dump(mode="json"),
-        "other teachers": [one.name for one in store.additions if one.extends is None],
-        "dataset": identity.dataset.model_dump(mode="json", exclude={"tars", "classes"})
-        | {"samples": sum(tar.count for tar in identity.dataset.tars), "classes": len(identity.dataset.classes)},
-        "licences": {"dataset": identity.dataset.licence, "teacher": identity.teacher.licence},
-        "left out": manifest.left_out,
-        "serves": served_terms(store),
-        "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
-        "schema version": manifest.schema_version,
-        "versions": identity.versions,
-    }
+    facts = store_info(store)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -167,7 +142,6 @@ def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callab
     """The images of each block of a store: those tars that it was made from, whatever a recipe says."""
     from offline_kd.data.blocks import load_block
     from offline_kd.data.manifest import locate
-    from offline_kd.views.specs import is_exact
 
     about = store.identity.dataset
     folder = manifest.dataset(about.name).folder
