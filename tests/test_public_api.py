@@ -12,16 +12,16 @@ import pytest
 import torch
 from conftest import ROOT
 from networks import Small
+from offline_kd.store.codec import Float16, error_bound
+from offline_kd.views.specs import draw
 
 import offline_kd as okd
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Normalisation
 from offline_kd.models.networks import normalise
-from offline_kd.store.codec import Float16, error_bound
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.views.render import choose, render_some
-from offline_kd.views.specs import draw
 
 LAZY_ROOMS = ["support", "data", "models", "store", "cache", "distill"]
 NORMALISATION = {"mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4]}
