@@ -14,11 +14,13 @@ from pydantic import Field, field_validator
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
 from offline_kd.objectives.dtkd import Sharpness
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float16
+from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
+from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig, SubclassDecisions
 from offline_kd.support.errors import RecipeError, did_you_mean
 from offline_kd.support.strict import Strict, parse, read_yaml
-from offline_kd.views.specs import CenterCrop, NoAugmentation, PadCropFlip, Views
+from offline_kd.views import Views
+from offline_kd.views.none import NoAugmentation
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
 Positive = Annotated[float, Field(gt=0)]
@@ -218,12 +220,24 @@ class TeacherStore(Strict):
     weight: Positive = 1.0
 
 
-class Recipe(Strict):
+class CaptureRecipe(Strict):
+    """What stage 1 needs to know: which teacher sees which views of which images, and what is stored of its answers."""
+
     name: Name
     data: Data
     teacher: TeacherNetwork
     views: Views = NoAugmentation()
     capture: Capture = Capture()
+
+    @property
+    def evaluation_crop(self) -> EvaluationCrop | None:
+        """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
+        return self.data.crop or self.views.evaluation_crop
+
+
+class Recipe(CaptureRecipe):
+    """An experiment: what is captured, and which students learn from it, how."""
+
     store: str | Annotated[list[TeacherStore], Field(min_length=1)] | None = Field(
         None, description="where stage 2 finds targets, unless --store says so; several are mixed by weight"
     )
@@ -232,17 +246,6 @@ class Recipe(Strict):
     training: Training
     objectives: dict[Name, Objective] = Field(min_length=1)
     seeds: list[int] = Field([0], min_length=1)
-
-    @property
-    def evaluation_crop(self) -> EvaluationCrop | None:
-        """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
-        views = self.views
-        if isinstance(views, NoAugmentation | PadCropFlip):
-            return self.data.crop
-        if self.data.crop:
-            return self.data.crop
-        resize = views.resize if isinstance(views, CenterCrop) else round(views.size * 8 / 7)
-        return EvaluationCrop(size=views.size, resize=resize, interpolation=views.interpolation)
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""

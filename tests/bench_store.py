@@ -18,7 +18,9 @@ import numpy as np
 
 from offline_kd.cli.main import keep_freed_memory
 from offline_kd.data.manifest import Normalisation, Tar
-from offline_kd.store.codec import AnyCodec, Float16, Int, encode
+from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import stored_object
@@ -39,7 +41,7 @@ from offline_kd.store.verification import verify
 from offline_kd.store.writer import commit, create_or_resume, manifest_bytes
 from offline_kd.support.console import say, show_table
 from offline_kd.support.counter_rng import counter_hash
-from offline_kd.views.specs import PadCropFlip
+from offline_kd.views.pad_crop_flip import PadCropFlip
 
 ROWS, VIEWS, CLASSES, BLOCKS, MANY_BLOCKS, ROUNDS = 4096, 4, 1000, 8, 10_000, 5
 NOTHING = Fidelity(
@@ -124,7 +126,7 @@ def make_full(folder: Path, codec: AnyCodec) -> Folder:
             "probe/row": np.arange(4, dtype=np.int32),
             "probe/view": np.zeros(4, dtype=np.int32),
             "probe/pixels": rng.integers(0, 256, (4, 3, 32, 32)).astype(np.uint8),
-        } | {f"logits/{name}": array for name, array in encode(codec, logits).items()}
+        } | {f"logits/{name}": array for name, array in codec.encode(logits, {}).items()}
         part, tar = parts_of(identity)[""], identity.dataset.tars[block].file
         entry = commit(place, part, block, 0, identity.groups[0], arrays, tar=tar, tar_sha256="0" * 64)
         entries[entry.file_name] = stored_object(place.read(f"ledger/{entry.file_name}")).sha256

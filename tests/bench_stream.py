@@ -36,7 +36,8 @@ from offline_kd.data.manifest import (
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.loader import Stream
-from offline_kd.store.codec import Float16, Int
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import join
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
@@ -52,8 +53,10 @@ from offline_kd.store.schema import (
     store_digest,
 )
 from offline_kd.store.writer import commit, create_or_resume, write_manifest
-from offline_kd.views.render import choose, render_choice, render_view
-from offline_kd.views.specs import RandomCrop, draw
+from offline_kd.views.choice import choose
+from offline_kd.views.kind import draw
+from offline_kd.views.random_resized_crop import RandomCrop
+from offline_kd.views.render import render_choice, render_view
 
 CPU = torch.device("cpu")
 VIEWS = RandomCrop(kind="random_resized_crop", size=224, count=4)

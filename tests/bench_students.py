@@ -18,7 +18,11 @@ from bench_stream import finish
 from offline_kd.data.manifest import data_roots, load_manifest
 from offline_kd.distill.training import distill
 from offline_kd.recipe import load_recipe
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Float32, Int, Klt, TopK, decode_stored, encode, fit_codec
+from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
+from offline_kd.store.codecs.f32 import Float32
+from offline_kd.store.codecs.int_ import Int
+from offline_kd.store.codecs.klt import Klt
+from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
@@ -47,13 +51,11 @@ def transcode(store: Store, folder: Path, codec: AnyCodec) -> float:
 
     def logits_of(block: int, view: int) -> np.ndarray:
         arrays = {"values": store.read(block, view, ["logits/values"])["logits/values"]}
-        return decode_stored(store.identity.codec, arrays, None, store.identity.num_classes).numpy()
+        return store.identity.codec.decode_stored(arrays, {}, store.identity.num_classes).numpy()
 
     # Learned from views that no student is shown.
     others = range(VIEWS, store.identity.views.num_views)
-    tables = fit_codec(
-        codec, np.concatenate([logits_of(block, view)[:, 0] for block in store.blocks for view in others])
-    )
+    tables = codec.fit(np.concatenate([logits_of(block, view)[:, 0] for block in store.blocks for view in others]))
     contents, size = {}, 0
     if tables:
         entry = commit_tables(place, part, CODEC_TABLES, {f"codec/{name}": one for name, one in tables.items()}, {})
@@ -61,7 +63,7 @@ def transcode(store: Store, folder: Path, codec: AnyCodec) -> float:
     for block in store.blocks:
         for view in range(VIEWS):
             arrays = {name: array for name, array in store.read(block, view, names).items() if "logits" not in name}
-            coded = encode(codec, logits_of(block, view), tables)
+            coded = codec.encode(logits_of(block, view), tables)
             old = store.entry("", block, view)
             entry = commit(
                 place, part, block, view, range(view, view + 1),

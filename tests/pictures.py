@@ -15,7 +15,10 @@ from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample
 from offline_kd.models.networks import build
 from offline_kd.recipe import Recipe
-from offline_kd.views.specs import ColorJitter, Erase, Mixing, RandAugment, RandomCrop
+from offline_kd.views.augment import ColorJitter, RandAugment
+from offline_kd.views.erase import Erase
+from offline_kd.views.mixing import Mixing
+from offline_kd.views.random_resized_crop import RandomCrop
 
 EVERYTHING = RandomCrop(
     kind="random_resized_crop",

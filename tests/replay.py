@@ -28,8 +28,8 @@ MAGNITUDES = {"posterize": 4, "solarize": 128, "hue": 0.2, "rotate": 20, "blur":
 def render_all(folder: Path, out: Path) -> None:
     from offline_kd.data.decoding import decode_image
     from offline_kd.data.manifest import EvaluationCrop
-    from offline_kd.views.render import apply_op, evaluation_crop, render_view
-    from offline_kd.views.specs import OPS
+    from offline_kd.views.operations import OPERATIONS, apply_op
+    from offline_kd.views.render import evaluation_crop, render_view
 
     found: dict[str, list[np.ndarray]] = {}
     for file in sorted(folder.iterdir()):
@@ -50,7 +50,7 @@ def render_all(folder: Path, out: Path) -> None:
             ):
                 found.setdefault(name, []).append(rendered.ravel())
         square = image.resize((128, 128), 0)
-        for op in OPS:
+        for op in OPERATIONS:
             done = apply_op(square, op, MAGNITUDES.get(op, 0.3))
             found.setdefault(op, []).append(np.asarray(done).ravel())
     np.savez(out, **{name: np.concatenate(parts) for name, parts in found.items()})

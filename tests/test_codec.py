@@ -1,6 +1,7 @@
 """decode(encode(z)) is within the bound that the codec states, for any logits, and stores of every codec work."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,24 +9,17 @@ import torch
 from conftest import CPU, invoke, refused
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from offline_kd.cache.codec_choice import pack_logits
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.recipe import AutoCodec
-from offline_kd.store import klt
-from offline_kd.store.codec import (
-    Float16,
-    Float32,
-    Int,
-    Klt,
-    TopK,
-    codec_arrays,
-    decode,
-    decode_stored,
-    encode,
-    error_bound,
-    fit_codec,
-)
+from offline_kd.store.codecs import AnyCodec, klt, rans
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.f32 import Float32
+from offline_kd.store.codecs.int_ import Int
+from offline_kd.store.codecs.klt import Klt
+from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.verification import verify
@@ -50,15 +44,15 @@ def needed_classes(codec) -> int:
 
 
 def round_trip(codec, logits):
-    arrays = encode(codec, logits)
-    declared = codec_arrays(codec)
+    arrays = codec.encode(logits, {})
+    declared = codec.arrays()
     assert set(arrays) == set(declared)
     for name, array in arrays.items():
         assert array.dtype == np.dtype(declared[name].dtype)
         axis = declared[name].axis
         assert array.shape == (*logits.shape[:-1], *([axis[1] or logits.shape[-1]] if axis else []))
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return decode(codec, tensors, logits.shape[-1]).numpy()
+    return codec.decode(tensors, logits.shape[-1], {}).numpy()
 
 
 @given(
@@ -74,13 +68,13 @@ def test_errors_stay_within_the_stated_bound(seed, scale, offset, classes, codec
     logits = (offset + scale * rng.standard_normal((3, 2, classes))).astype(np.float32)
     decoded = round_trip(codec, logits)
     assert decoded.dtype == np.float32
-    assert (np.abs(decoded - logits) <= error_bound(codec, logits)).all()
+    assert (np.abs(decoded - logits) <= codec.error_bound(logits)).all()
 
 
 @given(st.integers(0, 2**31))
 def test_int_keeps_the_extremes_the_order_and_never_uses_the_empty_mark(seed):
     logits = np.random.default_rng(seed).standard_normal((5, 100)).astype(np.float32) * 8
-    codes = encode(Int(name="int"), logits)["codes"]
+    codes = Int(name="int").encode(logits, {})["codes"]
     assert codes.max() == 254
     assert codes.min() == 0
     decoded = round_trip(Int(name="int"), logits)
@@ -94,14 +88,14 @@ def test_int_keeps_the_extremes_the_order_and_never_uses_the_empty_mark(seed):
 @pytest.mark.parametrize("value", [0.0, -3.5, 1e-30, 12345.0])
 def test_constant_rows_survive(codec, value):
     logits = np.full((2, 10), value, dtype=np.float32)
-    assert (np.abs(round_trip(codec, logits) - logits) <= error_bound(codec, logits).max()).all()
+    assert (np.abs(round_trip(codec, logits) - logits) <= codec.error_bound(logits).max()).all()
 
 
 def test_f32_is_exact_and_f16_refuses_what_does_not_fit():
     logits = np.array([[1e30, -1e30, 3.0]], dtype=np.float32)
     assert np.array_equal(round_trip(Float32(), logits), logits)
     with pytest.raises(TeacherError, match="does not fit f16"):
-        encode(Float16(name="f16"), logits)
+        Float16(name="f16").encode(logits, {})
 
 
 @given(st.integers(0, 2**31), st.sampled_from([1, 4, 16]), st.sampled_from([3, 5, 8]))
@@ -111,7 +105,7 @@ def test_the_largest_logits_that_are_kept_apart_have_the_error_of_f16(seed, top,
     ids = np.argsort(-logits, axis=-1)[:, :top]
     kept, true = (np.take_along_axis(part, ids, axis=-1) for part in (decoded, logits))
     np.testing.assert_allclose(kept, true, rtol=2**-11)
-    plain, short = (encode(Int(name="int", bits=bits, exact_top=count), logits)["step"] for count in (0, top))
+    plain, short = (Int(name="int", bits=bits, exact_top=count).encode(logits, {})["step"] for count in (0, top))
     assert (short < plain).all()  # the others lie on a shorter line
 
 
@@ -126,13 +120,13 @@ def test_topk_has_the_teachers_mass_outside_the_top_at_its_temperature(seed, t):
 
 def test_topk_holds_tens_of_thousands_of_classes_in_few_bytes():
     logits = np.random.default_rng(0).standard_normal((4, 21_841)).astype(np.float32)
-    arrays = encode(TopK(name="topk", k=64), logits)
+    arrays = TopK(name="topk", k=64).encode(logits, {})
     assert sum(array.nbytes for array in arrays.values()) == 4 * (64 * 4 + 12)
     assert arrays["top_id"].max() < 21_841
     with pytest.raises(TeacherError, match="cannot be kept apart"):
-        encode(TopK(name="topk"), np.zeros((1, 2**16), dtype=np.float32))
+        TopK(name="topk").encode(np.zeros((1, 2**16), dtype=np.float32), {})
     with pytest.raises(TeacherError, match="keeps 16 of 10 classes"):
-        encode(TopK(name="topk"), np.zeros((1, 10), dtype=np.float32))
+        TopK(name="topk").encode(np.zeros((1, 10), dtype=np.float32), {})
 
 
 # ---- transform coding ------------------------------------------------------------------------------------------------
@@ -153,28 +147,58 @@ KLT = Klt(name="klt", step=0.8, refine=16)
 
 @given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([3, 20, 100]))
 def test_the_entropy_coder_gives_back_every_number(seed, rows, classes):
-    tables = fit_codec(KLT, made_up_logits(200, classes))
+    tables = KLT.fit(made_up_logits(200, classes))
     rng = np.random.default_rng(seed)
     reach = [(table > 0).sum(axis=1) // 2 for table in (tables["frequency"], tables["refine_frequency"])]
     # Also numbers that are hardly ever written: each has a code.
-    q, differences = (
-        rng.integers(-most, most + 1, (rows, len(most))).astype(kind)
-        for most, kind in zip(reach, (np.int16, np.int16), strict=True)
-    )
-    coder = klt.Coder.of(tables)
-    codes, too_long = coder.encode(q, differences, 4096)
+    values = np.concatenate([rng.integers(-most, most + 1, (rows, len(most))) for most in reach], axis=1)
+    values = values.astype(np.int16)
+    coder = rans.Coder.of(np.concatenate([tables["frequency"], tables["refine_frequency"]]))
+    codes, too_long = coder.encode(values, 4096)
     assert not len(too_long)
-    for decoded, original in zip(coder.decode(codes), (q, differences), strict=True):
-        assert decoded.dtype == original.dtype
-        assert np.array_equal(decoded, original)
+    decoded = coder.decode(codes)
+    assert decoded.dtype == values.dtype
+    assert np.array_equal(decoded, values)
     one = rng.integers(rows)
-    assert np.array_equal(coder.decode(codes[one : one + 1])[0], q[one : one + 1])
+    assert np.array_equal(coder.decode(codes[one : one + 1]), values[one : one + 1])
+
+
+GOLDEN = np.load(Path(__file__).parent / "fixtures" / "codecs.npz", allow_pickle=False)
+SETTINGS = json.loads(str(GOLDEN["settings"]))
+
+
+def golden(prefix: str) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): GOLDEN[name] for name in GOLDEN.files if name.startswith(prefix)}
+
+
+@pytest.mark.parametrize("number", range(len(SETTINGS)), ids=[str(one) for one in SETTINGS])
+def test_what_a_store_holds_of_the_same_logits_does_not_change(number):
+    codec = TypeAdapter(AnyCodec).validate_python(SETTINGS[number])
+    tables, logits = golden(f"{number}/tables/"), GOLDEN["logits"]
+    stored = codec.encode(logits, tables)
+    assert list(stored) == list(golden(f"{number}/stored/"))
+    for name, array in golden(f"{number}/stored/").items():
+        assert stored[name].dtype == array.dtype
+        assert stored[name].tobytes() == array.tobytes(), name
+    decoded = codec.decode_stored(stored, tables, logits.shape[-1]).numpy()
+    np.testing.assert_array_equal(decoded, GOLDEN[f"{number}/decoded"])
+
+
+def test_the_entropy_coders_bits_do_not_change():
+    coder = rans.Coder.of(np.concatenate([GOLDEN["7/tables/frequency"], GOLDEN["7/tables/refine_frequency"]]))
+    codes, too_long = coder.encode(GOLDEN["rans/values"], GOLDEN["rans/codes"].shape[1])
+    np.testing.assert_array_equal(codes, GOLDEN["rans/codes"])
+    np.testing.assert_array_equal(too_long, GOLDEN["rans/too_long"])
+    fits = np.setdiff1d(np.arange(len(codes)), too_long)
+    np.testing.assert_array_equal(coder.decode(codes)[fits], GOLDEN["rans/values"][fits])
+    np.testing.assert_array_equal(coder.decode(GOLDEN["rans/garbage"]), GOLDEN["rans/garbage_values"])
+    np.testing.assert_array_equal(rans.frequencies(GOLDEN["rans/counted"], 1023), GOLDEN["rans/frequencies"])
 
 
 def test_frequencies_sum_to_the_total_and_leave_no_hole():
-    tables = fit_codec(KLT, made_up_logits(500, 50))
+    tables = KLT.fit(made_up_logits(500, 50))
     for table in (tables["frequency"], tables["refine_frequency"]):
-        assert (table.astype(int).sum(axis=1) == klt.TOTAL).all()
+        assert (table.astype(int).sum(axis=1) == rans.TOTAL).all()
         middle = table.shape[1] // 2
         for row in table:
             used = np.flatnonzero(row)
@@ -185,7 +209,7 @@ def test_frequencies_sum_to_the_total_and_leave_no_hole():
 def test_sums_are_exact_in_float32_in_any_order():
     """Which classes are refined must be the same on every machine."""
     logits = made_up_logits(300, 400)
-    tables = fit_codec(Klt(name="klt", step=0.05), logits)
+    tables = Klt(name="klt", step=0.05).fit(logits)
     rng = np.random.default_rng(0)
     q = rng.standard_normal((20, 400))
     q *= klt.MOST_NORM / np.linalg.norm(q, axis=1, keepdims=True)  # the worst there can be
@@ -205,43 +229,41 @@ def total_variation(logits: np.ndarray, decoded: torch.Tensor) -> float:
 
 def coded(codec, logits: np.ndarray, tables) -> tuple[torch.Tensor, float]:
     """Decoded logits, and bytes per row as stored."""
-    arrays = encode(codec, logits, tables)
+    arrays = codec.encode(logits, tables)
     size = sum(len(content) for _, content in pack_logits(codec, logits, tables).values())
-    return decode_stored(codec, arrays, tables, logits.shape[-1]), size / (logits.size / logits.shape[-1])
+    return codec.decode_stored(arrays, tables, logits.shape[-1]), size / (logits.size / logits.shape[-1])
 
 
 def test_klt_takes_fewer_bytes_than_integers_of_the_same_error():
     learn, logits = made_up_logits(4000, 300), made_up_logits(400, 300, seed=1).reshape(200, 2, 300)
     codec = Klt(name="klt", step=0.5)
-    short, short_bytes = coded(codec, logits, fit_codec(codec, learn))
+    short, short_bytes = coded(codec, logits, codec.fit(learn))
     assert short.shape == logits.shape
     int4, int4_bytes = coded(Int(name="int", bits=4), logits, {})
     assert total_variation(logits, short) < total_variation(logits, int4)
     assert short_bytes < 0.8 * int4_bytes
-    steps = [
-        coded(Klt(name="klt", step=step), logits, fit_codec(Klt(name="klt", step=step), learn)) for step in (0.4, 1, 2)
-    ]
+    steps = [coded(Klt(name="klt", step=step), logits, Klt(name="klt", step=step).fit(learn)) for step in (0.4, 1, 2)]
     assert [size for _, size in steps] == sorted((size for _, size in steps), reverse=True)
     errors = [total_variation(logits, decoded) for decoded, _ in steps]
     assert errors == sorted(errors)
 
 
 def test_klt_survives_rows_like_none_that_it_learned_from():
-    tables = fit_codec(KLT, made_up_logits(400, 60))
+    tables = KLT.fit(made_up_logits(400, 60))
     strange = np.stack([np.zeros(60), np.full(60, 1e4), np.linspace(-300, 300, 60)]).astype(np.float32)
     decoded, _ = coded(KLT, strange, tables)
     assert decoded.isfinite().all()
     assert (decoded[0].abs() < 2).all()
     garbage = np.random.default_rng(0).integers(0, 256, (50, KLT.row_bytes)).astype(np.uint8)
-    assert decode_stored(KLT, {"code": garbage}, tables, 60).isfinite().all()
+    assert KLT.decode_stored({"code": garbage}, tables, 60).isfinite().all()
 
 
 def test_a_row_that_is_too_long_loses_its_finest_axes():
     codec = Klt(name="klt", step=0.1, refine=4, row_bytes=64)
-    tables = fit_codec(codec, made_up_logits(400, 100))
+    tables = codec.fit(made_up_logits(400, 100))
     logits = made_up_logits(20, 100, seed=3)
     decoded, _ = coded(codec, logits, tables)
-    assert encode(codec, logits, tables)["code"].shape == (20, 64)
+    assert codec.encode(logits, tables)["code"].shape == (20, 64)
     whole, size = coded(Klt(name="klt", step=0.1, refine=4), logits, tables)
     assert size > 64  # so some were too long
     errors = [(one - torch.from_numpy(logits)).pow(2).mean().item() for one in (whole, decoded)]
@@ -252,13 +274,13 @@ def test_klt_of_tens_of_thousands_of_classes_keeps_fewer_axes_than_classes():
     codec = Klt(name="klt", step=1, axes=32, refine=8)
     rng = np.random.default_rng(0)
     logits = (rng.standard_normal((64, 16)) @ rng.standard_normal((16, 21_841))).astype(np.float32)
-    tables = fit_codec(codec, logits)
+    tables = codec.fit(logits)
     assert tables["axes"].shape == (32, 21_841)
     decoded, size = coded(codec, logits, tables)
     assert (decoded - torch.from_numpy(logits)).abs().mean() < 0.05 * np.abs(logits).mean()
     assert size < 200
     with pytest.raises(TeacherError, match="16 rows at least, there are 3"):
-        fit_codec(codec, logits[:3])
+        codec.fit(logits[:3])
 
 
 def test_students_learn_from_klt_and_the_codec_is_verified(recipe, recipe_file, manifest, roots, where, tmp_path):

@@ -12,7 +12,6 @@ import yaml
 from conftest import RECIPE, ROOT, invoke, merged, refused
 
 from offline_kd.cli import main as cli
-from offline_kd.cli import options
 from offline_kd.store.opening import open_store
 
 
@@ -102,7 +101,9 @@ def test_bench_prints_ratios_of_one_run(recipe_file, where):
 
 def all_commands(group: click.Group, path: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], click.Command]]:
     found = []
-    for name, command in group.commands.items():
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
         found.append(((*path, name), command))
         if isinstance(command, click.Group):
             found += all_commands(command, (*path, name))
@@ -124,7 +125,7 @@ def test_usage_errors_exit_with_2_and_bugs_keep_their_traceback(recipe_file, whe
     def broken(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(options, "load_recipe", broken)
+    monkeypatch.setattr("offline_kd.recipe.load_recipe", broken)
     with pytest.raises(ZeroDivisionError):
         invoke("run", recipe_file, *where)
 

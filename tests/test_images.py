@@ -23,8 +23,8 @@ from offline_kd.distill.training import make_stream, training_images
 from offline_kd.store.join import join, left_out_of
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import DataError, StoreCorrupt, StoreMismatch
+from offline_kd.views.center_crop import CenterCrop
 from offline_kd.views.render import render_choice, render_view
-from offline_kd.views.specs import CenterCrop
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +364,9 @@ def test_a_thousand_replayed_views_of_photographs_get_the_teachers_answer(manife
 def test_codecs_keep_what_they_promise_of_a_thousand_classes(manifest, real_data, tmp_path):
     """Tables learned from four fifths of the images, measured on the others; top-100 in f16 takes 404 bytes."""
     from offline_kd.cli.bench_codecs import bench_codecs
-    from offline_kd.store.codec import Int, Klt, TopK
+    from offline_kd.store.codecs.int_ import Int
+    from offline_kd.store.codecs.klt import Klt
+    from offline_kd.store.codecs.topk import TopK
 
     _, store = captured_photographs("lite0_codecs", manifest, real_data, tmp_path / "store")
     codecs = [

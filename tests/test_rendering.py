@@ -23,18 +23,13 @@ from offline_kd.data.decoding import decode_image, image_size
 from offline_kd.data.manifest import EvaluationCrop
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample
-from offline_kd.views.render import apply_op, choose, evaluation_crop, render_choice, render_view
-from offline_kd.views.specs import (
-    NO_PARTNER,
-    OPS,
-    PARTNERS,
-    UNIT,
-    WHOLE,
-    RandomCrop,
-    ThreeAugment,
-    TrivialAugment,
-    draw,
-)
+from offline_kd.views.augment import ThreeAugment, TrivialAugment
+from offline_kd.views.choice import choose
+from offline_kd.views.kind import UNIT, draw
+from offline_kd.views.mixing import NO_PARTNER, PARTNERS, WHOLE
+from offline_kd.views.operations import OPERATIONS, apply_op, operation_name
+from offline_kd.views.random_resized_crop import RandomCrop
+from offline_kd.views.render import evaluation_crop, render_choice, render_view
 
 KEYS = np.arange(150, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 SIZES = np.random.default_rng(0).integers(20, 300, (150, 2))
@@ -105,13 +100,12 @@ def test_a_hundred_megapixels_are_read_and_more_than_the_limit_is_not():
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 5))
 def test_more_views_leave_those_before_unchanged_and_every_value_is_legal(seed, count, more):
-    from offline_kd.views.specs import view_arrays
 
     views = EVERYTHING.model_copy(update={"seed": seed, "count": count})
     few = draw(views, KEYS, SIZES)
     many = draw(views.model_copy(update={"count": count + more}), KEYS, SIZES)
-    assert few.keys() == view_arrays(views).keys()
-    for name, about in view_arrays(views).items():
+    assert few.keys() == views.arrays().keys()
+    for name, about in views.arrays().items():
         assert np.array_equal(few[name], many[name][:, :count])
         assert few[name].dtype == np.dtype(about.dtype)
         assert few[name].shape == (150, count, *([about.axis[1]] if about.axis else []))
@@ -165,10 +159,10 @@ def test_every_operation_is_drawn_and_strengths_keep_to_their_ranges():
     for name, low, high in (
         ("rotate", -135, 135), ("posterize", 2, 8), ("solarize", 0, 255), ("brightness", 0, 2), ("shear_x", -1, 1)
     ):  # fmt: skip
-        magnitude = parameters["magnitude"][parameters["op"] == OPS.index(name)]
+        magnitude = parameters["magnitude"][parameters["op"] == OPERATIONS[name].code]
         assert low <= magnitude.min() < magnitude.max() <= high
     three = EVERYTHING.model_copy(update={"augment": ThreeAugment(kind="three_augment"), "jitter": None})
-    assert {OPS[op] for op in np.unique(draw(three, KEYS, SIZES)["op"])} == {"grayscale", "solarize", "blur"}
+    assert {operation_name(op) for op in np.unique(draw(three, KEYS, SIZES)["op"])} == {"grayscale", "solarize", "blur"}
 
 
 # ---- rendering -------------------------------------------------------------------------------------------------------
@@ -236,7 +230,7 @@ def test_a_box_that_reaches_outside_is_black_there():
     assert (pixels[:, 5:] == 255).all()
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", OPERATIONS)
 def test_every_operation_changes_an_image_and_does_it_again(op):
     image = Image.fromarray(np.asarray(photograph(5, 40, 40)) // 2 + 40)
     magnitude = {"posterize": 4, "solarize": 128, "hue": 0.2, "rotate": 20, "blur": 1.5}.get(op, 0.3)

@@ -24,7 +24,7 @@ from offline_kd.data.manifest import Dataset, Split
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.models.networks import build
-from offline_kd.store.codec import Int
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, array_specs, store_digest
 from offline_kd.store.writer import manifest_bytes

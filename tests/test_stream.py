@@ -19,11 +19,10 @@ from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Stream
 from offline_kd.distill.training import make_stream, training_images
 from offline_kd.models.teacher import Teacher
-from offline_kd.store.codec import decode
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError, StoreMismatch
 from offline_kd.views.epochs import view_groups, view_of_epoch
-from offline_kd.views.specs import PadCropFlip
+from offline_kd.views.pad_crop_flip import PadCropFlip
 
 NUM_SAMPLES, NUM_VIEWS = 1438, 9
 
@@ -68,7 +67,7 @@ def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teache
     for epoch in range(NUM_VIEWS):
         for batch in stream.epoch(epoch):
             group, position = view_of_epoch(5, batch.key_hash, epoch, store.identity.groups)
-            logits = decode(store.identity.codec, batch.targets, 10)
+            logits = store.identity.codec.decode(batch.targets, 10, {})
             torch.testing.assert_close(logits, teacher.logits(batch.images), rtol=1e-5, atol=1e-4)
             for row, key in enumerate(batch.key_hash.tolist()):
                 view = store.identity.groups[group].start + int(position[row])
@@ -288,7 +287,7 @@ def loader_of(folder: Path, parts: list[list[Sample]]) -> BlockLoader:
 def rows_by_key(recipe, loader, store, epoch=2):
     rows = {}
     for batch in make_stream(recipe, loader, [store], [], 0, CPU, groups=store.identity.groups).epoch(epoch):
-        logits = decode(store.identity.codec, batch.targets, 10)
+        logits = store.identity.codec.decode(batch.targets, 10, {})
         for row, key in enumerate(batch.key_hash.tolist()):
             rows[key] = (batch.images[row], int(batch.labels[row]), logits[row])
     return rows

@@ -10,8 +10,10 @@ from offline_kd.data.tars import hash_key
 from offline_kd.support.counter_rng import counter_hash, counter_uniform, keyed_permutation, mix
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_groups, view_of_epoch
+from offline_kd.views.kind import draw
+from offline_kd.views.none import NoAugmentation
+from offline_kd.views.pad_crop_flip import PadCropFlip
 from offline_kd.views.render import render
-from offline_kd.views.specs import NoAugmentation, PadCropFlip, draw
 
 KEYS = np.array([hash_key(f"{index:05d}") for index in range(300)], dtype=np.uint64)
 CIFAR = PadCropFlip(kind="pad_crop_flip")

@@ -11,14 +11,15 @@ from torch import Tensor
 from offline_kd.data.blocks import BadImage, Decoder, ImageBlock
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, encode
+from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import pack
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import PROBES_PER_GROUP, DecisionsIdentity, StoreIdentity
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import DataError, TeacherError
-from offline_kd.views.render import choose, render_some, view_batches
-from offline_kd.views.specs import Parameters
+from offline_kd.views.choice import choose
+from offline_kd.views.kind import Parameters
+from offline_kd.views.render import render_some, view_batches
 
 ENCODE_BYTES = 2**24
 PROBE_STREAM = 0x70726F6265  # first counter of the draws made here
@@ -112,7 +113,7 @@ class _Logits:
     """Logits on their way into the codec: some batches are encoded together, never those of a whole block."""
 
     def __init__(self, inquiry: Inquiry) -> None:
-        self.codec: AnyCodec = inquiry.identity.codec
+        self.codec = inquiry.identity.codec
         self.tables = {name: table.cpu().numpy() for name, table in inquiry.tables.get(CODEC_TABLES, {}).items()}
         self.waiting: list[NDArray[np.float32]] = []
         self.pieces: dict[str, list[NDArray[np.generic]]] = {}
@@ -129,7 +130,7 @@ class _Logits:
 
     def _encode(self) -> None:
         if self.waiting:
-            for name, array in encode(self.codec, np.concatenate(self.waiting), self.tables).items():
+            for name, array in self.codec.encode(np.concatenate(self.waiting), self.tables).items():
                 self.pieces.setdefault(name, []).append(array)
         self.waiting.clear()
 

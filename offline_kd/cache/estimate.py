@@ -21,8 +21,8 @@ from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import StoreIdentity, entry_names, kind_of, parts_of
 from offline_kd.support.console import say
+from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images
-from offline_kd.views.specs import draw, is_exact
 
 MAX_SAMPLES, MIN_SECONDS = 512, 3.0  # of the first tar; of the warm-up
 
@@ -46,7 +46,7 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torc
     """Ask the teacher about some views of the first tar, pack them, and work out the whole capture."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
-    loader = BlockLoader(dataset, split, roots, 2**30, decode=is_exact(recipe.views), on_bad=recipe.data.bad_images)
+    loader = BlockLoader(dataset, split, roots, 2**30, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images)
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
     identity = describe_capture(recipe, loader, teacher, "not asked", 0.0, None, None, device)
     part = parts_of(identity)[""]

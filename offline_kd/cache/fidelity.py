@@ -11,7 +11,6 @@ from offline_kd.data.blocks import ImageBlock
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.objectives import kd, power_sum
-from offline_kd.store.codec import Klt, TopK, decode, decode_stored, encode, error_bound
 from offline_kd.store.decisions import SubclassDecisions, pack, unpack_probs
 from offline_kd.store.join import Joined, as_stored, codec_tables_on, join, tables_on
 from offline_kd.store.reader import Store
@@ -25,8 +24,6 @@ FIDELITY_STREAM = 0x66696465  # first counter of the draws made here
 MAX_BLOCKS = 8
 TEMPERATURES = (1, 2, 4)
 GAMMAS = (0.25, 0.5, 0.8)
-# How far two runs of one network may differ, relative to the largest logit: other batch shapes, other kernels.
-ARITHMETIC = {"float32": 1e-3, "bfloat16": 5e-2}
 # Share of places where the likeliest template, or the sub-class, must be the same; near ties may fall either way.
 DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
 
@@ -58,7 +55,7 @@ def measure_fidelity(
                 pixels = torch.from_numpy(render_some(block, choice, identity.views, identity.seen_size[0])).to(device)
                 logits, maps = teacher.logits_and_maps(pixels, points)
                 live.append(logits.cpu())
-                stored.append(decode(identity.codec, part.targets, identity.num_classes, codec_tables))
+                stored.append(identity.codec.decode(part.targets, identity.num_classes, codec_tables))
                 labels.append(part.labels)
                 for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
                     again = pack(about.config, features, part.labels.to(device), tables[name])
@@ -71,31 +68,15 @@ def measure_fidelity(
                         likeliest[name].append(torch.stack([probs[..., 0].flatten(), 1 - probs.sum(-1).flatten()]))
                 meter.advance(len(part.labels))
     z_t, z, y = torch.cat(live), torch.cat(stored), torch.cat(labels)
-    bounds = torch.from_numpy(error_bound(identity.codec, z_t.numpy())).expand_as(z_t)
-    bounded = bounds.isfinite()  # TopK says nothing of the others
-    errors = torch.where(bounded, (z - z_t).abs(), 0)
-    allowed = torch.where(bounded, bounds, 0) + ARITHMETIC[identity.teacher.dtype] * max(1.0, z_t.abs().max().item())
-    if isinstance(identity.codec, Klt):
-        # Its errors have no bound; but coding what the teacher says now must give what is stored, up to a few
-        # coordinates that rounding pushed over an edge.
-        as_now = encode(identity.codec, z_t.numpy(), store.codec_tables)
-        errors = (z - decode_stored(identity.codec, as_now, store.codec_tables, identity.num_classes)).norm(dim=1)
-        allowed = torch.full_like(errors, identity.codec.step * (3 + (0.05 * identity.num_classes) ** 0.5))
-        if identity.teacher.dtype != "float32":
-            allowed = 2 * allowed
-    elif isinstance(identity.codec, TopK):
-        # Near ties, another class may be among the k largest: there, and only there, the value is what is compared.
-        z_top, t_top = (part.topk(identity.codec.k, dim=1).values for part in (z, z_t))
-        errors, allowed = (z_top - t_top).abs(), allowed.amax(dim=1, keepdim=True).expand_as(z_top)
-    if (errors > allowed).any():
-        worst = (errors - allowed).flatten().argmax()
+    found = identity.codec.compare(z, z_t, store.codec_tables, identity.teacher.dtype)
+    if (found.differences > found.allowed).any():
+        worst = (found.differences - found.allowed).flatten().argmax()
         raise StoreCorrupt(
             f"{store.place}: the teacher run again on {len(z)} stored views differs from the store by up to "
-            f"{errors.max():.4g}, codec and arithmetic explain {allowed.flatten()[worst]:.4g}. The targets are not "
-            "those of this teacher for these images: delete the store, check data and weights, and capture again."
+            f"{found.differences.max():.4g}, codec and arithmetic explain {found.allowed.flatten()[worst]:.4g}. The "
+            "targets are not those of this teacher for these images: delete the store, check data and weights, and "
+            "capture again."
         )
-    if isinstance(identity.codec, Klt):
-        errors = (z - z_t).abs()
     decisions: dict[str, dict[str, float]] = {}
     for name in identity.decisions:
         decisions[name] = {"agreement": torch.cat(same[name]).float().mean().item()}
@@ -112,9 +93,9 @@ def measure_fidelity(
         rows=len(z),
         teacher_top1=100 * (z.argmax(1) == y).float().mean().item(),
         mean_top1_probability=z.softmax(1).amax(1).mean().item(),
-        mean_error=errors.mean().item(),
-        max_error=errors.max().item(),
-        max_error_allowed=float(allowed.max()),
+        mean_error=found.errors.mean().item(),
+        max_error=found.errors.max().item(),
+        max_error_allowed=float(found.allowed.max()),
         **distortion(z_t, z),
         decisions=decisions,
     )

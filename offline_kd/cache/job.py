@@ -16,7 +16,7 @@ from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, Recipe
-from offline_kd.store.codec import AnyCodec
+from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, parse_metadata, stored_object
@@ -30,14 +30,12 @@ from offline_kd.store.schema import (
     TeacherIdentity,
     parts_of,
     plan_views_per_group,
-    with_count,
 )
 from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch
 from offline_kd.views.epochs import view_groups
 from offline_kd.views.render import decoder_versions, plain_images
-from offline_kd.views.specs import is_exact
 
 
 @dataclass(frozen=True)
@@ -61,7 +59,7 @@ class Capture:
     def identity_of(self, part: str) -> StoreIdentity:
         """The store as this part sees it: what its teacher is asked for."""
         added = next((one for one in self.additions if one.name == part), None)
-        update = {"views": with_count(self.created.views, self.num_views)}
+        update = {"views": self.created.views.with_count(self.num_views)}
         if added is None:
             return self.created.model_copy(update=update)
         about = {"teacher": added.teacher, "codec": added.codec, "decisions": added.decisions}
@@ -101,7 +99,7 @@ def refuse_uneven_views(capture: Capture) -> None:
 def store_of(capture: Capture, targets: str, identity: StoreIdentity, contents: Mapping[str, bytes]) -> Store:
     """The store as far as these ledger entries reach."""
     entries = {name: stored_object(content).sha256 for name, content in contents.items()}
-    identity = identity.model_copy(update={"views": with_count(identity.views, capture.num_views)})
+    identity = identity.model_copy(update={"views": identity.views.with_count(capture.num_views)})
     return Store(capture.place, capture.created, capture.additions, targets, identity, entries, digest="")
 
 
@@ -212,8 +210,8 @@ def describe_capture(
             split=recipe.data.train,
             fingerprint=dataset_fingerprint(loader.dataset, loader.split),
             classes=loader.dataset.classes,
-            height=first.images.shape[2] if is_exact(recipe.views) else None,
-            width=first.images.shape[3] if is_exact(recipe.views) else None,
+            height=first.images.shape[2] if recipe.views.is_exact else None,
+            width=first.images.shape[3] if recipe.views.is_exact else None,
             tars=loader.split.tars,
             licence=loader.dataset.licence,
         ),

@@ -25,7 +25,6 @@ from offline_kd.store.leases import Leases, leases_at
 from offline_kd.store.places import Folder, Place, place_at
 from offline_kd.store.schema import StoreManifest, parts_of
 from offline_kd.store.writer import commit_tables, committed_tables
-from offline_kd.views.specs import is_exact
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def cache_teacher(
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     loader = BlockLoader(
-        dataset, split, roots, keep_bytes=0, decode=is_exact(recipe.views), on_bad=recipe.data.bad_images
+        dataset, split, roots, keep_bytes=0, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images
     )
     teacher = options.get("teacher") or load_teacher(recipe, manifest, roots, len(dataset.classes), device)
     wanted = identify(recipe, manifest, roots, loader, teacher, place, device)

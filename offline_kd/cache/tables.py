@@ -17,15 +17,15 @@ from offline_kd.cache.lda import fit_subclasses
 from offline_kd.data.blocks import BlockLoader, Decoder
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.store.codec import CODEC_TABLES, Klt, fit_codec
+from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import SubclassDecisions, TemplateDecisions
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_uniform
 from offline_kd.support.errors import TeacherError
+from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images, view_batches
-from offline_kd.views.specs import draw
 
 SAMPLE_STREAM = 0x73616D706C65  # first counter of the draws made here
 
@@ -80,8 +80,7 @@ def _fit_codec(
 ) -> tuple[Arrays, dict[str, float]]:
     """The tables of a codec, from what the teacher says of the first views of the first images."""
     codec, views = identity.codec, identity.views
-    assert isinstance(codec, Klt)
-    wanted = min(codec.fit_rows, loader.split.count * views.num_views)
+    wanted = min(codec.learns_from, loader.split.count * views.num_views)
     num_views = max(1, min(views.num_views, -(-wanted // loader.split.count)))
     logits: list[torch.Tensor] = []
     size = teacher.crop.size if teacher.crop else 0
@@ -98,7 +97,7 @@ def _fit_codec(
             if len(logits) * len(logits[0]) >= wanted:
                 break
     together = torch.cat(logits).numpy()
-    tables = fit_codec(codec, together)
+    tables = codec.fit(together)
     return {f"codec/{name}": table for name, table in tables.items()}, {"rows": len(together)}
 
 

@@ -13,7 +13,6 @@ from offline_kd.models.teacher import Teacher
 from offline_kd.models.weights import find_weights, load_weights
 from offline_kd.recipe import Recipe
 from offline_kd.support.errors import RecipeError, TeacherError
-from offline_kd.views.specs import is_exact
 
 # On a CPU, activations should stay in its cache: ResNet-56 is a quarter slower with 256 images than with 64.
 DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 512}
@@ -54,7 +53,7 @@ def load_teacher(
         normalisation=wanted.normalisation
         or (known.normalisation if known else own.normalisation if own else recipe.data.normalisation),
         crop=None
-        if is_exact(recipe.views)
+        if recipe.views.is_exact
         else wanted.crop or (known and known.crop) or (own.crop if own else student_crop),
         dtype=wanted.dtype,
         expected=wanted.expected or (known.expected if known else None),

@@ -16,7 +16,7 @@ from offline_kd.store.schema import Part, identity_of_targets, ledger_name, part
 from offline_kd.store.writer import commit, read_ledger
 from offline_kd.support.console import say
 from offline_kd.support.errors import DataError, StoreMismatch
-from offline_kd.views.specs import draw, view_arrays
+from offline_kd.views.kind import draw
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, num
             "teacher before, or add fewer: --set views.count=..."
         )
     store = store_of(capture, "", capture.created, contents)
-    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in view_arrays(capture.created.views))):
+    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in capture.created.views.arrays())):
         if not np.array_equal(store.read(number, group, [array])[array], arrays[array]):
             raise StoreMismatch(
                 f"{capture.place}: block {number} ({images.name}), {array} is not what this capture has: the images or "

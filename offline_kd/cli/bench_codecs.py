@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from offline_kd.cache.codec_choice import describe_codec, integer_codecs, pack_logits, transform_codecs
+from offline_kd.cache.codec_choice import candidates, pack_logits
 from offline_kd.cache.fidelity import distortion
 from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.codec import AnyCodec, Float16, Float32, TopK, decode_stored, fit_codec
-from offline_kd.store.klt import Tables
+from offline_kd.store.codecs import Codec
+from offline_kd.store.codecs.codec import Tables
 from offline_kd.store.reader import Store
 from offline_kd.support.console import progress
 from offline_kd.support.errors import StoreMismatch
@@ -47,20 +47,13 @@ class CodecResult:
     change: dict[str, float]  # of the gradient on the student's logits, relative, by objective
 
 
-def candidates(logits: Any) -> list[AnyCodec]:
-    """What is compared: every width of `int`, with and without a top, `klt`, and `topk` as the reference."""
-    num_classes = logits.shape[-1]
-    lists: list[AnyCodec] = [TopK(name="topk", k=k) for k in (5, 10, 16, 50, 100) if k < num_classes]
-    return [Float16(name="f16"), *integer_codecs(num_classes), *transform_codecs(logits), *lists]
-
-
-def bench_codecs(store: Store, num_rows: int, codecs: Sequence[AnyCodec] = ()) -> list[CodecResult]:
+def bench_codecs(store: Store, num_rows: int, codecs: Sequence[Codec] = ()) -> list[CodecResult]:
     """Encode whole stored blocks of a store of f32 or f16 with every candidate, or these codecs, and decode them again.
 
     Raises StoreMismatch when the store's own codec has lost more than rounding.
     """
     identity = store.identity
-    if not isinstance(identity.codec, Float32 | Float16):
+    if not identity.codec.keeps_whole:
         raise StoreMismatch(
             f"{store.place}: its codec is {identity.codec.model_dump(mode='json')}; codecs are compared on logits that "
             "were kept whole: capture with codec f32 or f16."
@@ -80,20 +73,19 @@ def bench_codecs(store: Store, num_rows: int, codecs: Sequence[AnyCodec] = ()) -
     chosen = codecs or candidates(learn_from)
     with progress("codecs", len(chosen), "codecs") as meter:
         for codec in chosen:
-            results.append(
-                _measure(store, codec, blocks, fit_codec(codec, learn_from[:MOST_LEARNED]), z_t, student, y, true)
-            )
+            results.append(_measure(codec, blocks, codec.fit(learn_from[:MOST_LEARNED]), z_t, student, y, true))
             meter.advance()
     return results
 
 
 def _read(store: Store, num_rows: int) -> tuple[list[Any], list[Tensor]]:
     """Logits `[rows, views, C]` of whole blocks and view groups until there are enough rows, and labels of all rows."""
-    blocks, labels, rows = [], [], 0
+    blocks, labels, rows, codec = [], [], 0, store.identity.codec
     for block in store.blocks:
         for group in range(len(store.identity.groups)):
-            arrays = store.read(block, group, ["label", "logits/values"])
-            logits = arrays["logits/values"].astype(np.float32)
+            arrays = store.read(block, group, ["label", *(f"logits/{name}" for name in codec.arrays())])
+            stored = {name: arrays[f"logits/{name}"] for name in codec.arrays()}
+            logits = codec.decode_stored(stored, store.codec_tables, store.identity.num_classes).numpy()
             blocks.append(logits)
             label = torch.from_numpy(arrays["label"].astype(np.int64))
             labels.append(label[:, None].expand(-1, logits.shape[1]))
@@ -110,8 +102,7 @@ def _gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor,
 
 
 def _measure(
-    store: Store,
-    codec: AnyCodec,
+    codec: Codec,
     blocks: list[Any],
     tables: Tables,
     z_t: Tensor,
@@ -127,7 +118,7 @@ def _measure(
         stored += sum(len(content) for _, content in objects.values())
         started = time.perf_counter()
         unpacked = {name: decode_chunk(spec, content, name) for name, (spec, content) in objects.items()}
-        decoded.append(decode_stored(codec, unpacked, tables, store.identity.num_classes).flatten(0, 1))
+        decoded.append(codec.decode_stored(unpacked, tables, logits.shape[-1]).flatten(0, 1))
         decoding += time.perf_counter() - started
     z = torch.cat(decoded)
     change = {
@@ -135,7 +126,7 @@ def _measure(
         for name, gradient in true.items()
     }
     return CodecResult(
-        codec=describe_codec(codec),
+        codec=codec.label(),
         bytes_per_row=stored / len(z),
         encode_rows_per_second=len(z) / encoding,
         decode_rows_per_second=len(z) / decoding,
@@ -151,7 +142,8 @@ def write_plot(results: Sequence[CodecResult], file: Path, title: str) -> None:
     figure = Figure(figsize=(9, 4), layout="constrained")
     families: dict[str, list[CodecResult]] = {}
     for one in results:
-        family = "topk" if one.codec.startswith("topk") else "int + top 8" if "+ top" in one.codec else one.codec[:3]
+        setting, *more = one.codec.split(" + ")
+        family = " + ".join([setting.split(" ")[0], *more])
         families.setdefault(family, []).append(one)
     for axes, t in zip(figure.subplots(1, 2), ("1", "4"), strict=True):
         for family, members in families.items():

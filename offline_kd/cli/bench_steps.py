@@ -33,7 +33,10 @@ from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
-from offline_kd.store.codec import AnyCodec, Float16, Float32, Int
+from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.f32 import Float32
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import tables_on
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
@@ -42,8 +45,8 @@ from offline_kd.store.schema import StoreIdentity, create_array, parts_of
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError
+from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images
-from offline_kd.views.specs import PadCropFlip, RandomCrop, draw, is_exact
 
 BENCH_VIEWS = 4
 DRIFT_CODECS: dict[str, AnyCodec] = {"f32": Float32(), "f16": Float16(name="f16"), "int8": Int(name="int")}
@@ -174,9 +177,7 @@ def _small(
         classes=dataset.classes,
         splits={"all": Split(tars=pack(samples, folder / "bench", "all", wanted))},
     )
-    views = recipe.views
-    if isinstance(views, PadCropFlip | RandomCrop):
-        views = views.model_copy(update={"count": min(BENCH_VIEWS, views.num_views)})
+    views = recipe.views.with_count(min(BENCH_VIEWS, recipe.views.num_views))
     ungated = {name: teacher.model_copy(update={"expected": None}) for name, teacher in manifest.teachers.items()}
     changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "workers": 0, "keep_bytes": 2**30}
     return (
@@ -227,7 +228,7 @@ def _stage_1(
     """Read, decode, ask and commit one block and view group, as `cache_teacher` does for this identity."""
     tables = {name: tables_on(store, name, device) for name in identity.decisions}
     inquiry = Inquiry(teacher, identity, tables, device)
-    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0, decode=is_exact(recipe.views))
+    undecoded = BlockLoader(loader.dataset, loader.split, [folder], keep_bytes=0, decode=recipe.views.is_exact)
 
     def work() -> None:
         place = Folder(folder / "stage-1")

@@ -1,18 +1,32 @@
 """Options that several commands have, and what they are read into."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
-from offline_kd.data.manifest import MANIFEST_NAME, Manifest, data_roots, load_manifest
-from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.support.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+    from offline_kd.data.manifest import Manifest
+    from offline_kd.recipe import Recipe
+    from offline_kd.store.places import Place
+    from offline_kd.store.reader import Store
+
+# What help shows, without importing the files that say it; a test compares them.
+MANIFEST_NAME = "data_manifest.yaml"
+DOWNLOAD_BYTES = 10 * 2**30
+TARGET_KINDS = ("logits", "decisions")
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--manifest and --data-root."""
     for option in reversed(
         [
             click.option(
@@ -37,6 +51,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
+    """RECIPE, --set and --device, besides the common options: what `read_inputs` takes."""
     for option in reversed(
         [
             click.argument("recipe_path", metavar="RECIPE", type=click.Path(path_type=Path)),
@@ -51,12 +66,19 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
 def read_inputs(
     recipe_path: Path, overrides: tuple[str, ...], manifest_path: Path, data_root: tuple[Path, ...], device: str
 ) -> tuple[Recipe, Manifest, list[Path], torch.device]:
+    """The recipe, the manifest, the folders of data and the device that `recipe_options` name."""
+    from offline_kd.data.manifest import data_roots, load_manifest
+    from offline_kd.recipe import load_recipe
+
     recipe = load_recipe(recipe_path, overrides)
     own_root = [Path(recipe.data.root)] if recipe.data.root else []
     return recipe, load_manifest(manifest_path), data_roots([*data_root, *own_root]), choose_device(device)
 
 
 def choose_device(name: str) -> torch.device:
+    """Of `--device`; auto is this process's GPU where there is one. Raises RecipeError for one that is not here."""
+    import torch
+
     if name == "auto" and torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # as torchrun counts
     if name == "auto":
@@ -68,3 +90,25 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RecipeError(f"--device {name}: no CUDA device is available here. Use --device cpu.")
     return device
+
+
+def known_stores(manifest_path: Path) -> Manifest:
+    """The manifest that may name stores; an empty one where there is none."""
+    from offline_kd.data.manifest import Manifest, load_manifest
+
+    return load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
+
+
+def open_named(reference: str, manifest_path: Path) -> Store:
+    """A store by folder, URL or manifest name, with `#TARGETS` and `@sha256:DIGEST` or not."""
+    from offline_kd.store.opening import open_store
+
+    where = known_stores(manifest_path).store(reference)
+    return open_store(where.location, targets=where.targets, digest=where.digest)
+
+
+def place_named(reference: str, manifest_path: Path) -> Place:
+    """Where a store is, by folder, URL or manifest name."""
+    from offline_kd.store.places import place_at
+
+    return place_at(known_stores(manifest_path).store(reference).location)

@@ -1,36 +1,37 @@
 """`offline-kd store ...`: look at teacher stores, prove them, share them."""
 
+from __future__ import annotations
+
 import json
 import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from offline_kd.cache.estimate import plan
-from offline_kd.cache.fidelity import measure_fidelity
-from offline_kd.cache.pipeline import cache_teacher
-from offline_kd.cache.teacher import load_teacher
-from offline_kd.cli.options import common_options, read_inputs, recipe_options
-from offline_kd.data.blocks import ImageBlock, load_block
-from offline_kd.data.manifest import Manifest, data_roots, load_manifest, locate
-from offline_kd.store.card import served_terms
-from offline_kd.store.opening import group_digests, open_store
-from offline_kd.store.places import Place, place_at
-from offline_kd.store.reader import Store
-from offline_kd.store.sample_page import write_inspect_page
-from offline_kd.store.sync import KINDS, copy_store, describe
-from offline_kd.store.verification import Verification, faults_as_json, take_back, verify
-from offline_kd.support.console import printable, say, show_table
+from offline_kd.cli.options import (
+    TARGET_KINDS,
+    common_options,
+    known_stores,
+    open_named,
+    place_named,
+    read_inputs,
+    recipe_options,
+)
 from offline_kd.support.errors import RecipeError, StoreMismatch
-from offline_kd.views.specs import is_exact
+
+if TYPE_CHECKING:
+    from offline_kd.data.blocks import ImageBlock
+    from offline_kd.data.manifest import Manifest
+    from offline_kd.store.reader import Store
+    from offline_kd.store.verification import Verification
 
 
 @click.group("store")
-def store_group() -> None:
+def command() -> None:
     """Look at teacher stores, prove them, share them. STORE is a folder, a URL or a name in the manifest.
 
     \b
@@ -38,19 +39,7 @@ def store_group() -> None:
     """
 
 
-def open_named(reference: str, manifest_path: Path) -> Store:
-    """A store by folder, URL or manifest name, with `#TARGETS` and `@sha256:DIGEST` or not."""
-    known = load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
-    where = known.store(reference)
-    return open_store(where.location, targets=where.targets, digest=where.digest)
-
-
-def place_named(reference: str, manifest_path: Path) -> Place:
-    known = load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
-    return place_at(known.store(reference).location)
-
-
-@store_group.command("info")
+@command.command("info")
 @click.argument("reference", metavar="STORE")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @common_options
@@ -61,31 +50,11 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
     offline-kd store info runs/digits/store
     offline-kd store info s3://team/stores/cifar10 --json
     """
+    from offline_kd.store.info import store_info
+    from offline_kd.support.console import show_table
+
     store = open_named(reference, manifest_path)
-    identity, manifest = store.identity, store.manifest
-    assert manifest is not None
-    fidelity = manifest.fidelity.get(store.targets)
-    facts = {
-        "digest": f"sha256:{store.digest}",
-        "holds": describe(manifest.held),
-        "blocks": len(store.blocks),
-        "rows": sum(identity.dataset.tars[block].count for block in store.blocks) * identity.views.num_views,
-        "views": identity.views.model_dump(mode="json") | {"stored": identity.views.num_views},
-        "group digests": group_digests(store),
-        "bytes": manifest.total_bytes,
-        "bytes by array": manifest.bytes_by_array,
-        "codecs": {"logits": identity.codec.model_dump(mode="json")},
-        "teacher": identity.teacher.model_dump(mode="json"),
-        "other teachers": [one.name for one in store.additions if one.extends is None],
-        "dataset": identity.dataset.model_dump(mode="json", exclude={"tars", "classes"})
-        | {"samples": sum(tar.count for tar in identity.dataset.tars), "classes": len(identity.dataset.classes)},
-        "licences": {"dataset": identity.dataset.licence, "teacher": identity.teacher.licence},
-        "left out": manifest.left_out,
-        "serves": served_terms(store),
-        "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
-        "schema version": manifest.schema_version,
-        "versions": identity.versions,
-    }
+    facts = store_info(store)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return
@@ -101,7 +70,7 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
     show_table(reference, ["", "value"], rows)
 
 
-@store_group.command("verify")
+@command.command("verify")
 @click.argument("reference", metavar="STORE")
 @click.option("--quick", is_flag=True, help="Ledger, presence and sizes only; nothing large is read.")
 @click.option("--dataset", "with_dataset", is_flag=True, help="Compare keys, images and labels with the dataset too.")
@@ -128,6 +97,13 @@ def verify_command(
     offline-kd store verify s3://team/stores/cifar10 --quick
     offline-kd store verify stores/cifar10 --teacher 1000 --recipe pipelines/cifar10/resnet56_resnet20_cpu.yaml
     """
+    from offline_kd.cache.fidelity import measure_fidelity
+    from offline_kd.cache.teacher import load_teacher
+    from offline_kd.data.manifest import data_roots, load_manifest
+    from offline_kd.store.sync import describe
+    from offline_kd.store.verification import verify
+    from offline_kd.support.console import show_table
+
     place = place_named(reference, manifest_path)
     images = None
     if with_dataset:
@@ -164,6 +140,9 @@ def verify_command(
 
 def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callable[[int], ImageBlock]:
     """The images of each block of a store: those tars that it was made from, whatever a recipe says."""
+    from offline_kd.data.blocks import load_block
+    from offline_kd.data.manifest import locate
+
     about = store.identity.dataset
     folder = manifest.dataset(about.name).folder
 
@@ -173,7 +152,7 @@ def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callab
             locate(f"{folder}/{tar.file}", roots),
             tar,
             store.identity.num_classes,
-            decode=is_exact(store.identity.views),
+            decode=store.identity.views.is_exact,
             on_bad="skip" if store.entry("", block, 0).left_out else "fail",
         )
 
@@ -181,6 +160,9 @@ def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callab
 
 
 def show_faults(result: Verification, reference: str, as_json: bool) -> None:
+    from offline_kd.store.verification import faults_as_json
+    from offline_kd.support.console import printable, say
+
     if as_json:
         click.echo(faults_as_json(result))
         return
@@ -190,7 +172,7 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
     say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
 
 
-@store_group.command("repair")
+@command.command("repair")
 @click.argument("reference", metavar="STORE")
 @recipe_options
 @click.option("--remove-extra", is_flag=True, help="Delete files that do not belong to the store, too.")
@@ -202,6 +184,12 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
     \b
     offline-kd store repair runs/digits/store runs/digits/recipe.yaml
     """
+    from offline_kd.cache.pipeline import cache_teacher
+    from offline_kd.store.opening import open_store
+    from offline_kd.store.places import place_at
+    from offline_kd.store.verification import take_back, verify
+    from offline_kd.support.console import say
+
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     place = place_at(manifest.store(reference).location)
     for _ in range(3):  # a damaged manifest hides what else is damaged
@@ -221,7 +209,7 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
     say(f"{reference}: sha256:{open_store(place).digest}")
 
 
-@store_group.command("plan")
+@command.command("plan")
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def plan_command(recipe_path: Path, as_json: bool, **inputs: Any) -> None:
@@ -230,6 +218,9 @@ def plan_command(recipe_path: Path, as_json: bool, **inputs: Any) -> None:
     \b
     offline-kd store plan pipelines/cifar10/resnet56_resnet20_cpu.yaml
     """
+    from offline_kd.cache.estimate import plan
+    from offline_kd.support.console import show_table
+
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     found = plan(recipe, manifest, roots, device)
     if as_json:
@@ -266,14 +257,16 @@ def copy_options(command: Callable[..., None]) -> Callable[..., None]:
             click.argument("target", metavar="TO"),
             click.option("--blocks", metavar="A:B", help="Take blocks A to B - 1 only."),
             click.option("--views", metavar="0:N", help="Take the first N views only."),
-            click.option("--only", type=click.Choice(KINDS), multiple=True, help="Take these kinds of targets only."),
+            click.option(
+                "--only", type=click.Choice(TARGET_KINDS), multiple=True, help="Take these kinds of targets only."
+            ),
         ]
     ):
         command = option(command)
     return common_options(command)
 
 
-@store_group.command("push")
+@command.command("push")
 @copy_options
 def push_command(**options: Any) -> None:
     """Copy a store to where the team can reach it. Interrupted, the same command goes on.
@@ -284,7 +277,7 @@ def push_command(**options: Any) -> None:
     copy_command(**options)
 
 
-@store_group.command("pull")
+@command.command("pull")
 @copy_options
 def pull_command(**options: Any) -> None:
     """Copy a store, or a part of it, from where the team keeps it. Over a damaged copy, it repairs that.
@@ -305,8 +298,10 @@ def copy_command(
     manifest_path: Path,
     data_root: tuple[Path, ...],
 ) -> None:
-    known = load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
-    where = known.store(source)
+    from offline_kd.store.sync import copy_store, describe
+    from offline_kd.support.console import say
+
+    where = known_stores(manifest_path).store(source)
     some_views = from_to("--views", views)
     if some_views is not None and some_views.start:
         raise RecipeError(f"--views {views}: a copy has the first views, write 0:N.")
@@ -333,7 +328,7 @@ def from_to(option: str, text: str | None) -> range | None:
     return range(int(parts[1]), int(parts[2]))
 
 
-@store_group.command("inspect")
+@command.command("inspect")
 @click.argument("reference", metavar="STORE")
 @click.option("--key", required=True, help="Key of the sample.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write.")
@@ -344,6 +339,10 @@ def inspect_command(reference: str, key: str, out: Path, manifest_path: Path, da
     \b
     offline-kd store inspect runs/digits/store --key 0042 --data-root runs/digits/data --out 0042.html
     """
+    from offline_kd.data.manifest import data_roots, load_manifest
+    from offline_kd.store.sample_page import write_inspect_page
+    from offline_kd.support.console import say
+
     store = open_named(reference, manifest_path)
     folder = load_manifest(manifest_path).dataset(store.identity.dataset.name).folder
     write_inspect_page(store, key, folder, data_roots(data_root), out)

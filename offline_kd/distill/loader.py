@@ -21,17 +21,9 @@ from offline_kd.support.console import say
 from offline_kd.support.counter_rng import counter_hash, counter_uniform
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_of_epoch
+from offline_kd.views.kind import ViewSpec
+from offline_kd.views.mixing import NO_PARTNER, PARTNERS
 from offline_kd.views.render import render, render_choice
-from offline_kd.views.specs import (
-    NO_PARTNER,
-    PARTNERS,
-    AnyViews,
-    NoAugmentation,
-    PadCropFlip,
-    RandomCrop,
-    is_exact,
-    outside,
-)
 
 SMALL = 8  # a last batch of less than an eighth is not worth a step
 READ_AHEAD = 4  # tars, from a remote store
@@ -121,7 +113,7 @@ class _Reader(IterableDataset[Part]):
     """Tars in their order, joined and rendered part by part; runs in the worker processes."""
 
     loader: BlockLoader
-    views: AnyViews
+    views: ViewSpec
     groups: list[range]
     stores: Sequence[Store]
     decisions: Sequence[Sequence[str]]
@@ -185,7 +177,7 @@ class _Reader(IterableDataset[Part]):
                 np.concatenate([values[rows] for values, rows in zip(all_values, chosen, strict=True)])
                 for all_values in (lanes, shuffles)
             )
-            if is_exact(self.views):
+            if self.views.is_exact:
                 rows, kept = self._copied(block, some), np.arange(len(lane))
             else:
                 rows, rendered = self._rendered(decoder, some)
@@ -214,8 +206,7 @@ class _Reader(IterableDataset[Part]):
 
         Few images are held decoded at once, and all views of an image are rendered while it is.
         """
-        mixes = isinstance(self.views, RandomCrop) and self.views.mixing is not None
-        window = PARTNERS if mixes else ALONE
+        window = PARTNERS if self.views.mixes else ALONE
         starts = np.cumsum([0, *(len(one.labels) for one in joined)])
         good = np.ones(starts[-1], dtype=bool)
         sizes = [self.size, *([self.live_size] if self.live_size else [])]
@@ -288,7 +279,7 @@ class Stream:
     def __init__(
         self,
         loader: BlockLoader,
-        views: AnyViews,
+        views: ViewSpec,
         groups: list[range],
         stores: Sequence[Store],
         *,
@@ -313,7 +304,7 @@ class Stream:
         self.loader, self.seed, self.batch_size, self.world = loader, seed, batch_size, world
         self.labelled_fraction, self.device, self.views = labelled_fraction, device, views
         self.views_per_decode, self.bad = views_per_decode, set[str]()
-        view_size = size or (0 if isinstance(views, NoAugmentation | PadCropFlip) else views.size)
+        view_size = size or views.output_size or 0
         self.reader = _Reader(
             loader=loader,
             views=views,
@@ -373,7 +364,7 @@ class Stream:
                 waiting.setdefault(order.pool_of(part.position), []).append(part)
                 self._report(part.bad)
                 missing -= part.is_last and order.pool_of(part.position) == pool
-            left = left.from_slot(step * self.batch_size).and_pool(order, pool, waiting.pop(pool), is_exact(self.views))
+            left = left.from_slot(step * self.batch_size).and_pool(order, pool, waiting.pop(pool), self.views.is_exact)
             while step < self.steps_per_pass:
                 stop = (step + 1) * self.batch_size
                 if step == self.steps_per_pass - 1:
@@ -399,8 +390,8 @@ class Stream:
             for tensor in (rows.images, rows.box, rows.flip, labels, other, rows.share)
         )
         targets = {name: array.to(self.device, non_blocking=True) for name, array in rows.targets.items()}
-        if is_exact(self.views):
-            images = render(images, box, flip, outside(self.views))
+        if self.views.is_exact:
+            images = render(images, box, flip, self.views.outside)
         return Batch(images, labels, targets, rows.key_hash, other, share, step)
 
 

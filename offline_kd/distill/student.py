@@ -11,7 +11,6 @@ from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
 from offline_kd.models.networks import build, normalise
 from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
 from offline_kd.support.errors import RecipeError
-from offline_kd.views.specs import NoAugmentation, PadCropFlip
 
 
 @dataclass(frozen=True)
@@ -34,10 +33,10 @@ def new_student(
     wanted = kd_layer_terms(terms)
     if not wanted:
         return Student(network, {})
-    if isinstance(recipe.views, NoAugmentation | PadCropFlip):
+    if (size := recipe.views.output_size) is None:
         images = loader[0].images[:1]
     else:
-        images = torch.zeros((1, 3, recipe.views.size, recipe.views.size), dtype=torch.uint8)
+        images = torch.zeros((1, 3, size, size), dtype=torch.uint8)
     example = normalise(images.to(device), recipe.data.normalisation)
     places = {term.after: find_map(network, term.after, example) for term in wanted}
     if len(set(places.values())) < len(wanted):

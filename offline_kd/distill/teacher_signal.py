@@ -11,8 +11,8 @@ from torch import Tensor
 from offline_kd.distill.loader import LIVE_IMAGES, Batch
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
+from offline_kd.objectives.needs import Needs
 from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
-from offline_kd.store.codec import TopK, decode, unpacked_arrays
 from offline_kd.store.decisions import pack
 from offline_kd.store.join import codec_tables_on, decision_arrays, tables_on
 from offline_kd.store.reader import Store
@@ -74,34 +74,38 @@ def decisions_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> lis
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
     """Raise StoreMismatch when a term needs more of the logits than the store's codec has kept.
 
-    `topk` gives KD and TTM near its `tail_temperature` what they need, and nothing else: WTTM's weight, DTKD's pair of
-    temperatures and the relations of DIST, DKD and NKD need the classes outside the top. Of the other codecs, WTTM and
-    DTKD ask what the store measured.
+    What no codec promises, such as WTTM's weight and DTKD's temperature, is compared with what the store measured.
     """
     codec, manifest = store.identity.codec, store.manifest
     fidelity = manifest.fidelity.get(store.targets) if manifest else None
     for term in terms:
-        if isinstance(term, CE | Decisions | SubclassTerm):
-            continue
-        problem = ""
-        if isinstance(codec, TopK):
-            temperature = (
-                term.temperature if isinstance(term, KD) else 1 / term.gamma if isinstance(term, TTM) else None
-            )
-            near = (codec.tail_temperature / 2, 2 * codec.tail_temperature)
-            if temperature is None:
-                problem = "which it cannot have of the largest logits alone"
-            elif not near[0] <= temperature <= near[1]:
-                problem = f"at T = {temperature:g}; its tail is right at T = {codec.tail_temperature}"
-        elif isinstance(term, WTTM) and fidelity and (fidelity.wttm_weight_error or 0) > MOST_MEASURED_ERROR:
-            problem = f"whose weight is wrong by {fidelity.wttm_weight_error:.1%} here"
-        elif isinstance(term, DTKD) and fidelity and (fidelity.dtkd_temperature_error or 0) > MOST_MEASURED_ERROR:
-            problem = f"whose temperature is wrong by {fidelity.dtkd_temperature_error:.1%} here"
+        needs = _needs(term)
+        problem = codec.serves(needs)
+        if not problem and needs.measured and fidelity:
+            name, message = needs.measured
+            error: float | None = getattr(fidelity, name)
+            problem = message.format(error) if (error or 0) > MOST_MEASURED_ERROR else ""
         if problem:
             raise StoreMismatch(
                 f"{store.place}: codec {codec.model_dump(mode='json')} does not serve term '{term.term}', {problem}. "
                 "Capture with another codec, or train with the bias: --allow-biased."
             )
+
+
+def _needs(term: AnyTerm) -> Needs:
+    match term:
+        case CE() | Decisions() | SubclassTerm():
+            return Needs(logits=False)
+        case KD():
+            return Needs(tail_temperature=term.temperature)
+        case TTM():
+            return Needs(tail_temperature=1 / term.gamma)
+        case WTTM():
+            return Needs(measured=("wttm_weight_error", "whose weight is wrong by {:.1%} here"))
+        case DTKD():
+            return Needs(offset=True, measured=("dtkd_temperature_error", "whose temperature is wrong by {:.1%} here"))
+        case _:
+            return Needs()
 
 
 def stored_targets(
@@ -128,9 +132,8 @@ def stored_targets(
             for name, (prefix, full_names) in arrays.items()
         }
         logits = [
-            decode(
-                store.identity.codec,
-                {name: batch.targets[prefix + name] for name in unpacked_arrays(store.identity.codec)},
+            store.identity.codec.decode(
+                {name: batch.targets[prefix + name] for name in store.identity.codec.unpacked_arrays()},
                 store.identity.num_classes,
                 codec,
             )

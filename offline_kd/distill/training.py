@@ -60,7 +60,6 @@ from offline_kd.support.errors import RecipeError, StoreMismatch, TrainingError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.strict import fingerprint
 from offline_kd.views.epochs import view_groups
-from offline_kd.views.specs import RandomCrop, is_exact
 
 
 @dataclass(frozen=True)
@@ -228,7 +227,7 @@ def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], *
         split,
         roots,
         keep_bytes=recipe.data.keep_bytes // max(recipe.data.workers, 1),
-        decode=is_exact(recipe.views),
+        decode=recipe.views.is_exact,
         on_bad=recipe.data.bad_images,
         prove=prove,
     )
@@ -324,7 +323,7 @@ def fit(
         say(f"{out}: finished already, nothing to do")
         return Result(**json.loads((out / "result.json").read_text()))
     write_atomically(out / "recipe.yaml", description)
-    has_mixing = isinstance(recipe.views, RandomCrop) and recipe.views.mixing is not None
+    has_mixing = recipe.views.mixes
     passes = range(progressed.epochs_done, training.epochs, stream.views_per_decode)
 
     @torch.inference_mode()

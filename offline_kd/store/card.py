@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from offline_kd.store.codec import TopK, codec_arrays, decode_stored
+from offline_kd.objectives.needs import Needs
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
@@ -22,8 +22,18 @@ from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
 MAX_FLOATS = 2**24  # of logits that are decoded at once
 BINS = 15
-TOPK_TERMS = ("kd", "ttm")  # near its temperature
-LOGIT_TERMS = ("kd", "ttm", "wttm", "dtkd", "dkd", "dist", "nkd")
+ALL_CLASSES = [Needs()]
+NEAR_A_TEMPERATURE = [Needs(tail_temperature=t) for t in (1, 2, 4)]
+# What a term may need of the logits, by its settings: a store that serves one of them serves the term.
+LOGIT_TERMS = {
+    "kd": NEAR_A_TEMPERATURE,
+    "ttm": NEAR_A_TEMPERATURE,
+    "wttm": ALL_CLASSES,
+    "dtkd": [Needs(offset=True)],
+    "dkd": [Needs(labels=True)],
+    "dist": ALL_CLASSES,
+    "nkd": [Needs(labels=True)],
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
@@ -50,7 +60,8 @@ def served_terms(store: Store) -> list[str]:
     held = store.manifest.held if store.manifest else None
     terms: list[str] = []
     if held is None or held.has("logits/"):
-        terms += TOPK_TERMS if isinstance(store.identity.codec, TopK) else LOGIT_TERMS
+        codec = store.identity.codec
+        terms += [term for term, needs in LOGIT_TERMS.items() if any(not codec.serves(one) for one in needs)]
     if held is None or held.has("decisions/"):
         for name, about in store.identity.decisions.items():
             kind = "subclass_decisions" if isinstance(about.config, SubclassDecisions) else "decisions"
@@ -171,14 +182,14 @@ def read_answers(store: Store) -> Answers:
     confidences, corrects, labels = [], [], []
     examples: list[tuple[NDArray[np.uint8], str]] = []
     rows = 0
-    logit_arrays = [f"logits/{name}" for name in codec_arrays(identity.codec)]
+    logit_arrays = [f"logits/{name}" for name in identity.codec.arrays()]
     for index in range(count):
         number = blocks[index * len(blocks) // count]
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays])
         # Of many classes a few rows are enough, and all that fit into memory.
         some = max(1, MAX_FLOATS // (identity.views_per_group * identity.num_classes))
         encoded = {name.removeprefix("logits/"): arrays[name][:some] for name in logit_arrays}
-        logits = decode_stored(identity.codec, encoded, store.codec_tables, identity.num_classes)
+        logits = identity.codec.decode_stored(encoded, store.codec_tables, identity.num_classes)
         probabilities = logits.softmax(-1)  # [rows, views, C]
         confidence, predicted = (part.numpy() for part in probabilities.max(-1))
         label = np.broadcast_to(arrays["label"].astype(np.int64)[:some, None], predicted.shape)

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import ImageBlock
-from offline_kd.store.codec import codec_arrays, unpack
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
-from offline_kd.views.render import Choice, choose, decoder_versions, render_some
-from offline_kd.views.specs import NO_PARTNER, WHOLE, AnyViews, Parameters, draw, is_exact, view_arrays
+from offline_kd.views.choice import Choice, choose, draw_choice
+from offline_kd.views.kind import Parameters, ViewSpec
+from offline_kd.views.mixing import NO_PARTNER, WHOLE
+from offline_kd.views.render import decoder_versions, render_some
 
 MOST_DRIFT = 0.5  # mean difference of any probe, in 1/255, that other versions of libraries may make
 
@@ -125,19 +126,19 @@ def _join_one(
             _put(found, name, here, values, len(block))
         if "view/partner" in arrays:
             at = found["view/partner"][here].astype(np.int64)
-            for name in view_arrays(store.identity.views):
+            for name in store.identity.views.arrays():
                 _put(partner, name, here, arrays[f"view/{name}"][at.clip(min=0), position[here]], len(block))
             partner_row[here] = _rows_in_tar(store, block, arrays["key_hash"], at)
     _check_samples(store, block, found)
     for number, arrays, here in slabs:
         _check_probes(store, block, number, arrays, here, offsets[here])
-    logits = {name: found[f"logits/{name}"] for name in codec_arrays(store.identity.codec)}
+    logits = {name: found[f"logits/{name}"] for name in store.identity.codec.arrays()}
     decided = {name: array for name, array in found.items() if name.startswith("decisions/")}
     targets = {
         name: _tensor(array)
-        for name, array in (unpack(store.identity.codec, logits, store.codec_tables) | decided).items()
+        for name, array in (store.identity.codec.unpack(logits, store.codec_tables) | decided).items()
     }
-    own = {name: found[f"view/{name}"] for name in view_arrays(store.identity.views)}
+    own = {name: found[f"view/{name}"] for name in store.identity.views.arrays()}
     return _joined(block, Choice(np.arange(len(block)), own, partner_row, partner or own), targets)
 
 
@@ -186,11 +187,11 @@ def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
         "probe/row",
         "probe/view",
         "probe/pixels",
-        *(f"view/{n}" for n in view_arrays(views)),
+        *(f"view/{n}" for n in views.arrays()),
     ]
-    if "partner" in view_arrays(views):
+    if "partner" in views.arrays():
         names.append("key_hash")
-    names += [f"logits/{name}" for name in codec_arrays(store.identity.codec)]
+    names += [f"logits/{name}" for name in store.identity.codec.arrays()]
     return names + [name for one in decisions for name in decision_arrays(store, one)]
 
 
@@ -214,7 +215,7 @@ def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor
 
 def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
     """What the codec of a store needs to decode logits; nothing for most."""
-    return {part: _tensor(array).to(device) for part, array in (store.codec_tables or {}).items()}
+    return {part: _tensor(array).to(device) for part, array in store.codec_tables.items()}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -223,11 +224,10 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 
 
 def without_store(
-    views: AnyViews, groups: list[range], block: ImageBlock, group: int, position: NDArray[np.int64]
+    views: ViewSpec, groups: list[range], block: ImageBlock, group: int, position: NDArray[np.int64]
 ) -> Joined:
     """The same rows with the same views as `join`, drawn here and without targets."""
-    parameters = draw(views, block.key_hash, block.sizes())
-    choice = choose(parameters, np.arange(len(block)), groups[group].start + position)
+    choice = draw_choice(views, block.key_hash, block.sizes(), groups[group].start + position)
     return _joined(block, choice, {})
 
 
@@ -302,7 +302,7 @@ def _check_probes(
     if not here.any():
         return
     row, view = arrays["probe/row"][here].astype(np.int64), arrays["probe/view"][here].astype(np.int64)
-    parameters = {name: arrays[f"view/{name}"] for name in view_arrays(store.identity.views)}
+    parameters = {name: arrays[f"view/{name}"] for name in store.identity.views.arrays()}
     choice = choose(parameters, row, view)
     partner_row = (
         _rows_in_tar(store, block, arrays["key_hash"], choice.partner_row) if "partner" in parameters else None
@@ -332,7 +332,7 @@ def _check_probes(
 
 def _other_versions(store: Store) -> str:
     """What resamples and decodes here, where it is not what the store was made with; '' for views that are exact."""
-    if is_exact(store.identity.views):
+    if store.identity.views.is_exact:
         return ""
     here = {name: version(name) for name in ("torch", "torchvision", "pillow")} | decoder_versions()
     there = store.created.versions

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.codec import CODEC_TABLES, codec_tables
+from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.downloads import Downloads
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.schema import (
@@ -91,10 +91,9 @@ class Store:
         }
 
     @cached_property
-    def codec_tables(self) -> Arrays | None:
-        """What the codec of the logits needs beside its arrays; None for most."""
-        needed = codec_tables(self.identity.codec, self.identity.num_classes)
-        return self.read_tables(CODEC_TABLES) if needed else None
+    def codec_tables(self) -> Arrays:
+        """What the codec of the logits learned from the teacher; nothing for most."""
+        return self.read_tables(CODEC_TABLES) if self.identity.codec.learns_from else {}
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:

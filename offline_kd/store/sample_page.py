@@ -14,13 +14,14 @@ from offline_kd.data.blocks import ImageBlock, OnBadImage, load_block
 from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
 from offline_kd.data.tars import hash_key
-from offline_kd.store.codec import decode
 from offline_kd.store.decisions import TemplateDecisions, unpack_probs
 from offline_kd.store.join import as_stored, codec_tables_on, join
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.errors import DataError
-from offline_kd.views.render import Choice, plain_images, render_some
-from offline_kd.views.specs import OPS, WHOLE, is_exact
+from offline_kd.views.choice import Choice
+from offline_kd.views.mixing import WHOLE
+from offline_kd.views.operations import operation_name
+from offline_kd.views.render import plain_images, render_some
 
 MAX_VIEWS, MAX_TEMPLATES = 8, 12
 CELLS_ACROSS_PATCH = 3
@@ -91,7 +92,7 @@ class _Images:
             path = locate(f"{self.folder}/{tar.file}", self.roots)
             identity = self.store.identity
             on_bad: OnBadImage = "skip" if self.store.entry("", number, 0).left_out else "fail"
-            block = load_block(path, tar, identity.num_classes, decode=is_exact(identity.views), on_bad=on_bad)
+            block = load_block(path, tar, identity.num_classes, decode=identity.views.is_exact, on_bad=on_bad)
             self.blocks[number] = as_stored(self.store, block)
         return self.blocks[number]
 
@@ -129,8 +130,7 @@ def _view(
                 torch.from_numpy(arrays[f"decisions/{name}/prob"][..., 0].astype(np.int64))
             ).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view}"))
-    logits = decode(
-        identity.codec,
+    logits = identity.codec.decode(
         {name: array[row] for name, array in joined.targets.items() if not name.startswith("decisions/")},
         identity.num_classes,
         codec_tables_on(store, torch.device("cpu")),
@@ -150,8 +150,8 @@ def _describe(choice: Choice, block: ImageBlock) -> str:
     top, left, height, width = own["box"].tolist()
     said = [f"{width} x {height} at {left}, {top}", *(["mirrored"] if own["flip"] else [])]
     for op, magnitude in zip(own.get("op", ()), own.get("magnitude", ()), strict=True):
-        if OPS[op] != "identity":
-            said.append(f"{OPS[op]} {magnitude:.2f}")
+        if operation_name(op) != "identity":
+            said.append(f"{operation_name(op)} {magnitude:.2f}")
     if "erase" in own and own["erase"][2]:
         said.append("erased")
     if choice.partner_row[0] >= 0:

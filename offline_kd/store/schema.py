@@ -34,12 +34,13 @@ from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
 from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
-from offline_kd.store.codec import CODEC_TABLES, AnyCodec, Codec, codec_arrays, codec_tables
+from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.decisions import NEAREST, DecisionsConfig, SubclassDecisions, TemplateDecisions
 from offline_kd.support.errors import RecipeError, StoreCorrupt
 from offline_kd.support.strict import Sha256, Strict, fingerprint
+from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
-from offline_kd.views.specs import AnyViews, CenterCrop, NoAugmentation, Views, view_arrays
+from offline_kd.views.kind import ViewSpec
 
 SCHEMA_VERSION = 2  # version 1 is still read: see opening.py
 PROBES_PER_GROUP = 4
@@ -92,7 +93,7 @@ class StoreIdentity(Strict):
     dataset: DatasetIdentity
     teacher: TeacherIdentity
     views: Views
-    codec: Codec
+    codec: AnyCodec
     decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
     rows_per_block: int = Field(gt=0, le=2**24)
     views_per_group: int = Field(gt=0, le=2**15)
@@ -128,7 +129,7 @@ class Addition(Strict):
         description="None: another teacher. Else more decisions of the targets of that name, '' being the first ones"
     )
     teacher: TeacherIdentity
-    codec: Codec
+    codec: AnyCodec
     decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
 
     @property
@@ -284,7 +285,7 @@ def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
             ArraySpec(
                 f"codec/{part}", dtype, shape, shape, tuple(f"dim_{axis}" for axis in range(len(shape))), 0, "whole", ""
             )
-            for part, (dtype, shape) in codec_tables(identity.codec, identity.num_classes).items()
+            for part, (dtype, shape) in identity.codec.tables(identity.num_classes).items()
         ]
     about = identity.decisions[name]
     config, channels = about.config, about.channels
@@ -339,7 +340,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         per_row("label", "<i4", -1, "class index"),
         *(
             per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
-            for name, array in view_arrays(identity.views).items()
+            for name, array in identity.views.arrays().items()
         ),
         per_probe("probe/row", "<i4", -1, "row within the block"),
         per_probe("probe/view", "<i4", -1, "view within the group"),
@@ -353,7 +354,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
             ("width", width),
         ),
     ]
-    for name, array in codec_arrays(identity.codec).items():
+    for name, array in identity.codec.arrays().items():
         inner = [(array.axis[0], array.axis[1] or identity.num_classes)] if array.axis else []
         specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
     for name, about in identity.decisions.items():
@@ -396,7 +397,7 @@ class Part:
     targets: str  # that it belongs to; "" are the first ones
     specs: list[ArraySpec]
     tables: dict[str, list[ArraySpec]]  # by name of the decisions
-    codec: Codec
+    codec: AnyCodec
     decisions: Mapping[str, DecisionsIdentity]
 
 
@@ -421,14 +422,14 @@ def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dic
 
 def _tables(codec: AnyCodec | None, decisions: Iterable[str]) -> list[str]:
     """Which tables there are: of the codec if it has any, and of all decisions."""
-    return [*([CODEC_TABLES] if codec is not None and codec_tables(codec, 2) else []), *decisions]
+    return [*([CODEC_TABLES] if codec is not None and codec.learns_from else []), *decisions]
 
 
 def identity_of_targets(
     identity: StoreIdentity, additions: Iterable[Addition], targets: str, num_views: int
 ) -> StoreIdentity:
     """The store as if it had been created with these targets and so many views."""
-    update: dict[str, Any] = {"views": with_count(identity.views, num_views)}
+    update: dict[str, Any] = {"views": identity.views.with_count(num_views)}
     decisions = dict(identity.decisions) if targets == "" else {}
     for addition in additions:
         if addition.targets == targets:
@@ -436,10 +437,6 @@ def identity_of_targets(
             if addition.extends is None:
                 update |= {"teacher": addition.teacher, "codec": addition.codec}
     return identity.model_copy(update=update | {"decisions": decisions})
-
-
-def with_count(views: AnyViews, num_views: int) -> AnyViews:
-    return views if isinstance(views, NoAugmentation | CenterCrop) else views.model_copy(update={"count": num_views})
 
 
 def check_bounds(where: str, parts: Mapping[str, Part]) -> None:
@@ -487,7 +484,7 @@ def zarr_metadata(parts: Mapping[str, Part]) -> dict[str, bytes]:
     return {f"targets.zarr/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
 
 
-def plan_views_per_group(views: AnyViews, *, rows_per_block: int, num_classes: int, requested: int | None) -> int:
+def plan_views_per_group(views: ViewSpec, *, rows_per_block: int, num_classes: int, requested: int | None) -> int:
     """How many views are stored and read together: as requested, else the fewest that make a worthwhile object.
 
     Always a divisor of the number of views, so that no group is ever half full and views can be added later without

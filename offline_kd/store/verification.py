@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock
 from offline_kd.store.chunks import decode_chunk
-from offline_kd.store.codec import Int
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
 from offline_kd.store.opening import open_store
@@ -22,7 +21,6 @@ from offline_kd.store.schema import NO_KEY, ArraySpec, LedgerEntry, StoredObject
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreError
-from offline_kd.views.specs import view_arrays
 
 AT_ONCE = 64  # ledger entries that are looked at together
 FINISHED_FILES = ("manifest.json", "README.md", "index.html")
@@ -240,15 +238,15 @@ def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | 
     created = store.created
     known: dict[str, tuple[float, float]] = {
         "label": (0, created.num_classes - 1),
-        **{f"view/{name}": array.legal for name, array in view_arrays(created.views).items()},
+        **{f"view/{name}": array.legal for name, array in created.views.arrays().items()},
         "probe/row": (0, created.rows_per_block - 1),
         "probe/view": (0, created.views_per_group - 1),
     }
     if spec.name in known:
         return known[spec.name]
     part = store.parts[task.part]
-    if spec.name.startswith("logits/") and isinstance(part.codec, Int):
-        return (0, part.codec.levels) if spec.dtype == "|u1" else (None, None)
+    if spec.name.startswith("logits/"):
+        return part.codec.legal_range(spec.name.removeprefix("logits/")) or (None, None)
     if spec.name.startswith("decisions/"):
         _, name, array = spec.name.split("/")
         config = part.decisions[name].config

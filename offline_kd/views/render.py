@@ -5,43 +5,30 @@ Resampled views are the same as long as torch, torchvision, Pillow and its codec
 of a store tell by how much pixels differ, before training.
 """
 
-import functools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageFilter, features
+from PIL import Image, features
 from torch import Tensor
 from torch.nn import functional as F
 
 from offline_kd.data.blocks import Decoder, ImageBlock
 from offline_kd.data.manifest import EvaluationCrop, Interpolation
-from offline_kd.support.counter_rng import counter_hash
-from offline_kd.views.specs import (
-    NO_PARTNER,
-    OPS,
-    PARTNERS,
-    UNIT,
-    WHOLE,
-    AnyViews,
-    CenterCrop,
-    Fill,
-    Parameters,
-    RandomCrop,
-    is_exact,
-    outside,
-)
+from offline_kd.views.choice import Choice, choose
+from offline_kd.views.erase import erase_box
+from offline_kd.views.kind import Outside, Parameters, ViewSpec
+from offline_kd.views.mixing import PARTNERS, drop_bad_partners, mix_in
+from offline_kd.views.operations import apply_op, operation_name
 
-GREY = (124, 116, 104)  # ImageNet's mean colour: what erasing and rotating leave
 Pixels = NDArray[np.uint8]
 
 
-def render(images: Tensor, box: Tensor, flip: Tensor, fill: Fill) -> Tensor:
+def render(images: Tensor, box: Tensor, flip: Tensor, fill: Outside) -> Tensor:
     """Cut one view out of every image, on the images' device; exact, since no resampling takes place.
 
     Args:
@@ -68,7 +55,7 @@ def render(images: Tensor, box: Tensor, flip: Tensor, fill: Fill) -> Tensor:
     return pixels.view(len(images), 3, height, width)
 
 
-def _into_image(index: Tensor, size: int, fill: Fill) -> tuple[Tensor, Tensor]:
+def _into_image(index: Tensor, size: int, fill: Outside) -> tuple[Tensor, Tensor]:
     """Legal indices, and where the given ones were legal already."""
     inside = (index >= 0) & (index < size)
     if fill == "reflect":
@@ -112,9 +99,8 @@ def render_view(pixels: Pixels, view: Parameters, size: int, interpolation: Inte
         cut = F.interpolate(planes, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
     if view["flip"]:
         cut = _mirrored(cut)
-    ops = [
-        (OPS[op], float(magnitude)) for op, magnitude in zip(view.get("op", ()), view.get("magnitude", ()), strict=True)
-    ]
+    drawn = zip(view.get("op", ()), view.get("magnitude", ()), strict=True)
+    ops = [(operation_name(int(op)), float(magnitude)) for op, magnitude in drawn]
     if any(op != "identity" for op, _ in ops):
         image = Image.fromarray(np.ascontiguousarray(cut))
         for op, magnitude in ops:
@@ -143,111 +129,10 @@ def _mirrored(pixels: Pixels) -> Pixels:
     return mirrored
 
 
-def apply_op(image: Image.Image, op: str, magnitude: float) -> Image.Image:
-    """One operation with its magnitude in its own unit; see `operations`."""
-    from torchvision.transforms import InterpolationMode
-    from torchvision.transforms import functional as TF
-
-    warp = functools.partial(
-        TF.affine, image, interpolation=InterpolationMode.BILINEAR, fill=list(GREY), angle=0.0, scale=1.0
-    )
-    side = image.width
-    match op:
-        case "identity":
-            return image
-        case "shear_x" | "shear_y":
-            degrees = float(np.degrees(np.arctan(magnitude)))
-            shear = [degrees, 0.0] if op == "shear_x" else [0.0, degrees]
-            return warp(translate=[0, 0], shear=shear, center=[0, 0])
-        case "translate_x" | "translate_y":
-            pixels = round(magnitude * side)
-            return warp(translate=[pixels, 0] if op == "translate_x" else [0, pixels], shear=[0.0, 0.0])
-        case "rotate":
-            return TF.rotate(image, magnitude, interpolation=InterpolationMode.BILINEAR, fill=list(GREY))
-        case "brightness":
-            return TF.adjust_brightness(image, magnitude)
-        case "color":
-            return TF.adjust_saturation(image, magnitude)
-        case "contrast":
-            return TF.adjust_contrast(image, magnitude)
-        case "sharpness":
-            return TF.adjust_sharpness(image, magnitude)
-        case "hue":
-            return TF.adjust_hue(image, magnitude)
-        case "posterize":
-            return TF.posterize(image, int(magnitude))
-        case "solarize":
-            return TF.solarize(image, magnitude)
-        case "autocontrast":
-            return TF.autocontrast(image)
-        case "equalize":
-            return TF.equalize(image)
-        case "invert":
-            return TF.invert(image)
-        case "grayscale":
-            return TF.rgb_to_grayscale(image, num_output_channels=3)
-        case "blur":
-            # Radii are meant for 224 pixels; another resolution of the same view is blurred alike.
-            return image.filter(ImageFilter.GaussianBlur(magnitude * side / 224))
-    raise AssertionError(op)
-
-
-def _inner_box(box: NDArray[np.int16], size: int) -> tuple[slice, slice]:
-    """Rows and columns of a box in 1/UNIT of a side; the share of the side decides, whatever the resolution."""
-    top, left, height, width = (int(value) for value in box)
-    first_row, first_column = round(top * size / UNIT), round(left * size / UNIT)
-    return (
-        slice(first_row, round((top + height) * size / UNIT)),
-        slice(first_column, round((left + width) * size / UNIT)),
-    )
-
-
-def _erase(pixels: Pixels, box: NDArray[np.int16], fill: str) -> None:
-    rows, columns = _inner_box(box, pixels.shape[1])
-    if fill == "mean":
-        pixels[:, rows, columns] = np.array(GREY, dtype=np.uint8)[:, None, None]
-        return
-    shape = pixels[:, rows, columns].shape
-    noise = counter_hash(*(int(value) for value in box), np.arange(int(np.prod(shape)), dtype=np.uint64))
-    pixels[:, rows, columns] = (noise >> np.uint64(56)).astype(np.uint8).reshape(shape)
-
-
-def _mix(pixels: Pixels, other: Pixels, box: NDArray[np.int16], share: int) -> None:
-    """Cutmix where there is a box, else mixup; in whole numbers, so that it is the same everywhere."""
-    if box[2] and box[3]:
-        rows, columns = _inner_box(box, pixels.shape[1])
-        pixels[:, rows, columns] = other[:, rows, columns]
-    else:
-        blend = pixels.astype(np.int32) * share + other.astype(np.int32) * (WHOLE - share) + WHOLE // 2
-        pixels[:] = (blend // WHOLE).astype(np.uint8)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One view of each of m rows of a block."""
-
-    row: NDArray[np.int64]  # [m]
-    own: Parameters  # [m, ...]
-    partner_row: NDArray[np.int64]  # [m] whose same view is mixed in; negative: none
-    partner: Parameters  # [m, ...] of that view
-
-    def take(self, index: NDArray[Any] | slice) -> "Choice":
-        own, partner = ({name: array[index] for name, array in one.items()} for one in (self.own, self.partner))
-        return Choice(self.row[index], own, self.partner_row[index], partner)
-
-
-def choose(parameters: Parameters, row: NDArray[np.int64], view: NDArray[np.int64]) -> Choice:
-    """Views `view` `[m]` of the rows `row` `[m]`, out of the parameters `[n, v, ...]` of all."""
-    own = {name: array[row, view] for name, array in parameters.items()}
-    partner_row = own["partner"].astype(np.int64) if "partner" in own else np.full(len(row), -1)
-    partner = {name: array[partner_row.clip(min=0), view] for name, array in parameters.items()}
-    return Choice(row, own, partner_row, partner)
-
-
 def render_choice(
     decoder: Decoder,
     choice: Choice,
-    views: AnyViews,
+    views: ViewSpec,
     size: int,
     threads: ThreadPoolExecutor | None = None,
     out: Pixels | None = None,
@@ -259,8 +144,8 @@ def render_choice(
     Args:
         out: where the pixels shall go.
     """
-    assert isinstance(views, CenterCrop | RandomCrop)
-    erase = views.erase if isinstance(views, RandomCrop) else None
+    interpolation = views.interpolation_used
+    assert interpolation is not None  # else pixels are copied, by `render`
     # Channels lie last in memory, as in Pillow's images and as networks like them best.
     pixels = np.zeros((len(choice.row), size, size, 3), np.uint8).transpose(0, 3, 1, 2) if out is None else out
     good = np.ones(len(choice.row), dtype=bool)
@@ -273,10 +158,10 @@ def render_choice(
         if image is None:
             return None
         view = {name: array[index] for name, array in parameters.items()}
-        one = render_view(image, view, size, views.interpolation)
-        if erase and view["erase"][2] and view["erase"][3]:
+        one = render_view(image, view, size, interpolation)
+        if "erase" in view and view["erase"][2] and view["erase"][3]:
             one = one.copy()
-            _erase(one, view["erase"], erase.fill)
+            erase_box(one, view["erase"], views.erased)
         return one
 
     def one_row(index: int) -> None:
@@ -287,7 +172,7 @@ def render_choice(
             return
         pixels[index] = one
         if other is not None:
-            _mix(pixels[index], other, choice.own["mix_box"][index], int(choice.own["share"][index]))
+            mix_in(pixels[index], other, choice.own["mix_box"][index], int(choice.own["share"][index]))
 
     list(run(one_row, range(len(choice.row))))
     return torch.from_numpy(pixels), good
@@ -297,7 +182,7 @@ def view_batches(
     block: ImageBlock,
     decoder: Decoder,
     parameters: Parameters,
-    views: AnyViews,
+    views: ViewSpec,
     size: int,
     batch_size: int,
     device: torch.device,
@@ -312,13 +197,13 @@ def view_batches(
         size: of the views, where they are resampled.
     """
     count, num_views = parameters["flip"].shape
-    if is_exact(views):
+    if views.is_exact:
         images = block.images.to(device)
         box, flip = (torch.from_numpy(parameters[name]).to(device) for name in ("box", "flip"))
         for start in range(0, count * num_views, batch_size):
             row, view = np.divmod(np.arange(start, min(start + batch_size, count * num_views)), num_views)
             at = torch.from_numpy(row).to(device), torch.from_numpy(view).to(device)
-            yield row, view, render(images[at[0]], box[at], flip[at], outside(views))
+            yield row, view, render(images[at[0]], box[at], flip[at], views.outside)
         return
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for first in range(0, count, PARTNERS):
@@ -335,11 +220,11 @@ def view_batches(
             decoder.forget()
 
 
-def render_some(block: ImageBlock, choice: Choice, views: AnyViews, size: int) -> Pixels:
+def render_some(block: ImageBlock, choice: Choice, views: ViewSpec, size: int) -> Pixels:
     """Pixels of a few chosen views, `[m, 3, H, W]` uint8; raises DataError for what cannot be decoded."""
-    if is_exact(views):
+    if views.is_exact:
         box, flip = (torch.from_numpy(choice.own[name]) for name in ("box", "flip"))
-        return render(block.images[torch.from_numpy(choice.row)], box, flip, outside(views)).numpy()
+        return render(block.images[torch.from_numpy(choice.row)], box, flip, views.outside).numpy()
     return render_choice(Decoder(replace(block, on_bad="fail")), choice, views, size)[0].numpy()
 
 
@@ -364,12 +249,3 @@ def plain_images(
     rows = [row for row, pixels in zip(range(start, stop), found, strict=True) if pixels is not None]
     kept = [pixels for pixels in found if pixels is not None]
     return torch.from_numpy(np.stack(kept) if kept else np.empty((0, 3, crop.size, crop.size), np.uint8)), rows
-
-
-def drop_bad_partners(parameters: Parameters, bad: Collection[int]) -> None:
-    """Let nothing be mixed into the views, of a whole block, that were to be mixed with rows that cannot be decoded."""
-    if "partner" in parameters and bad:
-        lost = np.isin(parameters["partner"], list(bad))
-        parameters["partner"][lost] = NO_PARTNER
-        parameters["share"][lost] = WHOLE
-        parameters["mix_box"][lost] = 0

@@ -1,0 +1,143 @@
+"""`offline-kd bench ...`: measure the parts of a recipe, or codecs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offline_kd.cli.options import common_options, open_named, read_inputs, recipe_options
+
+
+class BenchGroup(click.Group):
+    """`bench RECIPE` is `bench steps RECIPE`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["steps", *args])
+
+
+@click.group("bench", cls=BenchGroup)
+def command() -> None:
+    """Measure: the parts of a recipe against each other, or codecs on a store's logits. The first needs no name.
+
+    \b
+    offline-kd bench pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    offline-kd bench codecs runs/digits/store
+    """
+
+
+@command.command("codecs")
+@click.argument("reference", metavar="STORE")
+@click.option("--rows", default=20_000, show_default=True, type=click.IntRange(min=1), help="At least so many rows.")
+@click.option("--codec", "codecs", multiple=True, metavar="YAML", help="Measure this one, as in a recipe; repeatable.")
+@click.option("--out", type=click.Path(path_type=Path), help="A plot (.svg or .png) of rate against distortion.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+@common_options
+def bench_codecs_command(
+    reference: str,
+    rows: int,
+    codecs: tuple[str, ...],
+    out: Path | None,
+    as_json: bool,
+    manifest_path: Path,
+    data_root: tuple[Path, ...],
+) -> None:
+    """What every codec makes of the logits of STORE (f32 or f16): bytes, speed, and how much is lost for whom.
+
+    \b
+    offline-kd bench codecs runs/digits/store --out codecs.svg
+    offline-kd bench codecs stores/imagenet --codec '{name: klt, step: 1.2, refine: 96}' --codec '{name: topk, k: 100}'
+    """
+    from offline_kd.cli.bench_codecs import bench_codecs, write_plot
+    from offline_kd.recipe import parse_codec
+    from offline_kd.support.console import say, show_table
+
+    store = open_named(reference, manifest_path)
+    results = bench_codecs(store, rows, [parse_codec(codec) for codec in codecs])
+    if out is not None:
+        write_plot(results, out, f"{store.identity.teacher.name}, {store.identity.num_classes} classes")
+        say(f"{out} written")
+    if as_json:
+        click.echo(json.dumps([asdict(one) for one in results], indent=2))
+        return
+    table = [
+        [
+            one.codec,
+            f"{one.bytes_per_row:.1f}",
+            *(f"{value:.4f}" for value in one.distortion["total_variation"].values()),
+            f"{one.distortion['kl']['1']:.1e}",
+            f"{100 * one.distortion['top1_agreement']:.2f}",
+            f"{100 * one.distortion['wttm_weight_error']:.2f}",
+            f"{100 * one.distortion['dtkd_temperature_error']:.3f}",
+            f"{one.encode_rows_per_second / 1e3:,.0f}",
+            f"{one.decode_rows_per_second / 1e3:,.0f}",
+        ]
+        for one in results
+    ]
+    columns = ["codec", "B/row", "TV1", "TV2", "TV4", "KL1", "top-1 %", "WTTM %", "DTKD %", "enc k/s", "dec k/s"]
+    show_table(reference, columns, table)
+    names = list(results[0].change)
+    changes = [[one.codec, *(f"{100 * one.change[name]:.2f}" for name in names)] for one in results]
+    show_table("change of the gradient on a student's logits, %", ["codec", *names], changes)
+
+
+@command.command("steps")
+@recipe_options
+@click.option("--objective", help="Which objective of the recipe the student steps use.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(min=3), help="Interleaved repetitions.")
+@click.option("--steps", default=10, show_default=True, type=click.IntRange(min=1), help="Steps per repetition.")
+@click.option("--drift", type=click.IntRange(min=1), help="Instead: train that many steps online and from each codec.")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def bench_steps_command(
+    recipe_path: Path,
+    objective: str | None,
+    rounds: int,
+    steps: int,
+    drift: int | None,
+    as_json: bool,
+    **inputs: Any,
+) -> None:
+    """Time plain, offline and online steps, teacher and stage 1 against each other, interleaved in one run.
+
+    With --drift: how far students trained from each codec end from the one trained with the live teacher.
+
+    \b
+    offline-kd bench steps pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd
+    offline-kd bench runs/digits/recipe.yaml --drift 200
+    """
+    from offline_kd.cli.bench_steps import bench, measure_drift
+    from offline_kd.support.console import show_table
+
+    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
+    if drift:
+        drifts = measure_drift(recipe, manifest, roots, drift, device)
+        if as_json:
+            click.echo(json.dumps(drifts, indent=2))
+            return
+        columns = list(next(iter(drifts.values())))
+        rows = [
+            [name, *(f"{part['distance']:.2g} ({part['top1']:.1f} %)" for part in by_codec.values())]
+            for name, by_codec in drifts.items()
+        ]
+        title = f"after {drift} steps: distance of the student's parameters from the online run, and top-1"
+        show_table(title, ["objective", *columns], rows)
+        return
+    timings = bench(recipe, manifest, roots, device, objective=objective, rounds=rounds, steps=steps)
+    if as_json:
+        click.echo(json.dumps(timings, indent=2))
+        return
+    rows = [
+        [name, f"{1e3 * part['median']:.2f}", f"{1e3 * part['low']:.2f} .. {1e3 * part['high']:.2f}"]
+        for name, part in timings["seconds"].items()
+    ]
+    show_table(
+        f"{recipe.name}: milliseconds per batch of {timings['batch_size']}", ["part", "median", "quartiles"], rows
+    )
+    show_table(
+        "ratios, median over rounds", ["ratio", "value"], [[k, f"{v:.3f}"] for k, v in timings["ratios"].items()]
+    )

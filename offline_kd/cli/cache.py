@@ -1,0 +1,71 @@
+"""`offline-kd cache-teacher`: stage 1."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offline_kd.cache.engines import DEFAULT_ENGINE, ENGINES
+from offline_kd.cli.options import read_inputs, recipe_options
+from offline_kd.support.errors import RecipeError
+
+if TYPE_CHECKING:
+    from offline_kd.cache.pipeline import Worker
+
+
+@click.command("cache-teacher")
+@recipe_options
+@click.option("--store", "store", required=True, help="Folder or URL (s3://, gs://, az://) of the store.")
+@click.option("--worker", metavar="I/N", help="In a job array: do the blocks of worker I (from 0) of N only.")
+@click.option("--engine", default=DEFAULT_ENGINE, show_default=True, help=f"Who does the blocks: {', '.join(ENGINES)}.")
+@click.option("--add", is_flag=True, help="Add this teacher to a store of another one, over the same views.")
+def command(recipe_path: Path, store: str, worker: str | None, engine: str, add: bool, **inputs: Any) -> None:
+    """Stage 1: ask the teacher about every view of every image, once. The same command again resumes.
+
+    Several processes may run it on one store, on any machines: blocks that one works on are left alone by the others,
+    and taken over when it dies. A recipe with more views, or more decisions, adds them to the store.
+
+    \b
+    offline-kd cache-teacher pipelines/cifar10/resnet56_resnet20_cpu.yaml --store stores/cifar10-resnet56
+    offline-kd cache-teacher recipe.yaml --store s3://team/stores/cifar10 --worker 3/16
+    torchrun --nproc-per-node 8 -m offline_kd cache-teacher recipe.yaml --store stores/cifar10
+    """
+    from offline_kd.cache.pipeline import cache_teacher
+    from offline_kd.support.console import show_table
+
+    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
+    finished = cache_teacher(
+        recipe, manifest, roots, store, device, worker=which_worker(worker), engine=engine, add=add
+    )
+    if finished is None:
+        return
+    fidelity = finished.fidelity.get(recipe.name) or next(iter(finished.fidelity.values()))
+    show_table(
+        f"store {store}",
+        ["", "value"],
+        [
+            ["blocks", f"{len(finished.entries):,}"],
+            ["bytes", f"{finished.total_bytes:,}"],
+            ["rows asked again", f"{fidelity.rows:,}"],
+            ["same top-1 as the teacher", f"{100 * fidelity.top1_agreement:.2f} %"],
+            ["logit error, mean / largest", f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g}"],
+            ["KL in nats at T = 1, 2, 4", " / ".join(f"{value:.2g}" for value in fidelity.kl.values())],
+            ["digest", f"sha256:{finished.digest}"],
+        ],
+    )
+
+
+def which_worker(text: str | None) -> Worker:
+    """From --worker, or from what torchrun tells its processes."""
+    from offline_kd.cache.pipeline import Worker
+
+    if text is None:
+        return Worker(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    parts = re.fullmatch(r"(\d+)/(\d+)", text)
+    if parts is None or not int(parts[1]) < int(parts[2]):
+        raise RecipeError(f"--worker {text}: write I/N with I from 0 to N - 1, such as 0/4.")
+    return Worker(int(parts[1]), int(parts[2]), own_blocks_only=True)

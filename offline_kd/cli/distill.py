@@ -1,0 +1,78 @@
+"""`offline-kd distill`: stage 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offline_kd.cli.options import DOWNLOAD_BYTES, read_inputs, recipe_options
+
+if TYPE_CHECKING:
+    from offline_kd.distill.training import Result
+
+
+@click.command("distill")
+@recipe_options
+@click.option(
+    "--store",
+    "stores",
+    multiple=True,
+    metavar="STORE",
+    help="Folder, URL or manifest name; #TARGETS and @sha256:DIGEST may follow. Several are mixed.",
+)
+@click.option("--download-bytes", default=DOWNLOAD_BYTES, show_default=True, help="How much of a remote store to keep.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--objective", help="Which objective of the recipe, if it has several.")
+@click.option("--seed", type=int, help="Seed of weights, order and views.  [default: the recipe's first]")
+@click.option("--allow-biased", is_flag=True, help="Train though the store's codec does not serve the objective.")
+@click.option("--online", is_flag=True, help="Ask the live teacher instead of the store: same views, same order.")
+def command(
+    recipe_path: Path,
+    stores: tuple[str, ...],
+    download_bytes: int,
+    out: Path,
+    objective: str | None,
+    seed: int | None,
+    allow_biased: bool,
+    online: bool,
+    **inputs: Any,
+) -> None:
+    """Stage 2: train the student of RECIPE from a store, without its teacher. The same command again resumes.
+
+    A store may be a URL: what is read of it is kept in OFFLINE_KD_CACHE (~/.cache/offline-kd).
+
+    \b
+    offline-kd distill recipe.yaml --store s3://team/stores/cifar10 --out runs/kd --objective kd
+    offline-kd distill pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective wttm \\
+        --store stores/cifar10-resnet56 --out runs/wttm
+    """
+    from offline_kd.distill.training import distill
+
+    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
+    result = distill(
+        recipe,
+        manifest,
+        roots,
+        out,
+        device,
+        objective=objective,
+        seed=seed,
+        stores=stores,
+        online=online,
+        download_bytes=download_bytes,
+        allow_biased=allow_biased,
+    )
+    show_result(result, out)
+
+
+def show_result(result: Result, out: Path) -> None:
+    """The table of one run, on standard output."""
+    from offline_kd.distill.report import COLUMNS, read_runs, summarise, table_rows
+    from offline_kd.support.console import say, show_table
+
+    runs = read_runs([out])
+    show_table(f"{out}: {result.recipe}, seed {result.seed}", COLUMNS, table_rows(summarise(runs)))
+    if result.dtkd_fallbacks:
+        say(f"DTKD fell back to KD for {result.dtkd_fallbacks:,} samples whose maxima differ in sign or are 0")

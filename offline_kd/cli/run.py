@@ -1,0 +1,25 @@
+"""`offline-kd run`: every stage of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offline_kd.cli.options import read_inputs, recipe_options
+
+
+@click.command("run")
+@recipe_options
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: runs/NAME]")
+def command(recipe_path: Path, out: Path | None, **inputs: Any) -> None:
+    """Every stage of RECIPE: teacher, store, students, report. The same command again goes on where it stopped.
+
+    \b
+    offline-kd run pipelines/digits.yaml --out runs/digits
+    """
+    from offline_kd.distill.run import run
+
+    recipe, manifest, _, device = read_inputs(recipe_path, **inputs)
+    run(recipe, manifest, list(inputs["data_root"]), out or Path("runs") / recipe.name, device)

@@ -1,0 +1,33 @@
+"""`offline-kd train`: teachers and baselines, from labels only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offline_kd.cli.distill import show_result
+from offline_kd.cli.options import read_inputs, recipe_options
+
+
+@click.command("train")
+@recipe_options
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--teacher", is_flag=True, help="Train the recipe's teacher instead of its student.")
+@click.option("--seed", type=int, help="Seed of the student's weights and order.  [default: the recipe's first]")
+def command(recipe_path: Path, out: Path, teacher: bool, seed: int | None, **inputs: Any) -> None:
+    """Plain supervised training: cross-entropy on labels only, for teachers and baselines.
+
+    \b
+    offline-kd train pipelines/cifar10/resnet56_resnet20_cpu.yaml --out runs/ce
+    """
+    from offline_kd.distill.training import distill, train_teacher
+    from offline_kd.recipe import Recipe
+
+    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
+    if teacher:
+        show_result(train_teacher(recipe, manifest, roots, out, device), out)
+        return
+    plain = Recipe.model_validate({**recipe.model_dump(), "objectives": {"ce": [{"term": "ce"}]}})
+    show_result(distill(plain, manifest, roots, out, device, seed=seed), out)

@@ -1,0 +1,65 @@
+"""A store that was written before the package was divided into rooms is read, trained from and captured again."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, invoke
+
+from offline_kd.store.opening import open_store
+
+FIXTURE = ROOT / "tests" / "fixtures" / "store_v2"
+STORE = FIXTURE / "store"
+DIGEST = "73a894c6e8c7bf8441f8383816dadcf1eeb7ef9c9627384eaa0be70374c52865"
+AT_FIRST = "ae26f6c757501d144a86d685b32cfc4388c8a2088d6b312818faf0759ba3f3bf"
+CPU_OF_FIXTURE = "AVX512"
+
+
+def ran(*arguments: object) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+
+
+def capture(store: Path, recipe: str, where: list[str], *options: str) -> None:
+    teacher = "first" if recipe == "recipe.yaml" else "second"
+    weights = f"teacher.weights={FIXTURE / teacher}.safetensors"
+    ran("cache-teacher", FIXTURE / recipe, "--store", store, "--device", "cpu", "--set", weights, *options, *where)
+
+
+def test_the_store_opens_with_its_digest_and_with_the_one_it_had_before_it_grew():
+    store = open_store(STORE, digest=DIGEST)
+    assert store.identity.views.num_views == 2
+    assert list(store.identity.decisions) == ["last", "sub"]
+    assert open_store(STORE, digest=AT_FIRST).identity.views.num_views == 1
+    assert open_store(STORE, targets="second").identity.codec.name == "f16"
+
+
+def test_the_store_verifies_against_itself_and_against_the_dataset(where):
+    ran("store", "verify", STORE)
+    ran("store", "verify", STORE, "--quick")
+    ran("store", "verify", STORE, "--dataset", *where)
+
+
+@pytest.mark.parametrize("objective", ["kd", "letkd"])
+def test_a_student_trains_from_the_store(objective, where, tmp_path):
+    recipe = FIXTURE / "recipe.yaml"
+    ran("distill", recipe, "--store", STORE, "--objective", objective, "--out", tmp_path, "--device", "cpu", *where)
+
+
+def test_captured_anew_the_store_verifies_and_on_the_same_machine_has_the_same_digest(where, tmp_path):
+    path = tmp_path / "store"
+    capture(path, "recipe.yaml", where, "--set", "views.count=1")
+    capture(path, "recipe.yaml", where)
+    capture(path, "second.yaml", where, "--add")
+    ran("store", "verify", path)
+    before, anew = open_store(STORE), open_store(path)
+    for group in range(2):
+        # Of no arithmetic that machines round differently.
+        names = [name for name in before.arrays if not name.startswith(("logits/", "decisions/"))]
+        old, new = before.read(0, group, names), anew.read(0, group, names)
+        assert all(np.array_equal(old[name], new[name]) for name in names)
+    versions = [json.loads((one / "store.json").read_text())["versions"] for one in (STORE, path)]
+    if versions[0] == versions[1] and torch.backends.cpu.get_cpu_capability() == CPU_OF_FIXTURE:
+        assert anew.digest == DIGEST
