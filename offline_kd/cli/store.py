@@ -17,8 +17,8 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.cli.options import common_options, read_inputs, recipe_options
 from offline_kd.data.blocks import ImageBlock, load_block
 from offline_kd.data.manifest import Manifest, data_roots, load_manifest, locate
-from offline_kd.store.card import served_terms
-from offline_kd.store.opening import group_digests, open_store
+from offline_kd.store.info import store_info
+from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, place_at
 from offline_kd.store.reader import Store
 from offline_kd.store.sample_page import write_inspect_page
@@ -62,30 +62,7 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
     offline-kd store info s3://team/stores/cifar10 --json
     """
     store = open_named(reference, manifest_path)
-    identity, manifest = store.identity, store.manifest
-    assert manifest is not None
-    fidelity = manifest.fidelity.get(store.targets)
-    facts = {
-        "digest": f"sha256:{store.digest}",
-        "holds": describe(manifest.held),
-        "blocks": len(store.blocks),
-        "rows": sum(identity.dataset.tars[block].count for block in store.blocks) * identity.views.num_views,
-        "views": identity.views.model_dump(mode="json") | {"stored": identity.views.num_views},
-        "group digests": group_digests(store),
-        "bytes": manifest.total_bytes,
-        "bytes by array": manifest.bytes_by_array,
-        "codecs": {"logits": identity.codec.model_dump(mode="json")},
-        "teacher": identity.teacher.model_dump(mode="json"),
-        "other teachers": [one.name for one in store.additions if one.extends is None],
-        "dataset": identity.dataset.model_dump(mode="json", exclude={"tars", "classes"})
-        | {"samples": sum(tar.count for tar in identity.dataset.tars), "classes": len(identity.dataset.classes)},
-        "licences": {"dataset": identity.dataset.licence, "teacher": identity.teacher.licence},
-        "left out": manifest.left_out,
-        "serves": served_terms(store),
-        "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
-        "schema version": manifest.schema_version,
-        "versions": identity.versions,
-    }
+    facts = store_info(store)
     if as_json:
         click.echo(json.dumps(facts, indent=2))
         return

@@ -2,3 +2,30 @@
 
 In: a recipe, a dataset, one or several stores. Out: a run directory, and the report over many.
 """
+
+from typing import TYPE_CHECKING
+
+from offline_kd.support.lazy import lazy
+
+if TYPE_CHECKING:
+    from offline_kd.distill.report import read_runs, summarise, write_report
+    from offline_kd.distill.training import distill, train_teacher
+else:
+    __getattr__, __dir__ = lazy(
+        __name__,
+        {
+            "distill": "offline_kd.distill.training",
+            "read_runs": "offline_kd.distill.report",
+            "summarise": "offline_kd.distill.report",
+            "train_teacher": "offline_kd.distill.training",
+            "write_report": "offline_kd.distill.report",
+        },
+    )
+
+__all__ = [
+    "distill",
+    "read_runs",
+    "summarise",
+    "train_teacher",
+    "write_report",
+]

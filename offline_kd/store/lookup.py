@@ -1,0 +1,129 @@
+"""Random access: what a store says of samples that are named by key, in any order.
+
+Whole blocks are read, as always, with every byte checked; what was read stays in memory while it fits.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from offline_kd.data.tars import hash_key, read_tar
+from offline_kd.store.codec import codec_arrays, decode_stored
+from offline_kd.store.decisions import unpack_probs
+from offline_kd.store.reader import Arrays, Store
+from offline_kd.support.errors import StoreMismatch, did_you_mean
+
+
+def rows_of(store: Store, keys: Sequence[str], known: Iterable[str] = ()) -> NDArray[np.int64]:
+    """`[n]` the store's row of every key; raises StoreMismatch for a key that it does not have.
+
+    Args:
+        known: keys that it does have, for the message.
+    """
+    hashes, rows = store.row_index
+    wanted = np.array([hash_key(key) for key in keys], dtype=np.uint64)
+    place = np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)
+    absent = np.flatnonzero(hashes[place] != wanted)
+    if len(absent):
+        key, about = keys[absent[0]], store.identity.dataset
+        hint = did_you_mean(key, get_close_matches(key, known, n=1))
+        raise StoreMismatch(
+            f"{store.place}: has no sample '{key}' (and {len(absent) - 1} more): its {len(hashes):,} rows are those of "
+            f"{about.name}/{about.split}.{hint} See the keys of the dataset: `store.keys(FOLDER)`."
+        )
+    return rows[place]
+
+
+def read_rows(
+    store: Store, rows: NDArray[np.int64], views: Sequence[int], names: Sequence[str]
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Arrays]]:
+    """Per-view arrays of some rows and views, block by block and group by group.
+
+    Yields which of `rows` `[n]` and of `views` `[v]` these are, and the arrays `[n, v, ...]`. Raises StoreMismatch for
+    a view that is not stored, before anything is read.
+    """
+    num_views, per_group = store.identity.views.num_views, store.identity.views_per_group
+    for view in views:
+        if not 0 <= view < num_views:
+            raise StoreMismatch(
+                f"{store.place}: has no view {view}, it holds {num_views} of every image: 0 to {num_views - 1}."
+            )
+    blocks, offsets = np.divmod(rows, store.identity.rows_per_block)
+    groups, positions = np.divmod(np.array(views, dtype=np.int64), per_group)
+    for block in np.unique(blocks):
+        of_rows = np.flatnonzero(blocks == block)
+        for group in np.unique(groups):
+            of_views = np.flatnonzero(groups == group)
+            chosen = np.ix_(offsets[of_rows], positions[of_views])
+            arrays = store.read(int(block), int(group), names)
+            yield of_rows, of_views, {name: array[chosen] for name, array in arrays.items()}
+
+
+def logits_of(store: Store, rows: NDArray[np.int64], views: Sequence[int]) -> Tensor:
+    """`[n, v, C]` float32 logits of `[n]` rows in v views, as far as the codec kept them."""
+    codec, tables, num_classes = store.identity.codec, store.codec_tables, store.identity.num_classes
+    names = [f"logits/{name}" for name in codec_arrays(codec)]
+    out = torch.empty(len(rows), len(views), num_classes)
+    for of_rows, of_views, arrays in read_rows(store, rows, views, names):
+        encoded = {name.removeprefix("logits/"): array for name, array in arrays.items()}
+        at = torch.from_numpy(of_rows)[:, None], torch.from_numpy(of_views)[None]
+        out[at] = decode_stored(codec, encoded, tables, num_classes)
+    return out
+
+
+def decisions_of(store: Store, name: str, rows: NDArray[np.int64], views: Sequence[int]) -> Arrays:
+    """What the teacher decided at every location, in `[n]` rows and v views.
+
+    Returns:
+        of `templates`: `id` `[n, v, H, W, m]` uint16, `prob` float32 of the same shape (where more than one template
+        is kept) and `dropped` `[n, v]` float32, the largest mass of what is not kept; of `subclasses`: `subclass`
+        `[n, v, H, W]` uint8. Templates behind the ids: `Store.read_tables(name)`.
+
+    Raises StoreMismatch when the store has no decisions of that name.
+    """
+    if name not in store.identity.decisions:
+        raise StoreMismatch(
+            f"{store.place}: holds no decisions '{name}'.{did_you_mean(name, store.identity.decisions)} "
+            "Capture them with capture.decisions."
+        )
+    prefix = f"decisions/{name}/"
+    found: Arrays = {}
+    for of_rows, of_views, arrays in read_rows(store, rows, views, [one for one in store.arrays if one.startswith(prefix)]):
+        for array_name, array in arrays.items():
+            part = array_name.removeprefix(prefix)
+            values = unpack_probs(torch.from_numpy(array.astype(np.int32))).numpy() if part == "prob" else array
+            if part not in found:
+                found[part] = np.empty((len(rows), len(views), *values.shape[2:]), dtype=values.dtype)
+            found[part][np.ix_(of_rows, of_views)] = values
+    return found
+
+
+def keys_in_row_order(store: Store, folder: Path) -> list[str]:
+    """The key of every row of a store, in its order, from the dataset's tars in `folder`; the store has hashes only.
+
+    Raises StoreMismatch when the tars lack the key of a row.
+    """
+    named = [folder / store.identity.dataset.tars[block].file for block in store.blocks]
+    # Another packing of the same samples has the same keys.
+    paths = named if all(path.is_file() for path in named) else tars_in(folder)
+    keys = {hash_key(sample.key): sample.key for path in paths for sample in read_tar(path)[0]}
+    hashes, rows = store.row_index
+    ordered = hashes[np.argsort(rows)].tolist()
+    lacking = sum(one not in keys for one in ordered)
+    if lacking:
+        about = store.identity.dataset
+        raise StoreMismatch(
+            f"{folder}: its {len(paths)} tars lack the keys of {lacking:,} of {len(ordered):,} rows of {store.place}, "
+            f"which was made from {about.name}/{about.split}. Name the folder of those tars."
+        )
+    return [keys[one] for one in ordered]
+
+
+def tars_in(folder: Path) -> list[Path]:
+    """The image tars of a folder, by name."""
+    return sorted(path for path in folder.glob("*.tar*") if path.name.endswith((".tar", ".tar.gz")))
