@@ -218,20 +218,14 @@ class TeacherStore(Strict):
     weight: Positive = 1.0
 
 
-class Recipe(Strict):
+class CaptureRecipe(Strict):
+    """What stage 1 needs to know: which teacher sees which views of which images, and what is stored of its answers."""
+
     name: Name
     data: Data
     teacher: TeacherNetwork
     views: Views = NoAugmentation()
     capture: Capture = Capture()
-    store: str | Annotated[list[TeacherStore], Field(min_length=1)] | None = Field(
-        None, description="where stage 2 finds targets, unless --store says so; several are mixed by weight"
-    )
-    mix: Literal["probability", "logit"] = Field("probability", description="what is averaged over several teachers")
-    student: StudentNetwork
-    training: Training
-    objectives: dict[Name, Objective] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
 
     @property
     def evaluation_crop(self) -> EvaluationCrop | None:
@@ -243,6 +237,19 @@ class Recipe(Strict):
             return self.data.crop
         resize = views.resize if isinstance(views, CenterCrop) else round(views.size * 8 / 7)
         return EvaluationCrop(size=views.size, resize=resize, interpolation=views.interpolation)
+
+
+class Recipe(CaptureRecipe):
+    """An experiment: what is captured, and which students learn from it, how."""
+
+    store: str | Annotated[list[TeacherStore], Field(min_length=1)] | None = Field(
+        None, description="where stage 2 finds targets, unless --store says so; several are mixed by weight"
+    )
+    mix: Literal["probability", "logit"] = Field("probability", description="what is averaged over several teachers")
+    student: StudentNetwork
+    training: Training
+    objectives: dict[Name, Objective] = Field(min_length=1)
+    seeds: list[int] = Field([0], min_length=1)
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""

@@ -36,6 +36,11 @@ def hash_key(key: str) -> int:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
+def tars_in(folder: Path) -> list[Path]:
+    """The image tars of a folder, by name."""
+    return sorted(path for path in folder.glob("*.tar*") if path.name.endswith((".tar", ".tar.gz")))
+
+
 def read_tar(path: Path, *, expected: Tar | None = None, prove: bool = True) -> tuple[list[Sample], str]:
     """Read all samples of a tar, in order, with the file's sha256; without `prove`, the one that is expected of it.
 

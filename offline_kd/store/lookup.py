@@ -3,7 +3,7 @@
 Whole blocks are read, as always, with every byte checked; what was read stays in memory while it fits.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -12,18 +12,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offline_kd.data.tars import hash_key, read_tar
+from offline_kd.data.tars import hash_key, read_tar, tars_in
 from offline_kd.store.codec import codec_arrays, decode_stored
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.errors import StoreMismatch, did_you_mean
 
 
-def rows_of(store: Store, keys: Sequence[str], known: Iterable[str] = ()) -> NDArray[np.int64]:
+def rows_of(store: Store, keys: Sequence[str], known: Callable[[], Iterable[str]] = list) -> NDArray[np.int64]:
     """`[n]` the store's row of every key; raises StoreMismatch for a key that it does not have.
 
     Args:
-        known: keys that it does have, for the message.
+        known: gives keys that it does have, for the message; called only when it is needed.
     """
     hashes, rows = store.row_index
     wanted = np.array([hash_key(key) for key in keys], dtype=np.uint64)
@@ -31,7 +31,7 @@ def rows_of(store: Store, keys: Sequence[str], known: Iterable[str] = ()) -> NDA
     absent = np.flatnonzero(hashes[place] != wanted)
     if len(absent):
         key, about = keys[absent[0]], store.identity.dataset
-        hint = did_you_mean(key, get_close_matches(key, known, n=1))
+        hint = did_you_mean(key, get_close_matches(key, known(), n=1))
         raise StoreMismatch(
             f"{store.place}: has no sample '{key}' (and {len(absent) - 1} more): its {len(hashes):,} rows are those of "
             f"{about.name}/{about.split}.{hint} See the keys of the dataset: `store.keys(FOLDER)`."
@@ -93,7 +93,9 @@ def decisions_of(store: Store, name: str, rows: NDArray[np.int64], views: Sequen
         )
     prefix = f"decisions/{name}/"
     found: Arrays = {}
-    for of_rows, of_views, arrays in read_rows(store, rows, views, [one for one in store.arrays if one.startswith(prefix)]):
+    for of_rows, of_views, arrays in read_rows(
+        store, rows, views, [one for one in store.arrays if one.startswith(prefix)]
+    ):
         for array_name, array in arrays.items():
             part = array_name.removeprefix(prefix)
             values = unpack_probs(torch.from_numpy(array.astype(np.int32))).numpy() if part == "prob" else array
@@ -122,8 +124,3 @@ def keys_in_row_order(store: Store, folder: Path) -> list[str]:
             f"which was made from {about.name}/{about.split}. Name the folder of those tars."
         )
     return [keys[one] for one in ordered]
-
-
-def tars_in(folder: Path) -> list[Path]:
-    """The image tars of a folder, by name."""
-    return sorted(path for path in folder.glob("*.tar*") if path.name.endswith((".tar", ".tar.gz")))

@@ -1,0 +1,212 @@
+"""The public API: open a store and take logits, decisions or whole batches from it; make a store with a module.
+
+`offline_kd/__init__.py` offers these names without importing this file; docs/api.md shows each of them at work.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from offline_kd.cache.in_memory import ModuleOptions, cache_module
+from offline_kd.data.manifest import MANIFEST_NAME, Manifest, Normalisation, load_manifest
+from offline_kd.store.info import store_info
+from offline_kd.store.lookup import decisions_of, keys_in_row_order, logits_of, rows_of
+from offline_kd.store.opening import open_store as open_reader
+from offline_kd.store.reader import Store
+from offline_kd.support.errors import DataError, RecipeError, StoreError
+from offline_kd.support.strict import parse
+from offline_kd.views.specs import AnyViews
+
+if TYPE_CHECKING:
+    from offline_kd.distill.loader import Batch
+
+AnyNormalisation = Normalisation | Mapping[str, Sequence[float]]
+
+
+class LoaderOptions(TypedDict, total=False):
+    """How batches are made, beside their size."""
+
+    seed: int  # of the order, and of which view an epoch shows; 0 if absent
+    device: str | torch.device  # where batches are; "cpu" if absent
+    workers: int  # processes that read and decode tars; 0 if absent
+    decisions: Sequence[str]  # names of decisions that batches hold beside the logits; none if absent
+    normalisation: AnyNormalisation | None  # of `batch.images`, which are then float32; uint8 if absent
+
+
+class Loader(Protocol):
+    """Batches of images with what the teacher said of them."""
+
+    def epoch(self, epoch: int) -> "Iterator[Batch]":
+        """The batches of an epoch, counted from 0; the same seed and epoch give the same batches."""
+
+
+@dataclass(frozen=True)
+class TeacherStore:
+    """What a teacher said of a dataset. `open_store` makes one.
+
+    Nothing is handed out that was not checked: the bytes that are decoded are the bytes whose sha256 was compared.
+    """
+
+    reader: Store  # everything beneath: identity, ledger, arrays by block
+    data: Path | None = None  # the folder of the dataset's tars, where it is known
+
+    def __repr__(self) -> str:
+        return f"TeacherStore({str(self.reader.place)!r}, digest={self.digest!r})"
+
+    @property
+    def digest(self) -> str:
+        """`sha256:...` of identity and content: what a recipe or `open_store(digest=...)` may pin."""
+        return f"sha256:{self.reader.digest}"
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, in the order of the logits."""
+        return list(self.reader.identity.dataset.classes)
+
+    @property
+    def num_views(self) -> int:
+        """How many views of every image are stored."""
+        return self.reader.identity.views.num_views
+
+    @cached_property
+    def info(self) -> dict[str, object]:
+        """What `offline-kd store info --json` shows: teacher, dataset, views, codec, fidelity, licences and more."""
+        return store_info(self.reader)
+
+    def keys(self, data: str | Path | None = None) -> list[str]:
+        """The key of every row, in the store's order.
+
+        A store holds hashes of keys only: the strings come from the tars in `data` (by default the folder that the
+        store was opened with), and every row's hash must be that of one of them.
+
+        Raises StoreError when no folder is known, StoreMismatch when its tars lack the key of a row.
+        """
+        return keys_in_row_order(self.reader, self._folder(data))
+
+    def logits(self, keys: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
+        """`[n, V, C]` float32 logits of n samples in the given views (by default all that are stored), on the CPU.
+
+        Raises StoreMismatch for a key or view that the store does not have, StoreCorrupt for damaged bytes.
+        """
+        return logits_of(self.reader, self._rows(keys), self._views(views))
+
+    def decisions(
+        self, name: str, keys: Sequence[str], views: Sequence[int] | None = None
+    ) -> dict[str, NDArray[np.generic]]:
+        """What the teacher decided at every location of its feature map, for n samples in V views.
+
+        Returns, of decisions on templates: `id` `[n, V, H, W, m]` uint16, the likeliest template first; `prob` float32
+        of the same shape, where m > 1; `dropped` `[n, V]` float32, the largest probability that was not kept. Of
+        decisions on sub-classes: `subclass` `[n, V, H, W]` uint8.
+
+        Raises StoreMismatch for a name, key or view that the store does not have.
+        """
+        return decisions_of(self.reader, name, self._rows(keys), self._views(views))
+
+    def loader(self, data: str | Path | None = None, *, batch_size: int, **options: Unpack[LoaderOptions]) -> Loader:
+        """Batches for a training loop of your own: `for batch in store.loader(...).epoch(0)`.
+
+        Images are rendered as the teacher saw them, and every image, label and key is compared with the store.
+
+        Args:
+            data: the folder of the dataset's tars; by default the one that the store was opened with.
+            options: see `LoaderOptions`.
+
+        Raises StoreMismatch when images, labels or keys are not those that the teacher saw.
+        """
+        from offline_kd.distill.loader import open_loader
+
+        folder = self._folder(data)
+        if (normalisation := options.get("normalisation")) is not None:
+            options["normalisation"] = _normalisation(normalisation)
+        return open_loader(self.reader, folder, batch_size=batch_size, **options)
+
+    def _views(self, views: Sequence[int] | None) -> Sequence[int]:
+        return range(self.num_views) if views is None else views
+
+    def _rows(self, keys: Sequence[str]) -> NDArray[np.int64]:
+        def known() -> list[str]:
+            return self.keys() if self.data is not None else []
+
+        return rows_of(self.reader, keys, known)
+
+    def _folder(self, data: str | Path | None) -> Path:
+        folder = self.data if data is None else Path(data)
+        if folder is None:
+            about = self.reader.identity.dataset
+            raise StoreError(
+                f"{self.reader.place}: holds no images and no key strings. Name the folder of the tars of "
+                f"{about.name}/{about.split}: here, or with open_store(..., data=FOLDER)."
+            )
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder. Name the one that holds the dataset's tars.")
+        return folder
+
+
+def open_store(location: str | Path, *, digest: str | None = None, data: str | Path | None = None) -> TeacherStore:
+    """Open a finished store. Only its metadata is read: targets are read, and checked, when they are asked for.
+
+    Args:
+        location: a folder, a URL (`s3://`, `gs://`, `az://`, `https://`), or a name in the `data_manifest.yaml` of the
+            current folder; `#TARGETS` (another teacher of the store) and `@sha256:DIGEST` may follow.
+        digest: `sha256:...` that the store must have, or must have had before it grew; the same as `@sha256:...`.
+        data: the folder of the dataset's tars, for `keys` and `loader`.
+
+    Raises RecipeError for a reference that cannot be understood, StoreError where there is no store, StoreIncomplete
+    for one that is not finished, StoreCorrupt when its parts disagree, StoreMismatch when it has another digest or
+    lacks these targets.
+    """
+    where = manifest_here().store(str(location))
+    wanted = digest.removeprefix("sha256:") if digest is not None else None
+    if wanted is not None and where.digest not in (None, wanted):
+        raise RecipeError(f"store '{location}': is pinned to sha256:{where.digest}, wanted is {digest}. Correct one.")
+    reader = open_reader(where.location, targets=where.targets, digest=wanted or where.digest)
+    return TeacherStore(reader, None if data is None else Path(data))
+
+
+def cache_teacher(
+    network: nn.Module,
+    dataset: str | Path,
+    *,
+    views: AnyViews | Mapping[str, object],
+    out: str | Path,
+    normalisation: AnyNormalisation,
+    **options: Unpack[ModuleOptions],
+) -> TeacherStore:
+    """Ask a module about every view of every image of a dataset, and store what it says: no recipe, no manifest entry.
+
+    Run again with the same arguments, it goes on where it stopped, or adds views or decisions. Views whose `count` is
+    not what the module was asked for before are added; another module is refused.
+
+    Args:
+        network: `[B, 3, H, W]` float32 normalised images -> `[B, C]` raw logits. It runs in evaluation mode, without
+            gradients, and gets its own modes back. The store knows it by the sha256 of its parameters and buffers.
+        dataset: a folder of image tars, all of which are captured, or a name in the `data_manifest.yaml` of the current
+            folder, of which split `train` is.
+        views: which augmentations, as recipes write them: `{"kind": "pad_crop_flip", "count": 4}`.
+        out: the store: a folder or a URL.
+        normalisation: of the module's input: `{"mean": [r, g, b], "std": [r, g, b]}` of pixels in 0..1.
+        options: see `ModuleOptions`.
+
+    Raises DataError for tars that are not what they should be, TeacherError when the module does not give one finite
+    logit per class, StoreMismatch when `out` is a store of something else.
+    """
+    cache_module(network, dataset, manifest_here(), views, out, _normalisation(normalisation), options)
+    return open_store(out, data=dataset if Path(dataset).is_dir() else None)
+
+
+def manifest_here() -> Manifest:
+    """The manifest of the current folder; an empty one where there is none."""
+    file = Path(MANIFEST_NAME)
+    return load_manifest(file) if file.is_file() else Manifest(manifest_version=1)
+
+
+def _normalisation(given: AnyNormalisation) -> Normalisation:
+    return given if isinstance(given, Normalisation) else parse(Normalisation, given, where="normalisation")

@@ -1,0 +1,131 @@
+"""Stage 1 with a teacher that is a module in somebody's hands: what a recipe and a manifest say, from the objects."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypedDict
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cache.teacher import DEFAULT_BATCH_SIZE
+from offline_kd.data.manifest import Dataset, Manifest, Normalisation, Split, Tar, data_roots
+from offline_kd.data.tars import read_tar, tars_in
+from offline_kd.models.teacher import Teacher
+from offline_kd.recipe import CaptureRecipe
+from offline_kd.store.codec import AnyCodec
+from offline_kd.store.decisions import AnyDecisions
+from offline_kd.support.errors import DataError
+from offline_kd.support.strict import parse
+from offline_kd.views.specs import AnyViews
+
+
+class ModuleOptions(TypedDict, total=False):
+    """How a module's answers are stored; everything may be left out."""
+
+    codec: str | AnyCodec | Mapping[str, object]  # as recipes write it, or its name alone; "f16" if absent
+    decisions: Mapping[str, AnyDecisions | Mapping[str, object]]  # on feature maps, by a name of your own
+    device: str | torch.device  # the module is moved there; where its parameters are if absent
+    name: str  # of the store and of the teacher; that of the module's class if absent
+    classes: list[str]  # names in the order of the logits, of a folder's dataset; "0", "1", ... if absent
+    batch_size: int  # of the module; no effect on what is stored
+    views_per_group: int  # views that are stored and read together; must divide their count
+
+
+def cache_module(
+    network: nn.Module,
+    dataset: str | Path,
+    manifest: Manifest,
+    views: AnyViews | Mapping[str, object],
+    out: str | Path,
+    normalisation: Normalisation,
+    options: ModuleOptions,
+) -> None:
+    """Make, or go on making, the store of a module: `api.cache_teacher`, whose arguments these are.
+
+    Args:
+        manifest: where `dataset` is looked up when it is no folder.
+    """
+    about, roots = str(dataset), data_roots()
+    if Path(dataset).is_dir():
+        folder = Path(dataset).resolve()
+        about, roots = folder.name, [folder.parent]
+        manifest = Manifest(manifest_version=1, datasets={about: dataset_of(folder, options.get("classes"))})
+    splits = manifest.dataset(about).splits
+    module, codec = type(network), options.get("codec", "f16")
+    model = f"a module in memory: {module.__module__}.{module.__qualname__}"
+    capture = {
+        "codec": {"name": codec} if isinstance(codec, str) else codec,
+        "decisions": options.get("decisions", {}),
+        **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
+    }
+    described = {
+        "name": options.get("name", module.__name__),
+        "data": {
+            "dataset": about,
+            "evaluation": "test" if "test" in splits else "train",
+            "normalisation": normalisation,
+        },
+        "teacher": {"model": model, "normalisation": normalisation},
+        "views": views,
+        "capture": capture,
+    }
+    recipe = parse(CaptureRecipe, described, where=f"capture of {model}")
+    device = torch.device(options.get("device") or next((one.device for one in network.parameters()), "cpu"))
+    with frozen(network.to(device)):
+        teacher = Teacher(
+            name=recipe.name,
+            model=model,
+            model_args={},
+            weights_sha256=weights_sha256(network),
+            normalisation=normalisation,
+            crop=recipe.evaluation_crop,
+            dtype="float32",
+            expected=None,
+            licence="",
+            network=network,
+            batch_size=recipe.capture.batch_size or DEFAULT_BATCH_SIZE[device.type],
+        )
+        cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
+
+
+def dataset_of(folder: Path, classes: list[str] | None) -> Dataset:
+    """A folder of tars as a manifest would describe it: one split, `train`, of all tars in the order of their names."""
+    paths = tars_in(folder)
+    if not paths:
+        raise DataError(f"{folder}: holds no .tar or .tar.gz. Pack images with `offline-kd data pack`.")
+    tars, most = [], 1
+    for path in paths:
+        samples, sha256 = read_tar(path)
+        if not samples:
+            raise DataError(f"{path}: holds no samples. Remove it, or pack the dataset again.")
+        tars.append(Tar(file=path.name, count=len(samples), sha256=sha256))
+        most = max(most, *(sample.label for sample in samples))
+    return Dataset(
+        folder=folder.name,
+        classes=classes or [str(label) for label in range(most + 1)],
+        splits={"train": Split(tars=tars)},
+        source=f"the {len(tars)} tars of a folder",
+    )
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """Of the module's parameters and buffers as a safetensors file holds them, sorted by name."""
+    state = network.state_dict()
+    tensors = {name: state[name].detach().cpu().contiguous().clone() for name in sorted(state)}
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards every part of the module is in its own mode again."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
