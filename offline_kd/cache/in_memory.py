@@ -57,12 +57,12 @@ def cache_module(
     splits = manifest.dataset(about).splits
     module, codec = type(network), options.get("codec", "f16")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
-    capture = {
+    capture: dict[str, object] = {
         "codec": {"name": codec} if isinstance(codec, str) else codec,
         "decisions": options.get("decisions", {}),
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
-    described = {
+    described: dict[str, object] = {
         "name": options.get("name", module.__name__),
         "data": {
             "dataset": about,
