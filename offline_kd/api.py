@@ -22,7 +22,7 @@ from offline_kd.store.opening import open_store as open_reader
 from offline_kd.store.reader import Store
 from offline_kd.support.errors import DataError, RecipeError, StoreError
 from offline_kd.support.strict import parse
-from offline_kd.views.specs import AnyViews
+from offline_kd.views.kind import ViewSpec
 
 if TYPE_CHECKING:
     from offline_kd.distill.loader import Batch
@@ -175,7 +175,7 @@ def cache_teacher(
     network: nn.Module,
     dataset: str | Path,
     *,
-    views: AnyViews | Mapping[str, object],
+    views: ViewSpec | Mapping[str, object],
     out: str | Path,
     normalisation: AnyNormalisation,
     **options: Unpack[ModuleOptions],

@@ -12,15 +12,15 @@ import pytest
 import torch
 from conftest import ROOT
 from networks import Small
-from offline_kd.store.codec import Float16, error_bound
-from offline_kd.views.specs import draw
 
 import offline_kd as okd
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Normalisation
 from offline_kd.models.networks import normalise
+from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
+from offline_kd.views.kind import draw
 from offline_kd.views.render import choose, render_some
 
 LAZY_ROOMS = ["support", "data", "models", "store", "cache", "distill"]
@@ -214,7 +214,7 @@ def test_the_store_of_a_module_holds_its_own_logits_on_the_rendered_views(module
         with torch.no_grad():
             own = module.eval()(normalise(torch.from_numpy(pixels), Normalisation.model_validate(NORMALISATION)))
         found = module_store.logits(keys, views=[view])[:, 0]
-        assert ((found - own).abs().numpy() <= error_bound(Float16(name="f16"), own.numpy()) + 1e-5).all()
+        assert ((found - own).abs().numpy() <= Float16(name="f16").error_bound(own.numpy()) + 1e-5).all()
 
 
 def _blocks_of(folder: Path) -> BlockLoader:

@@ -16,17 +16,17 @@ from offline_kd.data.manifest import Dataset, Manifest, Normalisation, Split, Ta
 from offline_kd.data.tars import read_tar, tars_in
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CaptureRecipe
-from offline_kd.store.codec import AnyCodec
+from offline_kd.store.codecs import Codec
 from offline_kd.store.decisions import AnyDecisions
 from offline_kd.support.errors import DataError
 from offline_kd.support.strict import parse
-from offline_kd.views.specs import AnyViews
+from offline_kd.views.kind import ViewSpec
 
 
 class ModuleOptions(TypedDict, total=False):
     """How a module's answers are stored; everything may be left out."""
 
-    codec: str | AnyCodec | Mapping[str, object]  # as recipes write it, or its name alone; "f16" if absent
+    codec: str | Codec | Mapping[str, object]  # as recipes write it, or its name alone; "f16" if absent
     decisions: Mapping[str, AnyDecisions | Mapping[str, object]]  # on feature maps, by a name of your own
     device: str | torch.device  # the module is moved there; where its parameters are if absent
     name: str  # of the store and of the teacher; that of the module's class if absent
@@ -39,7 +39,7 @@ def cache_module(
     network: nn.Module,
     dataset: str | Path,
     manifest: Manifest,
-    views: AnyViews | Mapping[str, object],
+    views: ViewSpec | Mapping[str, object],
     out: str | Path,
     normalisation: Normalisation,
     options: ModuleOptions,
@@ -57,12 +57,12 @@ def cache_module(
     splits = manifest.dataset(about).splits
     module, codec = type(network), options.get("codec", "f16")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
-    capture = {
+    capture: dict[str, object] = {
         "codec": {"name": codec} if isinstance(codec, str) else codec,
         "decisions": options.get("decisions", {}),
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
-    described = {
+    described: dict[str, object] = {
         "name": options.get("name", module.__name__),
         "data": {
             "dataset": about,

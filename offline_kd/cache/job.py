@@ -15,7 +15,7 @@ from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
-from offline_kd.recipe import AutoCodec, Recipe
+from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.places import Place
@@ -42,7 +42,7 @@ from offline_kd.views.render import decoder_versions, plain_images
 class Capture:
     """What one run of stage 1 works on."""
 
-    recipe: Recipe
+    recipe: CaptureRecipe
     loader: BlockLoader
     teacher: Teacher
     device: torch.device
@@ -104,7 +104,7 @@ def store_of(capture: Capture, targets: str, identity: StoreIdentity, contents: 
 
 
 def announce(
-    place: Place, wanted: StoreIdentity, recipe: Recipe, add: bool
+    place: Place, wanted: StoreIdentity, recipe: CaptureRecipe, add: bool
 ) -> tuple[StoreIdentity, list[Addition], list[str]]:
     """Create the store, or find what of the recipe it lacks: identity, all additions, and the parts of this run."""
     if place.size("store.json") is None:
@@ -160,7 +160,7 @@ def _with(additions: list[Addition], one: Addition) -> list[Addition]:
 
 
 def identify(
-    recipe: Recipe,
+    recipe: CaptureRecipe,
     manifest: Manifest,
     roots: Sequence[Path],
     loader: BlockLoader,
@@ -185,7 +185,7 @@ def identify(
 
 
 def describe_capture(
-    recipe: Recipe,
+    recipe: CaptureRecipe,
     loader: BlockLoader,
     teacher: Teacher,
     evaluated_on: str,

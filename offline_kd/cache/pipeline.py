@@ -20,7 +20,7 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
-from offline_kd.recipe import Recipe
+from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.leases import Leases, leases_at
 from offline_kd.store.places import Folder, Place, place_at
 from offline_kd.store.schema import StoreManifest, parts_of
@@ -53,7 +53,7 @@ class CaptureOptions(TypedDict, total=False):
 
 
 def cache_teacher(
-    recipe: Recipe,
+    recipe: CaptureRecipe,
     manifest: Manifest,
     roots: Sequence[Path],
     location: Place | str | Path,

@@ -11,7 +11,7 @@ from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import build, input_of
 from offline_kd.models.teacher import Teacher
 from offline_kd.models.weights import find_weights, load_weights
-from offline_kd.recipe import Recipe
+from offline_kd.recipe import CaptureRecipe
 from offline_kd.support.errors import RecipeError, TeacherError
 
 # On a CPU, activations should stay in its cache: ResNet-56 is a quarter slower with 256 images than with 64.
@@ -19,7 +19,7 @@ DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 512}
 
 
 def load_teacher(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], num_classes: int, device: torch.device
+    recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Path], num_classes: int, device: torch.device
 ) -> Teacher:
     """The teacher of a recipe, in evaluation mode; what the recipe leaves open comes from the manifest.
 
@@ -64,7 +64,7 @@ def load_teacher(
 
 
 def gate(
-    teacher: Teacher, recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torch.device
+    teacher: Teacher, recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Path], device: torch.device
 ) -> tuple[str, float]:
     """Measure the teacher before it is believed: `DATASET/SPLIT` and top-1 in percent.
 

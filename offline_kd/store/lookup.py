@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.tars import hash_key, read_tar, tars_in
-from offline_kd.store.codec import codec_arrays, decode_stored
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.errors import StoreMismatch, did_you_mean
@@ -67,12 +66,12 @@ def read_rows(
 def logits_of(store: Store, rows: NDArray[np.int64], views: Sequence[int]) -> Tensor:
     """`[n, v, C]` float32 logits of `[n]` rows in v views, as far as the codec kept them."""
     codec, tables, num_classes = store.identity.codec, store.codec_tables, store.identity.num_classes
-    names = [f"logits/{name}" for name in codec_arrays(codec)]
+    names = [f"logits/{name}" for name in codec.arrays()]
     out = torch.empty(len(rows), len(views), num_classes)
     for of_rows, of_views, arrays in read_rows(store, rows, views, names):
         encoded = {name.removeprefix("logits/"): array for name, array in arrays.items()}
         at = torch.from_numpy(of_rows)[:, None], torch.from_numpy(of_views)[None]
-        out[at] = decode_stored(codec, encoded, tables, num_classes)
+        out[at] = codec.decode_stored(encoded, tables, num_classes)
     return out
 
 
