@@ -38,7 +38,8 @@ def test_a_codec_of_ones_own_is_captured_proven_shown_compared_and_refused(folde
     assert "Traceback" not in refused.stderr
     message = refused.stderr.strip().splitlines()[-1]
     assert "codec {'name': 'bf16'} does not serve term 'dtkd', whose temperatures want more than 8 bits" in message
-    misspelt = run_extended(folder, *command, "--objective", "kd", "--set", "capture.codec={name: bf61}")
+    typo = ("--objective", "kd", "--out", folder / "typo", "--set", "capture.codec={name: bf61}")
+    misspelt = run_extended(folder, *command, *typo)
     assert "unknown name 'bf61'. Did you mean 'bf16'?" in misspelt.stderr
 
 
