@@ -1,22 +1,39 @@
 """The right pixels: views are pure functions of counters, and rendering is exact."""
 
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pictures import EVERYTHING
 
 from offline_kd.data.tars import hash_key
 from offline_kd.support.counter_rng import counter_hash, counter_uniform, keyed_permutation, mix
 from offline_kd.support.errors import RecipeError
+from offline_kd.views import VIEWS
+from offline_kd.views.augment import FOURTEEN, RandAugment, ThreeAugment, TrivialAugment
+from offline_kd.views.center_crop import CenterCrop
+from offline_kd.views.choice import choose, draw_choice
 from offline_kd.views.epochs import view_groups, view_of_epoch
 from offline_kd.views.kind import draw
 from offline_kd.views.none import NoAugmentation
+from offline_kd.views.operations import OPERATIONS, operation_name
 from offline_kd.views.pad_crop_flip import PadCropFlip
 from offline_kd.views.render import render
 
 KEYS = np.array([hash_key(f"{index:05d}") for index in range(300)], dtype=np.uint64)
 CIFAR = PadCropFlip(kind="pad_crop_flip")
+KINDS = [
+    NoAugmentation(),
+    CIFAR,
+    PadCropFlip(kind="pad_crop_flip", padding=2, fill="reflect", flip=False, count=7),
+    CenterCrop(kind="center_crop"),
+    EVERYTHING,
+    EVERYTHING.model_copy(update={"augment": TrivialAugment(kind="trivialaugment"), "erase": None}),
+    EVERYTHING.model_copy(update={"augment": ThreeAugment(kind="three_augment"), "mixing": None}),
+]
 
 
 def draw_all(views, key_hash, height, width):
@@ -58,6 +75,18 @@ def test_counters_are_scrambled_as_splitmix64_does():
     assert hash_key("00000042") == 10247203734011495098
 
 
+def test_the_generator_gives_the_published_numbers_of_splitmix64():
+    """Its five first outputs with seed 1234567, by which implementations in other languages are compared."""
+    states = np.uint64(1234567) + np.arange(1, 6, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    assert mix(states).tolist() == [
+        6457827717110365317,
+        3203168211198807973,
+        9817491932198370423,
+        4593380528125082431,
+        16408922859458223821,
+    ]
+
+
 @given(st.integers(0, 2**63), st.integers(0, 2**63))
 def test_uniform_numbers_lie_in_the_unit_interval_and_differ(a, b):
     numbers = counter_uniform(a, b, np.arange(64, dtype=np.uint64))
@@ -89,6 +118,59 @@ def test_more_views_leave_those_before_unchanged(count, seed):
     every = draw_all(CIFAR.model_copy(update={"seed": seed}), KEYS[:5], 32, 32)
     assert np.array_equal(few["box"], every["box"][:, :count])
     assert np.array_equal(few["flip"], every["flip"][:, :count])
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 2**31), st.integers(1, 70))
+def test_one_view_of_each_sample_is_drawn_as_among_all(views, seed, rows):
+    """Also of the partners, whose same view is mixed in."""
+    rng = np.random.default_rng(seed)
+    sizes = np.tile([[40, 56]], (rows, 1)) if views.is_exact else rng.integers(8, 300, (rows, 2))
+    view = rng.integers(0, views.num_views, rows)
+    every = draw(views, KEYS[:rows], sizes)
+    one = draw(views, KEYS[:rows], sizes, view)
+    assert one.keys() == every.keys() == views.arrays().keys()
+    expected = choose(every, np.arange(rows), view)
+    found = draw_choice(views, KEYS[:rows], sizes, view)
+    mixed = expected.partner_row >= 0
+    assert np.array_equal(found.partner_row, expected.partner_row)
+    for name, array in every.items():
+        assert one[name].dtype == array.dtype
+        assert one[name][:, 0].tobytes() == array[np.arange(rows), view].tobytes() == found.own[name].tobytes()
+        if name not in ("partner", "share", "mix_box"):  # nothing is mixed into what is mixed in
+            assert found.partner[name][mixed].tobytes() == expected.partner[name][mixed].tobytes()
+
+
+def test_every_kind_is_known_by_the_name_that_recipes_use():
+    for name, kind in VIEWS.items():
+        assert kind.model_fields["kind"].annotation == Literal[name]
+
+
+def test_codes_of_operations_are_what_stores_hold_and_never_move():
+    first = (
+        *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast"),
+        *("sharpness", "posterize", "solarize", "autocontrast", "equalize", "invert", "grayscale", "blur", "hue"),
+    )
+    codes = [op.code for op in OPERATIONS.values()]
+    assert [OPERATIONS[name].code for name in first] == list(range(18))
+    assert len(set(codes)) == len(codes)
+    assert max(codes) < 255
+    assert EVERYTHING.arrays()["op"].description == f"operation: {', '.join(first)}"
+
+
+def test_operations_are_drawn_from_those_that_a_recipe_names():
+    augment = RandAugment(kind="randaugment", num_ops=2, operations=["rotate", "invert"])
+    views = EVERYTHING.model_copy(update={"augment": augment, "jitter": None})
+    sizes = np.full((300, 2), 50)
+    assert {operation_name(op) for op in np.unique(draw(views, KEYS, sizes)["op"])} == {"rotate", "invert"}
+    assert views.arrays() == EVERYTHING.model_copy(update={"jitter": None}).arrays()
+    fourteen = augment.model_copy(update={"operations": list(FOURTEEN)})
+    default = augment.model_copy(update={"operations": None})
+    drawn = [draw(views.model_copy(update={"augment": one}), KEYS, sizes) for one in (fourteen, default)]
+    assert all(np.array_equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
+    assert "operations" not in default.model_dump(mode="json")  # as in stores from before there was a choice
+    assert RandAugment.model_validate(augment.model_dump(mode="json")) == augment
+    with pytest.raises(ValueError, match=r"unknown operation 'rotat'\. Did you mean 'rotate'"):
+        RandAugment(kind="randaugment", operations=["rotat"])
 
 
 def test_views_depend_on_the_key_and_the_seed_alone():
