@@ -17,11 +17,11 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.cli.options import common_options, read_inputs, recipe_options
 from offline_kd.data.blocks import ImageBlock, load_block
 from offline_kd.data.manifest import Manifest, data_roots, load_manifest, locate
-from offline_kd.store.card import served_terms
 from offline_kd.store.opening import group_digests, open_store
 from offline_kd.store.places import Place, place_at
 from offline_kd.store.reader import Store
 from offline_kd.store.sample_page import write_inspect_page
+from offline_kd.store.serving import served_terms
 from offline_kd.store.sync import KINDS, copy_store, describe
 from offline_kd.store.verification import Verification, faults_as_json, take_back, verify
 from offline_kd.support.console import printable, say, show_table

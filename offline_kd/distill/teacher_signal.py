@@ -11,11 +11,12 @@ from torch import Tensor
 from offline_kd.distill.loader import LIVE_IMAGES, Batch
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
-from offline_kd.store.codec import TopK, decode, unpacked_arrays
-from offline_kd.store.decisions import pack
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.store.codec import decode, unpacked_arrays
+from offline_kd.store.decisions import pack, unpack_probs
 from offline_kd.store.join import codec_tables_on, decision_arrays, tables_on
 from offline_kd.store.reader import Store
+from offline_kd.store.serving import serves
 from offline_kd.support.errors import RecipeError, StoreMismatch
 
 MOST_MEASURED_ERROR = 0.05  # of WTTM's weight and DTKD's temperature, relative
@@ -44,7 +45,7 @@ def mix_logits(logits: Sequence[Tensor], mix: Mix) -> Tensor:
     """`[B, C]` logits of the mixture of teachers that say `[B, C]` each.
 
     In logit space their weighted mean. In probability space log of the weighted mean of softmax(z): exact at T = 1,
-    with no offset of its own, which is why DTKD cannot use it.
+    with no offset of its own, which terms such as DTKD need.
     """
     if len(logits) == 1:
         return logits[0]
@@ -74,29 +75,16 @@ def decisions_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> lis
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
     """Raise StoreMismatch when a term needs more of the logits than the store's codec has kept.
 
-    `topk` gives KD and TTM near its `tail_temperature` what they need, and nothing else: WTTM's weight, DTKD's pair of
-    temperatures and the relations of DIST, DKD and NKD need the classes outside the top. Of the other codecs, WTTM and
-    DTKD ask what the store measured.
+    What no codec promises, such as WTTM's weight and DTKD's temperature, is compared with what the store measured.
     """
     codec, manifest = store.identity.codec, store.manifest
     fidelity = manifest.fidelity.get(store.targets) if manifest else None
     for term in terms:
-        if isinstance(term, CE | Decisions | SubclassTerm):
-            continue
-        problem = ""
-        if isinstance(codec, TopK):
-            temperature = (
-                term.temperature if isinstance(term, KD) else 1 / term.gamma if isinstance(term, TTM) else None
-            )
-            near = (codec.tail_temperature / 2, 2 * codec.tail_temperature)
-            if temperature is None:
-                problem = "which it cannot have of the largest logits alone"
-            elif not near[0] <= temperature <= near[1]:
-                problem = f"at T = {temperature:g}; its tail is right at T = {codec.tail_temperature}"
-        elif isinstance(term, WTTM) and fidelity and (fidelity.wttm_weight_error or 0) > MOST_MEASURED_ERROR:
-            problem = f"whose weight is wrong by {fidelity.wttm_weight_error:.1%} here"
-        elif isinstance(term, DTKD) and fidelity and (fidelity.dtkd_temperature_error or 0) > MOST_MEASURED_ERROR:
-            problem = f"whose temperature is wrong by {fidelity.dtkd_temperature_error:.1%} here"
+        problem = serves(codec, term.needs)
+        if not problem and term.needs.measured and fidelity:
+            name, message = term.needs.measured
+            error: float | None = getattr(fidelity, name)
+            problem = message.format(error) if (error or 0) > MOST_MEASURED_ERROR else ""
         if problem:
             raise StoreMismatch(
                 f"{store.place}: codec {codec.model_dump(mode='json')} does not serve term '{term.term}', {problem}. "
@@ -109,10 +97,14 @@ def stored_targets(
 ) -> AskTeacher:
     """Targets from what `Stream` read of the stores.
 
-    Raises RecipeError for DTKD on teachers that are mixed as probabilities.
+    Raises RecipeError for a term that needs the logits' offset, of teachers that are mixed as probabilities.
     """
-    if len(stores) > 1 and mix.space == "probability" and any(isinstance(term, DTKD) for term in terms):
-        raise RecipeError("DTKD needs the offset of the logits, which a mixture of probabilities lacks: `mix: logit`.")
+    for term in terms if len(stores) > 1 and mix.space == "probability" else ():
+        if term.needs.offset:
+            raise RecipeError(
+                f"{term.term.upper()} needs the offset of the logits, which a mixture of probabilities lacks: "
+                "`mix: logit`."
+            )
     arrays: dict[str, tuple[str, list[str]]] = {}
     tables: dict[str, dict[str, Tensor]] = {}
     prefixes = ["", *(f"{number}:" for number in range(1, len(stores)))]
@@ -124,7 +116,8 @@ def stored_targets(
 
     def targets(batch: Batch) -> Targets:
         decided = {
-            name: {full.rsplit("/", 1)[-1]: batch.targets[prefix + full] for full in full_names} | tables.get(name, {})
+            name: _unpacked({full.rsplit("/", 1)[-1]: batch.targets[prefix + full] for full in full_names})
+            | tables.get(name, {})
             for name, (prefix, full_names) in arrays.items()
         }
         logits = [
@@ -157,7 +150,7 @@ def live_targets(
         logits, maps = teacher.logits_and_maps(batch.targets.get(LIVE_IMAGES, batch.images), points)
         labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
         decided = {
-            name: pack(config, features, labels, templates[name]) | tables.get(name, {})
+            name: _unpacked(pack(config, features, labels, templates[name])) | tables.get(name, {})
             for (name, config), features in zip(configs.items(), maps, strict=True)
         }
         return Targets(logits, decided)
@@ -165,9 +158,14 @@ def live_targets(
     return targets
 
 
+def _unpacked(decided: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Decisions as losses want them, by the last part of the array's name: probabilities as such, not as integers."""
+    return {name: unpack_probs(values) if name == "prob" else values for name, values in decided.items()}
+
+
 def _subclass_tables(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> dict[str, dict[str, Tensor]]:
     return {
         term.decisions: {"table": tables_on(store, term.decisions, device)["table"]}
         for term in kd_layer_terms(terms)
-        if term.term == "subclass_decisions"
+        if term.kind == "subclasses"
     }
