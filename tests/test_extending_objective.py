@@ -1,13 +1,15 @@
 """The objective that `docs/extending/objective.md` adds, through the command line."""
 
 import json
+import shutil
 
-from extending import extended, run_extended
+from extending import ROOT, extended, run_extended
 
 
 def test_a_new_objective_is_trained_listed_refused_described_and_measured(recipe_file, where, tmp_path):
     (tmp_path / "package").mkdir()
     package, store = extended("objective", tmp_path / "package"), tmp_path / "store"
+    shutil.copy(ROOT / "tests" / "networks.py", package)  # the recipe names a network of it
     few = ["--set", "data.tars=[0]", "--set", "views.count=3", "--set", "capture.fidelity_rows=20"]
     few += ["--set", "objectives.mse=[{term: ce}, {term: mse, weight: 0.01}]", "--set", "training.epochs=1", *where]
 
