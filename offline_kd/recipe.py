@@ -6,24 +6,25 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 import yaml
 from pydantic import Field, field_validator
 
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
-from offline_kd.objectives.dtkd import Sharpness
+from offline_kd.objectives import OBJECTIVES
+from offline_kd.objectives.decisions import KDLayerTerm
+from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
-from offline_kd.store.decisions import AnyDecisions, DecisionsConfig, SubclassDecisions
+from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
 from offline_kd.support.errors import RecipeError, did_you_mean
 from offline_kd.support.strict import Strict, parse, read_yaml
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
-Positive = Annotated[float, Field(gt=0)]
 
 
 class Data(Strict):
@@ -93,81 +94,11 @@ class Training(Strict):
     pool_blocks: int = Field(16, ge=1, description="tars whose rows are shuffled together")
 
 
-class WeightedTerm(Strict):
-    weight: float = Field(1.0, ge=0)
-    warmup_epochs: int = Field(0, ge=0, description="weight grows as epoch / warmup_epochs, epochs counted from 1")
-
-
-class CE(WeightedTerm):
-    term: Literal["ce"]
-
-
-class KD(WeightedTerm):
-    term: Literal["kd"]
-    temperature: Positive
-
-
-class TTM(WeightedTerm):
-    term: Literal["ttm"]
-    gamma: Positive
-
-
-class WTTM(WeightedTerm):
-    term: Literal["wttm"]
-    gamma: Positive
-
-
-class DTKD(WeightedTerm):
-    term: Literal["dtkd"]
-    temperature: Positive
-    sharpness: Sharpness = "max"
-    detach_temperatures: bool = False
-
-
-class DKD(WeightedTerm):
-    term: Literal["dkd"]
-    alpha: float = Field(ge=0)
-    beta: float = Field(ge=0)
-    temperature: Positive
-
-
-class DIST(WeightedTerm):
-    term: Literal["dist"]
-    beta: float = Field(ge=0)
-    gamma: float = Field(ge=0)
-    temperature: Positive
-
-
-class NKD(WeightedTerm):
-    term: Literal["nkd"]
-    gamma: float = Field(ge=0)
-    temperature: Positive
-
-
-class Decisions(WeightedTerm):
-    """letKD-1: a KD layer in the student, supervised by the teacher's template decisions."""
-
-    term: Literal["decisions"]
-    decisions: str = Field(description="name in capture.decisions")
-    after: str = Field("penultimate", description="module of the student behind which the KD layer stands")
-    value_ratio: float = 1.0
-    assignment: Literal["soft", "hard"] = "soft"
-
-
-class SubclassTerm(WeightedTerm):
-    """letKD-2: a KD layer in the student, supervised by the teacher's sub-class decisions."""
-
-    term: Literal["subclass_decisions"]
-    decisions: str = Field(description="name in capture.decisions")
-    after: str = Field(description="module of the student behind which the KD layer stands")
-    value_ratio: float = 1.0
-
-
-LogitTerm = CE | KD | TTM | WTTM | DTKD | DKD | DIST | NKD
-KDLayerTerm = Decisions | SubclassTerm
-AnyTerm = LogitTerm | KDLayerTerm
-Term = Annotated[AnyTerm, Field(discriminator="term")]
-Objective = Annotated[list[Term], Field(min_length=1)]
+if TYPE_CHECKING:
+    AnyTerm = Term
+else:
+    AnyTerm = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="term")]  # noqa: UP007
+Objective = Annotated[list[AnyTerm], Field(min_length=1)]
 
 
 class TeacherNetwork(Strict):
@@ -256,7 +187,7 @@ class Recipe(CaptureRecipe):
                 f"capture.decisions.{did_you_mean(term.decisions, known)}"
             )
         config = known[term.decisions]
-        if isinstance(config, SubclassDecisions) != isinstance(term, SubclassTerm):
+        if config.kind != term.kind:
             raise RecipeError(
                 f"recipe '{self.name}': term '{term.term}' cannot use decisions '{term.decisions}' of kind "
                 f"'{config.kind}'."
@@ -278,11 +209,11 @@ class Recipe(CaptureRecipe):
 
 def kd_layer_terms(terms: Sequence[AnyTerm]) -> list[KDLayerTerm]:
     """The terms that put a KD layer into the student."""
-    return [term for term in terms if isinstance(term, Decisions | SubclassTerm)]
+    return [term for term in terms if isinstance(term, KDLayerTerm)]
 
 
 def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
-    return any(not isinstance(term, CE) for term in terms)
+    return any(term.needs.logits or term.needs.decisions for term in terms)
 
 
 def parse_codec(text: str) -> AnyCodec:

@@ -20,13 +20,14 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.manifest import Dataset, Split
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
-from offline_kd.distill.loss import kd_layer_value
 from offline_kd.distill.student import new_student
 from offline_kd.distill.teacher_signal import Targets, live_targets, stored_targets
 from offline_kd.distill.training import distill, make_stream, training_images
 from offline_kd.models.taps import TapPoint
 from offline_kd.objectives import decisions as decision_loss
-from offline_kd.recipe import Decisions, SubclassTerm, load_recipe
+from offline_kd.objectives.decisions import Decisions, SubclassTerm
+from offline_kd.objectives.term import LossBatch
+from offline_kd.recipe import load_recipe
 from offline_kd.store import decisions as templates
 from offline_kd.store.decisions import decide, pack_decisions, unpack_probs
 from offline_kd.store.join import tables_on
@@ -242,7 +243,7 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
             _, (maps,) = teacher.logits_and_maps(batch.images, [TapPoint(module="body.5")])
             every = decide(maps, centroids, top=48, temperature=1.0)
             scores = torch.randn(len(batch.labels), 48, 4, 4, generator=torch.Generator().manual_seed(epoch))
-            probs = unpack_probs(stored.decisions["last"]["prob"])
+            probs = stored.decisions["last"]["prob"]
             of_store = per_location(scores, stored.decisions["last"]["id"], probs)
             truncated = decide(maps, centroids, top=4, temperature=1.0)
             of_top = per_location(scores, truncated.ids, truncated.probs)
@@ -293,7 +294,7 @@ def test_decisions_of_a_real_teacher_on_photographs_come_back(real_data, manifes
         _, (maps,) = teacher.logits_and_maps(batch.images, [TapPoint(module="layer3")])
         truncated = decide(maps, centroids, top=4, temperature=1.0)
         scores = torch.randn(len(batch.labels), 64, 8, 8, generator=torch.Generator().manual_seed(0))
-        of_store = decision_loss(scores, kept["id"], unpack_probs(kept["prob"])).item()
+        of_store = decision_loss(scores, kept["id"], kept["prob"]).item()
         assert of_store == pytest.approx(decision_loss(scores, truncated.ids, truncated.probs).item(), abs=1e-4)
         every = decide(maps, centroids, top=64, temperature=1.0)
         dropped = truncated.dropped.mean().item()
@@ -396,10 +397,15 @@ def test_sub_classes_do_not_give_hidden_labels_away(letkd, letkd_store, manifest
     table = tables_on(store, "first", CPU)["table"]
     scores = torch.randn(4, 30, 4, 4, requires_grad=True)
     decided = {"subclass": torch.zeros(4, 4, 4, dtype=torch.uint8), "table": table}
-    kd_layer_value(term, scores, decided, torch.tensor([3, -1, 5, -1]), 10).backward()
+    said, logits = Targets(decisions={"first": decided}), torch.zeros(4, 10)
+
+    def value(labels):
+        return term(logits, said, LossBatch(labels, scores={"body.4": scores}))
+
+    value(torch.tensor([3, -1, 5, -1])).backward()
     assert scores.grad[[1, 3]].abs().max() == 0
     assert scores.grad[[0, 2]].abs().max() > 0
-    assert kd_layer_value(term, scores, decided, torch.full((4,), -1), 10).item() == 0
+    assert value(torch.full((4,), -1)).item() == 0
 
 
 def test_wrong_decisions_are_messages(letkd_file, letkd_store, recipe_file, store_path, where, tmp_path, letkd):

@@ -1,7 +1,7 @@
 """Rate against distortion: what each codec makes of a real teacher's logits, read from a store."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,25 +12,15 @@ from torch import Tensor
 
 from offline_kd.cache.codec_choice import candidates, pack_logits
 from offline_kd.cache.fidelity import distortion
-from offline_kd.objectives import dist, dkd, dtkd, kd, nkd, ttm, wttm
+from offline_kd.distill.teacher_signal import Targets
+from offline_kd.objectives import example_terms
+from offline_kd.objectives.term import LossBatch
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codecs import Codec
 from offline_kd.store.codecs.codec import Tables
 from offline_kd.store.reader import Store
 from offline_kd.support.console import progress
 from offline_kd.support.errors import StoreMismatch
-
-# One setting of every objective, for how much its loss and gradient change.
-OBJECTIVES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "kd": lambda s, t, y: kd(s, t, temperature=4.0),
-    "ttm": lambda s, t, y: ttm(s, t, gamma=0.5),
-    "wttm": lambda s, t, y: wttm(s, t, gamma=0.5),
-    "dtkd": lambda s, t, y: dtkd(s, t, temperature=4.0),
-    "dkd": lambda s, t, y: dkd(s, t, y, alpha=1.0, beta=2.0, temperature=4.0),
-    "dist": lambda s, t, y: dist(s, t, beta=1.0, gamma=1.0, temperature=4.0),
-    "nkd": lambda s, t, y: nkd(s, t, y, gamma=1.5, temperature=1.0),
-}
-
 
 MOST_LEARNED = 16384  # rows
 
@@ -68,7 +58,7 @@ def bench_codecs(store: Store, num_rows: int, codecs: Sequence[Codec] = ()) -> l
     # A student that has learned something: the teacher's answers for other rows, half as sure, and noise.
     noise = torch.randn(z_t.shape, generator=torch.Generator().manual_seed(0))
     student = 0.5 * z_t.roll(1, dims=0) + 0.5 * z_t + noise
-    true = {name: _gradient(loss, student, z_t, y) for name, loss in OBJECTIVES.items()}
+    true = _gradients(student, z_t, y)
     results = []
     chosen = codecs or candidates(learn_from)
     with progress("codecs", len(chosen), "codecs") as meter:
@@ -95,10 +85,14 @@ def _read(store: Store, num_rows: int) -> tuple[list[Any], list[Tensor]]:
     return blocks, labels
 
 
-def _gradient(loss: Callable[[Tensor, Tensor, Tensor], Tensor], student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
-    leaf = student.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(loss(leaf, teacher, y), leaf)
-    return gradient
+def _gradients(student: Tensor, teacher: Tensor, y: Tensor) -> dict[str, Tensor]:
+    """`[B, C]`: of every objective on logits, at its usual setting, on the student's logits `[B, C]`."""
+    gradients = {}
+    for name, term in example_terms().items():
+        if term.needs.logits:
+            leaf = student.clone().requires_grad_()
+            (gradients[name],) = torch.autograd.grad(term(leaf, Targets(teacher), LossBatch(y)), leaf)
+    return gradients
 
 
 def _measure(
@@ -122,8 +116,8 @@ def _measure(
         decoding += time.perf_counter() - started
     z = torch.cat(decoded)
     change = {
-        name: ((_gradient(OBJECTIVES[name], student, z, y) - gradient).norm() / gradient.norm()).item()
-        for name, gradient in true.items()
+        name: ((gradient - true[name]).norm() / true[name].norm()).item()
+        for name, gradient in _gradients(student, z, y).items()
     }
     return CodecResult(
         codec=codec.label(),

@@ -24,15 +24,17 @@ from offline_kd.data.manifest import Dataset, Manifest, Split, locate
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Batch, Stream
-from offline_kd.distill.loss import kd_layer_value, term_weight
+from offline_kd.distill.loss import term_weight
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
-from offline_kd.distill.student import Student, new_student
+from offline_kd.distill.student import Student, kd_layer_scores, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Targets, live_targets, stored_targets
 from offline_kd.distill.training import evaluation_images, make_stream, train_step, training_images
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise
 from offline_kd.models.teacher import Teacher
-from offline_kd.recipe import CE, AnyTerm, Recipe, kd_layer_terms, needs_teacher
+from offline_kd.objectives.ce import CE
+from offline_kd.objectives.term import LossBatch
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.f32 import Float32
@@ -278,24 +280,18 @@ def _losses_alone(
     layer_terms = kd_layer_terms(terms)
     inputs = []
     for batch, _ in batches:
-        student.network(normalise(batch.images, recipe.data.normalisation))
-        inputs.append([_leaf(student.kd_layers[term.after].scores) for term in layer_terms])
+        logits = student.network(normalise(batch.images, recipe.data.normalisation)).detach()
+        inputs.append((logits, {after: one.detach() for after, one in kd_layer_scores(student).items()}))
 
     def work() -> None:
-        for (batch, targets), scores in zip(batches, inputs, strict=True):
-            for term, one in zip(layer_terms, scores, strict=True):
-                value = kd_layer_value(
-                    term, one, targets.decisions[term.decisions], batch.labels, len(loader.dataset.classes)
-                )
+        for (batch, targets), (logits, scores) in zip(batches, inputs, strict=True):
+            for term in layer_terms:
+                leaf = {term.after: scores[term.after].requires_grad_()}
+                value = term(logits, targets, LossBatch(batch.labels, scores=leaf))
                 value.backward()  # type: ignore[no-untyped-call]
-                one.grad = None
+                leaf[term.after].grad = None
 
     return work
-
-
-def _leaf(scores: Tensor | None) -> Tensor:
-    assert scores is not None
-    return scores.detach().requires_grad_()
 
 
 # ---- drift ---------------------------------------------------------------------------------------------------------

@@ -13,7 +13,19 @@ if TYPE_CHECKING:
     from offline_kd.distill.training import Result
 
 
-@click.command("distill")
+class DistillCommand(click.Command):
+    """Its help ends with the objectives, which are loaded only to show it."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from offline_kd.objectives import describe_objectives
+
+        with formatter.section("Terms of an objective"):
+            formatter.write_dl(
+                [(name, f"{line} {f'({paper})' if paper else ''}") for name, line, paper in describe_objectives()]
+            )
+
+
+@click.command("distill", cls=DistillCommand)
 @recipe_options
 @click.option(
     "--store",

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
@@ -51,3 +51,11 @@ def new_student(
             network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
         )
     return Student(network, layers)
+
+
+def kd_layer_scores(student: Student) -> dict[str, Tensor]:
+    """`[B, K, H, W]` float32 scores of the last training pass, by the name of the module before the KD layer."""
+    scores = {after: layer.scores for after, layer in student.kd_layers.items()}
+    for after, one in scores.items():
+        assert one is not None, f"the KD layer behind {after} kept no scores: the student is not in training mode"
+    return {after: one.float() for after, one in scores.items() if one is not None}

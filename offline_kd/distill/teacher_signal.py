@@ -11,9 +11,8 @@ from torch import Tensor
 from offline_kd.distill.loader import LIVE_IMAGES, Batch
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.objectives.needs import Needs
-from offline_kd.recipe import CE, DTKD, KD, TTM, WTTM, AnyTerm, Decisions, Recipe, SubclassTerm, kd_layer_terms
-from offline_kd.store.decisions import pack
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.store.decisions import pack, unpack_probs
 from offline_kd.store.join import codec_tables_on, decision_arrays, tables_on
 from offline_kd.store.reader import Store
 from offline_kd.support.errors import RecipeError, StoreMismatch
@@ -44,7 +43,7 @@ def mix_logits(logits: Sequence[Tensor], mix: Mix) -> Tensor:
     """`[B, C]` logits of the mixture of teachers that say `[B, C]` each.
 
     In logit space their weighted mean. In probability space log of the weighted mean of softmax(z): exact at T = 1,
-    with no offset of its own, which is why DTKD cannot use it.
+    with no offset of its own, which terms such as DTKD need.
     """
     if len(logits) == 1:
         return logits[0]
@@ -79,10 +78,9 @@ def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
     codec, manifest = store.identity.codec, store.manifest
     fidelity = manifest.fidelity.get(store.targets) if manifest else None
     for term in terms:
-        needs = _needs(term)
-        problem = codec.serves(needs)
-        if not problem and needs.measured and fidelity:
-            name, message = needs.measured
+        problem = codec.serves(term.needs)
+        if not problem and term.needs.measured and fidelity:
+            name, message = term.needs.measured
             error: float | None = getattr(fidelity, name)
             problem = message.format(error) if (error or 0) > MOST_MEASURED_ERROR else ""
         if problem:
@@ -92,31 +90,19 @@ def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
             )
 
 
-def _needs(term: AnyTerm) -> Needs:
-    match term:
-        case CE() | Decisions() | SubclassTerm():
-            return Needs(logits=False)
-        case KD():
-            return Needs(tail_temperature=term.temperature)
-        case TTM():
-            return Needs(tail_temperature=1 / term.gamma)
-        case WTTM():
-            return Needs(measured=("wttm_weight_error", "whose weight is wrong by {:.1%} here"))
-        case DTKD():
-            return Needs(offset=True, measured=("dtkd_temperature_error", "whose temperature is wrong by {:.1%} here"))
-        case _:
-            return Needs()
-
-
 def stored_targets(
     stores: Sequence[Store], terms: Sequence[AnyTerm], device: torch.device, mix: Mix = Mix()
 ) -> AskTeacher:
     """Targets from what `Stream` read of the stores.
 
-    Raises RecipeError for DTKD on teachers that are mixed as probabilities.
+    Raises RecipeError for a term that needs the logits' offset, of teachers that are mixed as probabilities.
     """
-    if len(stores) > 1 and mix.space == "probability" and any(isinstance(term, DTKD) for term in terms):
-        raise RecipeError("DTKD needs the offset of the logits, which a mixture of probabilities lacks: `mix: logit`.")
+    for term in terms if len(stores) > 1 and mix.space == "probability" else ():
+        if term.needs.offset:
+            raise RecipeError(
+                f"{term.term.upper()} needs the offset of the logits, which a mixture of probabilities lacks: "
+                "`mix: logit`."
+            )
     arrays: dict[str, tuple[str, list[str]]] = {}
     tables: dict[str, dict[str, Tensor]] = {}
     prefixes = ["", *(f"{number}:" for number in range(1, len(stores)))]
@@ -128,7 +114,8 @@ def stored_targets(
 
     def targets(batch: Batch) -> Targets:
         decided = {
-            name: {full.rsplit("/", 1)[-1]: batch.targets[prefix + full] for full in full_names} | tables.get(name, {})
+            name: _unpacked({full.rsplit("/", 1)[-1]: batch.targets[prefix + full] for full in full_names})
+            | tables.get(name, {})
             for name, (prefix, full_names) in arrays.items()
         }
         logits = [
@@ -160,7 +147,7 @@ def live_targets(
         logits, maps = teacher.logits_and_maps(batch.targets.get(LIVE_IMAGES, batch.images), points)
         labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
         decided = {
-            name: pack(config, features, labels, templates[name]) | tables.get(name, {})
+            name: _unpacked(pack(config, features, labels, templates[name])) | tables.get(name, {})
             for (name, config), features in zip(configs.items(), maps, strict=True)
         }
         return Targets(logits, decided)
@@ -168,9 +155,14 @@ def live_targets(
     return targets
 
 
+def _unpacked(decided: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Decisions as losses want them, by the last part of the array's name: probabilities as such, not as integers."""
+    return {name: unpack_probs(values) if name == "prob" else values for name, values in decided.items()}
+
+
 def _subclass_tables(store: Store, terms: Sequence[AnyTerm], device: torch.device) -> dict[str, dict[str, Tensor]]:
     return {
         term.decisions: {"table": tables_on(store, term.decisions, device)["table"]}
         for term in kd_layer_terms(terms)
-        if term.term == "subclass_decisions"
+        if term.kind == "subclasses"
     }

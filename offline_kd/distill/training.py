@@ -23,9 +23,9 @@ from offline_kd.data.manifest import Manifest, Normalisation
 from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.compatibility import check_groups, check_store, check_teacher
 from offline_kd.distill.loader import Batch, Stream
-from offline_kd.distill.loss import kd_layer_value, term_value, term_weight
+from offline_kd.distill.loss import bare_values, term_weight
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
-from offline_kd.distill.student import Student, new_student
+from offline_kd.distill.student import Student, kd_layer_scores, new_student
 from offline_kd.distill.teacher_signal import (
     AskTeacher,
     Mix,
@@ -38,14 +38,12 @@ from offline_kd.distill.teacher_signal import (
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import build, normalise, parameter_count
 from offline_kd.objectives import dtkd_fallbacks
+from offline_kd.objectives.ce import CE
+from offline_kd.objectives.dtkd import DTKD
+from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import (
-    CE,
-    DTKD,
     AnyTerm,
-    Decisions,
-    KDLayerTerm,
     Recipe,
-    SubclassTerm,
     TeacherStore,
     Training,
     dump_recipe,
@@ -56,7 +54,7 @@ from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import plan_views_per_group
 from offline_kd.support.console import progress, say
-from offline_kd.support.errors import RecipeError, StoreMismatch, TrainingError
+from offline_kd.support.errors import RecipeError, TrainingError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.strict import fingerprint
 from offline_kd.views.epochs import view_groups
@@ -410,30 +408,13 @@ def train_step(
     with torch.autocast(batch.images.device.type, torch.bfloat16, enabled=training.amp):
         logits = student.network(normalise(batch.images, normalisation))
     logits = logits.float()
-    values = []
-    for term in terms:
-        if isinstance(term, Decisions | SubclassTerm):
-            values.append(_kd_layer_value(student, term, targets, batch, logits.shape[1]))
-        else:
-            mixed = (batch.other_labels, batch.share) if has_mixing else None
-            values.append(term_value(term, logits, targets.logits, batch.labels, training.label_smoothing, mixed))
-    bare = torch.stack(values)
+    mixing = (batch.other_labels, batch.share) if has_mixing else None
+    known = LossBatch(batch.labels, mixing, training.label_smoothing, kd_layer_scores(student))
+    bare = bare_values(terms, logits, targets, known)
     optimizer.zero_grad(set_to_none=True)
     (bare * torch.tensor(weights, device=bare.device)).sum().backward()  # type: ignore[no-untyped-call]
     optimizer.step()
     return logits.detach(), bare.detach()
-
-
-def _kd_layer_value(student: Student, term: KDLayerTerm, targets: Targets, batch: Batch, num_classes: int) -> Tensor:
-    scores, decided = student.kd_layers[term.after].scores, targets.decisions[term.decisions]
-    assert scores is not None, "the KD layer kept no scores: the student is not in training mode"
-    places = decided["subclass" if isinstance(term, SubclassTerm) else "id"].shape[1:3]
-    if scores.shape[2:] != places:
-        raise StoreMismatch(
-            f"decisions '{term.decisions}' were made on a grid of {list(places)}, the student's map behind "
-            f"'{term.after}' is {list(scores.shape[2:])}. Capture them with `grid: {list(scores.shape[2:])}`."
-        )
-    return kd_layer_value(term, scores.float(), decided, batch.labels, num_classes)
 
 
 def _what_matters(recipe: Recipe) -> dict[str, Any]:

@@ -1,18 +1,10 @@
-"""What a student minimises: plain functions of `[B, C]` logits that return the bare scalar, equal to the authors' code.
+"""What a student minimises: one file per objective, with its formula, its fields in a recipe and what it needs.
 
-| function | file | paper |
-|---|---|---|
-| kd | kd.py | Hinton et al. 2015 |
-| ttm, wttm | ttm.py | Zheng and Yang 2024 |
-| dtkd | dtkd.py | Wei and Bai 2024 |
-| dkd | dkd.py | Zhao et al. 2022 |
-| dist | dist.py | Huang et al. 2022 |
-| nkd | nkd.py | Yang et al. 2023 |
-| decisions, subclass_decisions | decisions.py | letKD, on the scores of a KD layer |
-
-None contains the cross-entropy on labels: a recipe adds the term `ce`. Weights and warm-up belong to the
-recipe (`recipe.py`), and `distill/loss.py` adds up the terms.
+The formulas are plain functions of `[B, C]` logits that return the bare scalar, equal to the authors' code. None but
+`ce` contains the cross-entropy on labels. Each class beside a formula is a term of recipes (`term.py`).
 """
+
+from importlib import import_module
 
 from offline_kd.objectives.decisions import decisions, subclass_decisions
 from offline_kd.objectives.dist import dist
@@ -20,14 +12,18 @@ from offline_kd.objectives.dkd import dkd
 from offline_kd.objectives.dtkd import dtkd, dtkd_fallbacks
 from offline_kd.objectives.kd import kd
 from offline_kd.objectives.nkd import nkd
+from offline_kd.objectives.term import Term
 from offline_kd.objectives.ttm import power_sum, ttm, wttm
 
 __all__ = [
+    "OBJECTIVES",
     "decisions",
+    "describe_objectives",
     "dist",
     "dkd",
     "dtkd",
     "dtkd_fallbacks",
+    "example_terms",
     "kd",
     "nkd",
     "power_sum",
@@ -35,3 +31,36 @@ __all__ = [
     "ttm",
     "wttm",
 ]
+
+# Name of a term in recipes, and where its class is: file of this folder, and name in it.
+CLASSES = {
+    "ce": "ce.CE",
+    "kd": "kd.KD",
+    "ttm": "ttm.TTM",
+    "wttm": "ttm.WTTM",
+    "dtkd": "dtkd.DTKD",
+    "dkd": "dkd.DKD",
+    "dist": "dist.DIST",
+    "nkd": "nkd.NKD",
+    "decisions": "decisions.Decisions",
+    "subclass_decisions": "decisions.SubclassTerm",
+}
+
+
+def _load(where: str) -> type[Term]:
+    file, name = where.split(".")
+    loaded: type[Term] = getattr(import_module(f"{__name__}.{file}"), name)
+    return loaded
+
+
+OBJECTIVES: dict[str, type[Term]] = {term: _load(where) for term, where in CLASSES.items()}
+
+
+def describe_objectives() -> list[tuple[str, str, str]]:
+    """Name, one line, and paper of every objective, in the order of the dict."""
+    return [(name, (one.__doc__ or "").splitlines()[0], one.paper) for name, one in OBJECTIVES.items()]
+
+
+def example_terms() -> dict[str, Term]:
+    """Every objective at its usual setting."""
+    return {name: one.model_validate({"term": name, **one.example}) for name, one in OBJECTIVES.items()}

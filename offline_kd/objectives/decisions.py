@@ -1,8 +1,16 @@
 """Losses of a KD layer's scores against the teacher's decisions (letKD, arXiv:2309.02843 and its supplement)."""
 
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.objectives.term import LossBatch, Signal, Term
+from offline_kd.support.errors import StoreMismatch
 
 
 def decisions(scores: Tensor, ids: Tensor, probs: Tensor) -> Tensor:
@@ -41,3 +49,73 @@ def subclass_decisions(scores: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     log_q = F.log_softmax(scores, dim=1).permute(0, 2, 3, 1)
     target = table.to(scores.dtype)[ids.long()]  # [B, H, W, S]
     return (torch.special.xlogy(target, target) - target * log_q).sum(dim=-1).mean()
+
+
+class KDLayerTerm(Term):
+    """A term on the scores of a KD layer, which it puts into the student."""
+
+    paper: ClassVar[str] = "Adagorgun et al. 2023, arXiv:2309.02843"
+    kind: ClassVar[str]  # of the decisions in capture.decisions that it is about
+
+    term: str
+    decisions: str = Field(description="name in capture.decisions")
+    after: str = Field(description="module of the student behind which the KD layer stands")
+    value_ratio: float = 1.0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(logits=False, decisions=True)
+
+    def scores(self, batch: LossBatch, places: Sequence[int]) -> Tensor:
+        """`[B, K, H, W]` of the KD layer; raises StoreMismatch when the decisions were made on another grid."""
+        scores = batch.scores[self.after]
+        if list(scores.shape[2:]) != list(places):
+            raise StoreMismatch(
+                f"decisions '{self.decisions}' were made on a grid of {list(places)}, the student's map behind "
+                f"'{self.after}' is {list(scores.shape[2:])}. Capture them with `grid: {list(scores.shape[2:])}`."
+            )
+        return scores
+
+
+class Decisions(KDLayerTerm):
+    """letKD-1: a KD layer in the student, supervised by the teacher's template decisions."""
+
+    kind: ClassVar[str] = "templates"
+    example: ClassVar = {"decisions": "last"}
+
+    term: Literal["decisions"]
+    after: str = Field("penultimate", description="module of the student behind which the KD layer stands")
+    assignment: Literal["soft", "hard"] = "soft"
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        """As `decisions` says. Teacher's arrays: `id` `[B, H, W, m]`, and `prob` of the same shape unless m is 1."""
+        decided = signal.decisions[self.decisions]
+        ids = decided["id"]
+        scores = self.scores(batch, ids.shape[1:3])
+        probs = decided["prob"] if "prob" in decided else torch.ones_like(ids, dtype=scores.dtype)
+        if self.assignment == "hard":
+            ids, probs = ids[..., :1], torch.ones_like(probs[..., :1])
+        return decisions(scores, ids, probs)
+
+
+class SubclassTerm(KDLayerTerm):
+    """letKD-2: a KD layer in the student, supervised by the teacher's sub-class decisions."""
+
+    kind: ClassVar[str] = "subclasses"
+    example: ClassVar = {"decisions": "first", "after": "layer3"}
+
+    term: Literal["subclass_decisions"]
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        """As `subclass_decisions` says. Teacher's arrays: `subclass` `[B, H, W]` below s, and `table` `[C s, C s]`.
+
+        The sub-classes of samples whose label is hidden (-1) would give it away and are left out.
+        """
+        decided = signal.decisions[self.decisions]
+        scores = self.scores(batch, decided["subclass"].shape[1:3])
+        known = batch.labels >= 0
+        if not known.any():
+            return 0 * scores.sum()
+        per_class = len(decided["table"]) // student_logits.shape[1]
+        ids = batch.labels[known][:, None, None] * per_class + decided["subclass"][known].long()
+        return subclass_decisions(scores[known], ids, decided["table"])

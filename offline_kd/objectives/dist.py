@@ -1,6 +1,12 @@
 """Distillation from a stronger teacher (DIST): Huang et al., NeurIPS 2022, arXiv:2205.10536."""
 
+from typing import ClassVar, Literal
+
+from pydantic import Field
 from torch import Tensor
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.objectives.term import LossBatch, Positive, Signal, Term, logits_of
 
 EPS = 1e-8  # added to the product of norms, as in the published code
 
@@ -31,3 +37,22 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     """Pearson correlation of each row of `a` with that row of `b`."""
     a, b = a - a.mean(dim=1, keepdim=True), b - b.mean(dim=1, keepdim=True)
     return (a * b).sum(dim=1) / (a.norm(dim=1) * b.norm(dim=1) + EPS)
+
+
+class DIST(Term):
+    """Match correlations instead of values, over the classes of a sample and over the batch for a class."""
+
+    paper: ClassVar[str] = "Huang et al., NeurIPS 2022, arXiv:2205.10536"
+    example: ClassVar = {"beta": 1.0, "gamma": 1.0, "temperature": 4.0}
+
+    term: Literal["dist"]
+    beta: float = Field(ge=0)
+    gamma: float = Field(ge=0)
+    temperature: Positive
+
+    @property
+    def needs(self) -> Needs:
+        return Needs()
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        return dist(student_logits, logits_of(signal), beta=self.beta, gamma=self.gamma, temperature=self.temperature)

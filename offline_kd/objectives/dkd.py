@@ -1,8 +1,14 @@
 """Decoupled knowledge distillation (DKD): Zhao et al., CVPR 2022, arXiv:2203.08679."""
 
+from typing import ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.objectives.term import LossBatch, Positive, Signal, Term, label_beside_teacher, logits_of
 
 EXCLUDED = 1000.0  # what the published code subtracts from the label's tempered logit to take it out of the softmax
 
@@ -45,3 +51,30 @@ def _label_or_rest(z: Tensor, is_label: Tensor) -> Tensor:
     of_label = z[is_label]
     of_rest = torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=1)
     return F.log_softmax(torch.stack([of_label, of_rest], dim=1), dim=1)
+
+
+class DKD(Term):
+    """Match (label, rest) and the distribution over the other classes apart."""
+
+    paper: ClassVar[str] = "Zhao et al., CVPR 2022, arXiv:2203.08679"
+    example: ClassVar = {"alpha": 1.0, "beta": 2.0, "temperature": 4.0}
+
+    term: Literal["dkd"]
+    alpha: float = Field(ge=0)
+    beta: float = Field(ge=0)
+    temperature: Positive
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=True)
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        labels = label_beside_teacher(signal, batch)
+        return dkd(
+            student_logits,
+            logits_of(signal),
+            labels,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )

@@ -1,10 +1,13 @@
 """Dynamic temperature knowledge distillation (DTKD): Wei and Bai 2024, arXiv:2404.12711."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.objectives.term import LossBatch, Positive, Signal, Term, logits_of
 
 Sharpness = Literal["max", "logsumexp"]
 
@@ -93,3 +96,28 @@ def _equal_logsumexp(student_logits: Tensor, teacher_logits: Tensor, temperature
             low, high = torch.where(teacher_sharper, middle, low), torch.where(teacher_sharper, high, middle)
         shift = (low + high) / 2
         return temperature + shift, temperature - shift
+
+
+class DTKD(Term):
+    """KD in which each sample shares out the temperature so that teacher and student are equally sharp."""
+
+    paper: ClassVar[str] = "Wei and Bai 2024, arXiv:2404.12711"
+    example: ClassVar = {"temperature": 4.0}
+
+    term: Literal["dtkd"]
+    temperature: Positive
+    sharpness: Sharpness = "max"
+    detach_temperatures: bool = False
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(offset=True, measured=("dtkd_temperature_error", "whose temperature is wrong by {:.1%} here"))
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        return dtkd(
+            student_logits,
+            logits_of(signal),
+            temperature=self.temperature,
+            sharpness=self.sharpness,
+            detach_temperatures=self.detach_temperatures,
+        )

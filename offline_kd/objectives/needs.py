@@ -1,4 +1,4 @@
-"""What an objective needs of the teacher, from which follows which codecs and stores serve it."""
+"""What an objective needs of a store: what a codec is asked whether it serves."""
 
 from dataclasses import dataclass
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 class Needs:
     """What an objective needs of a teacher's logits."""
 
-    logits: bool = True  # False: none (ce, decisions)
-    offset: bool = False  # the raw logits' common offset, which probabilities lack (DTKD)
-    labels: bool = False  # uses the label beside the teacher (dkd, nkd)
+    logits: bool = True  # False: none, as cross-entropy on labels, and losses on decisions
+    offset: bool = False  # the raw logits' common offset, which probabilities lack
+    labels: bool = False  # uses the label beside the teacher
     decisions: bool = False  # decisions on features
-    tail_temperature: float | None = None  # classes outside the largest matter only by their mass at this temperature
-    measured: tuple[str, str] | None = None  # field of Fidelity that bounds it, and what a message says of it
+    # Classes outside the largest matter only by their mass at this temperature; None: every class matters.
+    tail_temperature: float | None = None
+    # Field of `store.schema.Fidelity` that bounds it, and what a message says of that field's value.
+    measured: tuple[str, str] | None = None

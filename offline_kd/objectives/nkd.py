@@ -1,8 +1,14 @@
 """Normalised knowledge distillation (NKD): Yang et al., ICCV 2023, arXiv:2303.13005."""
 
+from typing import ClassVar, Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.objectives.term import LossBatch, Positive, Signal, Term, label_beside_teacher, logits_of
 
 
 def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma: float, temperature: float) -> Tensor:
@@ -30,3 +36,22 @@ def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma
     z_t = teacher_logits[is_other].view(batch, classes - 1) / temperature
     others = (F.softmax(z_t, dim=1) * F.log_softmax(z_s, dim=1)).sum(dim=1)
     return -(p_label * log_q_label).mean() - gamma * temperature**2 * others.mean()
+
+
+class NKD(Term):
+    """Soft cross-entropy on the label, and on the other classes renormalised among themselves."""
+
+    paper: ClassVar[str] = "Yang et al., ICCV 2023, arXiv:2303.13005"
+    example: ClassVar = {"gamma": 1.5, "temperature": 1.0}
+
+    term: Literal["nkd"]
+    gamma: float = Field(ge=0)
+    temperature: Positive
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(labels=True)
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        labels = label_beside_teacher(signal, batch)
+        return nkd(student_logits, logits_of(signal), labels, gamma=self.gamma, temperature=self.temperature)

@@ -4,9 +4,14 @@ Everything stays in the log domain. Raising probabilities to a power, as the pub
 every class that lies more than about 103 nats below the best one.
 """
 
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.objectives.term import LossBatch, Positive, Signal, Term, logits_of
 
 
 def ttm(student_logits: Tensor, teacher_logits: Tensor, *, gamma: float) -> Tensor:
@@ -47,3 +52,37 @@ def _divergence(student_logits: Tensor, teacher_logits: Tensor, gamma: float) ->
     log_p_s = F.log_softmax(student_logits, dim=1)
     log_p_t = F.log_softmax(gamma * teacher_logits, dim=1)
     return F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(dim=1)
+
+
+class TTM(Term):
+    """Match the student, untempered, to the teacher's probabilities raised to the power gamma = 1 / T."""
+
+    paper: ClassVar[str] = "Zheng and Yang, ICLR 2024, arXiv:2402.11148"
+    example: ClassVar = {"gamma": 0.5}
+
+    term: Literal["ttm"]
+    gamma: Positive
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(tail_temperature=1 / self.gamma)
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        return ttm(student_logits, logits_of(signal), gamma=self.gamma)
+
+
+class WTTM(Term):
+    """TTM with every sample weighted by its power sum, so that uncertain teachers count more."""
+
+    paper: ClassVar[str] = TTM.paper
+    example: ClassVar = {"gamma": 0.5}
+
+    term: Literal["wttm"]
+    gamma: Positive
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(measured=("wttm_weight_error", "whose weight is wrong by {:.1%} here"))
+
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        return wttm(student_logits, logits_of(signal), gamma=self.gamma)

@@ -14,26 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from offline_kd.objectives.needs import Needs
-from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
+from offline_kd.store.serving import served_terms
 
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
 MAX_FLOATS = 2**24  # of logits that are decoded at once
 BINS = 15
-ALL_CLASSES = [Needs()]
-NEAR_A_TEMPERATURE = [Needs(tail_temperature=t) for t in (1, 2, 4)]
-# What a term may need of the logits, by its settings: a store that serves one of them serves the term.
-LOGIT_TERMS = {
-    "kd": NEAR_A_TEMPERATURE,
-    "ttm": NEAR_A_TEMPERATURE,
-    "wttm": ALL_CLASSES,
-    "dtkd": [Needs(offset=True)],
-    "dkd": [Needs(labels=True)],
-    "dist": ALL_CLASSES,
-    "nkd": [Needs(labels=True)],
-}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
 table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
@@ -53,20 +40,6 @@ class Answers:
     correct: NDArray[np.bool_]  # [n]
     labels: NDArray[np.int64]  # [n]
     examples: list[tuple[NDArray[np.uint8], str]]  # view `[H, W, 3]` and caption
-
-
-def served_terms(store: Store) -> list[str]:
-    """The terms of objectives that the store has targets for."""
-    held = store.manifest.held if store.manifest else None
-    terms: list[str] = []
-    if held is None or held.has("logits/"):
-        codec = store.identity.codec
-        terms += [term for term, needs in LOGIT_TERMS.items() if any(not codec.serves(one) for one in needs)]
-    if held is None or held.has("decisions/"):
-        for name, about in store.identity.decisions.items():
-            kind = "subclass_decisions" if isinstance(about.config, SubclassDecisions) else "decisions"
-            terms.append(f"{kind}({name})")
-    return terms
 
 
 def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str, bytes]:

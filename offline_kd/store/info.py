@@ -1,8 +1,8 @@
 """What a store holds, from whom, how faithfully, and which objectives it serves."""
 
-from offline_kd.store.card import served_terms
 from offline_kd.store.opening import group_digests
 from offline_kd.store.reader import Store
+from offline_kd.store.serving import served_terms
 from offline_kd.store.sync import describe
 
 

@@ -1,0 +1,85 @@
+"""What every objective is: a weighted term of a recipe, which says what it needs and computes its bare value."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Protocol
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from offline_kd.objectives.needs import Needs
+from offline_kd.support.strict import Strict
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Signal(Protocol):
+    """What a teacher says of a batch."""
+
+    @property
+    def logits(self) -> Tensor | None:
+        """`[B, C]` float32, constant; None where no teacher is asked."""
+
+    @property
+    def decisions(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """By name in the recipe, then by array: `id` and `prob`, or `subclass` and `table` (see `decisions.py`)."""
+
+
+@dataclass(frozen=True)
+class LossBatch:
+    """What a term may know of a batch beside what student and teacher say of it.
+
+    `mixing` has the labels `[B]` of the images that are mixed in, and the share `[B]` of each image itself.
+    """
+
+    labels: Tensor  # [B] int64; -1: hidden
+    mixing: tuple[Tensor, Tensor] | None = None
+    label_smoothing: float = 0.0
+    scores: Mapping[str, Tensor] = field(default_factory=dict)  # [B, K, H, W] of the KD layer behind each module
+
+
+class Term(Strict):
+    """One term of an objective, as a recipe writes it: `term`, the fields of its class, and how much it counts.
+
+    The first line of the class's docstring is what `offline-kd distill --help` says of it.
+    """
+
+    paper: ClassVar[str] = ""
+    example: ClassVar[Mapping[str, object]] = {}  # a usual setting of the fields, which `bench codecs` measures
+
+    weight: float = Field(1.0, ge=0)
+    warmup_epochs: int = Field(0, ge=0, description="weight grows as epoch / warmup_epochs, epochs counted from 1")
+    term: str
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What a store must have kept of the teacher for this setting."""
+
+    @abstractmethod
+    def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+        """The bare value, a scalar; weight and warm-up are the caller's.
+
+        Args:
+            student_logits: `[B, C]` float32, with gradient.
+        """
+
+
+def logits_of(signal: Signal) -> Tensor:
+    """`[B, C]`: the teacher's."""
+    assert signal.logits is not None, "distill() refuses terms without a teacher"
+    return signal.logits
+
+
+def label_beside_teacher(signal: Signal, batch: LossBatch) -> Tensor:
+    """`[B]` int64 for a term that knows one label: the teacher's first choice where it is hidden.
+
+    Of a mixture, the label of the larger share.
+    """
+    labels = batch.labels
+    if batch.mixing:
+        other, share = batch.mixing
+        labels = torch.where(share >= 0.5, labels, other)
+    return torch.where(labels >= 0, labels, logits_of(signal).argmax(dim=1))

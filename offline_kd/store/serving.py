@@ -1,0 +1,34 @@
+"""Which objectives a store can serve: what its codec has kept against what each needs."""
+
+from dataclasses import replace
+
+from offline_kd.objectives import example_terms
+from offline_kd.objectives.decisions import KDLayerTerm
+from offline_kd.objectives.needs import Needs
+from offline_kd.store.codecs.topk import TAIL_TEMPERATURES
+from offline_kd.store.reader import Store
+
+
+def served_terms(store: Store) -> list[str]:
+    """The terms of objectives that the store has targets for, at a temperature that suits its codec."""
+    held = store.manifest.held if store.manifest else None
+    examples = example_terms()
+    terms: list[str] = []
+    if held is None or held.has("logits/"):
+        terms += [name for name, term in examples.items() if _serves_at_some_temperature(store, term.needs)]
+    if held is None or held.has("decisions/"):
+        for decisions, about in store.identity.decisions.items():
+            terms += [
+                f"{name}({decisions})"
+                for name, term in examples.items()
+                if isinstance(term, KDLayerTerm) and term.kind == about.config.kind
+            ]
+    return terms
+
+
+def _serves_at_some_temperature(store: Store, needs: Needs) -> bool:
+    if not needs.logits:
+        return False
+    if needs.tail_temperature is None:
+        return not store.identity.codec.serves(needs)
+    return any(not store.identity.codec.serves(replace(needs, tail_temperature=t)) for t in TAIL_TEMPERATURES)
