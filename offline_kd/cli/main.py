@@ -24,9 +24,10 @@ from offline_kd.data import packing
 from offline_kd.data.checking import check_dataset
 from offline_kd.data.manifest import MANIFEST_NAME, Tar, data_roots, load_manifest, locate_weights
 from offline_kd.data.tars import Sample
+from offline_kd.distill.loop import Result
 from offline_kd.distill.report import COLUMNS, read_runs, summarise, table_rows, write_report
 from offline_kd.distill.run import run
-from offline_kd.distill.training import Result, distill, train_teacher
+from offline_kd.distill.training import distill, train_teacher
 from offline_kd.models.networks import build
 from offline_kd.models.taps import feature_maps
 from offline_kd.recipe import Recipe, parse_codec
