@@ -3,11 +3,11 @@
 `offline_kd/__init__.py` offers these names without importing this file; docs/api.md shows each of them at work.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from offline_kd.support.strict import parse
 from offline_kd.views.kind import ViewSpec
 
 if TYPE_CHECKING:
-    from offline_kd.distill.loader import Batch
+    from offline_kd.distill.loader import Loader
 
 AnyNormalisation = Normalisation | Mapping[str, Sequence[float]]
 
@@ -38,13 +38,6 @@ class LoaderOptions(TypedDict, total=False):
     workers: int  # processes that read and decode tars; 0 if absent
     decisions: Sequence[str]  # names of decisions that batches hold beside the logits; none if absent
     normalisation: AnyNormalisation | None  # of `batch.images`, which are then float32; uint8 if absent
-
-
-class Loader(Protocol):
-    """Batches of images with what the teacher said of them."""
-
-    def epoch(self, epoch: int) -> "Iterator[Batch]":
-        """The batches of an epoch, counted from 0; the same seed and epoch give the same batches."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +103,7 @@ class TeacherStore:
         """
         return decisions_of(self.reader, name, self._rows(keys), self._views(views))
 
-    def loader(self, data: str | Path | None = None, *, batch_size: int, **options: Unpack[LoaderOptions]) -> Loader:
+    def loader(self, data: str | Path | None = None, *, batch_size: int, **options: Unpack[LoaderOptions]) -> "Loader":
         """Batches for a training loop of your own: `for batch in store.loader(...).epoch(0)`.
 
         Images are rendered as the teacher saw them, and every image, label and key is compared with the store.
@@ -121,12 +114,20 @@ class TeacherStore:
 
         Raises StoreMismatch when images, labels or keys are not those that the teacher saw.
         """
-        from offline_kd.distill.loader import open_loader
+        from offline_kd.distill.open_loader import open_loader
 
         folder = self._folder(data)
-        if (normalisation := options.get("normalisation")) is not None:
-            options["normalisation"] = _normalisation(normalisation)
-        return open_loader(self.reader, folder, batch_size=batch_size, **options)
+        wanted = options.get("normalisation")
+        return open_loader(
+            self.reader,
+            folder,
+            batch_size=batch_size,
+            seed=options.get("seed", 0),
+            device=options.get("device", "cpu"),
+            workers=options.get("workers", 0),
+            decisions=options.get("decisions", ()),
+            normalisation=None if wanted is None else _normalisation(wanted),
+        )
 
     def _views(self, views: Sequence[int] | None) -> Sequence[int]:
         return range(self.num_views) if views is None else views

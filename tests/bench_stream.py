@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
+from offline_kd.store.codec import Float16, Int
 from PIL import Image
 
 from offline_kd.cli.main import keep_freed_memory
@@ -35,10 +36,9 @@ from offline_kd.data.manifest import (
 )
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
-from offline_kd.distill.loader import Stream
-from offline_kd.store.codecs.f16 import Float16
-from offline_kd.store.codecs.int_ import Int
-from offline_kd.store.join import join
+from offline_kd.distill.loader import Loader
+from offline_kd.distill.reader import Options, Source
+from offline_kd.store.join import Wanted, join
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
@@ -169,7 +169,7 @@ def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
         store.kept.clear()
         total = 0
         for block in loader:
-            choice = join(store, block, 0, position[: len(block)]).choice
+            choice = join(store, block, 0, position[: len(block)]).view
             total += len(render_choice(Decoder(block), choice, VIEWS, VIEWS.size)[0])
         return total
 
@@ -184,10 +184,9 @@ def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
 
 def several_views(store: Store, loader: BlockLoader, rounds: int, size: int) -> None:
     def epochs(views_per_decode: int) -> Callable[[], int]:
-        stream = Stream(
-            loader, VIEWS, store.identity.groups, [store], seed=0, batch_size=100, pool_blocks=4,
-            views_per_decode=views_per_decode, size=size, device=CPU,
-        )  # fmt: skip
+        source = Source(loader, VIEWS, store.identity.groups, [store], [Wanted()])
+        options = Options(batch_size=100, pool_blocks=4, views_per_decode=views_per_decode, size=size)
+        stream = Loader(source, options, CPU)
         return lambda: sum(len(batch.labels) for batch in stream.epoch(0))
 
     print(f"a loader-bound run: images per second of the stream, crops to {size} pixels")
@@ -306,15 +305,13 @@ def _pages(rollup: str) -> Iterator[tuple[str, float]]:
         yield name.rstrip(":"), int(size) / 1024
 
 
-def _stream(folder: Path, loader: BlockLoader, workers: int) -> Stream:
+def _stream(folder: Path, loader: BlockLoader, workers: int) -> Loader:
     torch.set_num_threads(1)
     store = open_store(folder)
     first = Split(tars=loader.split.tars[:1])
     one = BlockLoader(loader.dataset, first, [loader.paths[0].parent.parent], keep_bytes=0, decode=False, prove=False)
-    return Stream(
-        one, store.identity.views, store.identity.groups, [store], seed=0, batch_size=100, pool_blocks=1, size=224,
-        workers=workers, device=CPU,
-    )  # fmt: skip
+    source = Source(one, store.identity.views, store.identity.groups, [store], [Wanted()])
+    return Loader(source, Options(batch_size=100, pool_blocks=1, size=224, workers=workers), CPU)
 
 
 def _parent(folder: Path, loader: BlockLoader) -> None:

@@ -21,8 +21,8 @@ from offline_kd.data.manifest import Dataset, Split
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.student import new_student
-from offline_kd.distill.teacher_signal import Targets, live_targets, stored_targets
-from offline_kd.distill.training import distill, make_stream, training_images
+from offline_kd.distill.teacher_signal import TeacherSignal, live_signal, stored_signal
+from offline_kd.distill.training import distill, make_loader, source_of, training_images
 from offline_kd.models.taps import TapPoint
 from offline_kd.objectives import decisions as decision_loss
 from offline_kd.objectives.decisions import Decisions, SubclassTerm
@@ -232,9 +232,8 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
     loader = training_images(letkd, manifest, roots)
     teacher = load_teacher(letkd, manifest, roots, 10, CPU)
     terms = letkd.objectives["letkd2"]
-    groups = store.identity.groups
-    stream = make_stream(letkd, loader, [store], terms, 0, CPU, groups=groups)
-    offline, online = stored_targets([store], terms, CPU), live_targets(teacher, letkd, terms, store, CPU)
+    stream = make_loader(letkd, source_of(letkd, loader, [store], terms), 0, CPU)
+    offline, online = stored_signal([store], terms, CPU), live_signal(teacher, letkd, terms, store, CPU)
     centroids = tables_on(store, "last", CPU)["centroids"]
     for epoch in range(0, 9, 4):
         for batch in stream.epoch(epoch):
@@ -278,16 +277,13 @@ def test_decisions_of_a_real_teacher_on_photographs_come_back(real_data, manifes
     cache_teacher(recipe, changed, roots, tmp_path / "store", CPU)
     store = open_store(tmp_path / "store")
     teacher = load_teacher(recipe, changed, roots, 10, CPU)
-    stream = make_stream(
+    stream = make_loader(
         recipe,
-        training_images(recipe, changed, roots),
-        [store],
-        recipe.objectives["letkd1"],
+        source_of(recipe, training_images(recipe, changed, roots), [store], recipe.objectives["letkd1"]),
         0,
         CPU,
-        groups=store.identity.groups,
     )
-    offline = stored_targets([store], recipe.objectives["letkd1"], CPU)
+    offline = stored_signal([store], recipe.objectives["letkd1"], CPU)
     centroids = tables_on(store, "last", CPU)["centroids"]
     for batch in list(stream.epoch(3))[:2]:
         kept = offline(batch).decisions["last"]
@@ -397,7 +393,7 @@ def test_sub_classes_do_not_give_hidden_labels_away(letkd, letkd_store, manifest
     table = tables_on(store, "first", CPU)["table"]
     scores = torch.randn(4, 30, 4, 4, requires_grad=True)
     decided = {"subclass": torch.zeros(4, 4, 4, dtype=torch.uint8), "table": table}
-    said, logits = Targets(decisions={"first": decided}), torch.zeros(4, 10)
+    said, logits = TeacherSignal(decisions={"first": decided}), torch.zeros(4, 10)
 
     def value(labels):
         return term(logits, said, LossBatch(labels, scores={"body.4": scores}))
@@ -466,7 +462,7 @@ def test_an_unsupervised_kd_layer_is_a_weight_of_zero(letkd, letkd_store, manife
     free = letkd.model_copy(update={"objectives": {"free": terms}})
     result = distill(free, manifest, roots, tmp_path / "run", CPU, stores=[str(letkd_store)])
     assert result.kd_layer_parameters > 0
-    assert Targets().decisions == {}
+    assert TeacherSignal().decisions == {}
 
 
 def test_the_inspect_page_shows_views_classes_and_templates(letkd_store, where, tmp_path):

@@ -19,7 +19,7 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import Decoder
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Sample
-from offline_kd.distill.training import make_stream, training_images
+from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.store.join import join, left_out_of
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import DataError, StoreCorrupt, StoreMismatch
@@ -45,9 +45,9 @@ def test_the_teacher_says_of_replayed_views_what_the_store_says(photos):
         block = loader[number]
         for view in range(2):
             joined = join(store, block, 0, np.full(len(block), view))
-            pixels, good = render_choice(Decoder(block), joined.choice, recipe.views, 24)
+            pixels, good = render_choice(Decoder(block), joined.view, recipe.views, 24)
             assert good.all()
-            torch.testing.assert_close(teacher.logits(pixels), joined.targets["values"], rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(teacher.logits(pixels), joined.signal[0].logits["values"], rtol=1e-5, atol=1e-4)
             seen += len(block)
     assert seen == 2 * NUM
     assert open_store(folder / "store").manifest.fidelity[""].top1_agreement == 1
@@ -60,7 +60,15 @@ def test_students_see_the_same_views_with_and_without_a_store_and_workers(photos
     store = open_store(folder / "store")
     loader = training_images(recipe, manifest, [folder])
     batches = [
-        list(make_stream(recipe, loader, stores, [], 3, CPU, groups=store.identity.groups, live_size=24).epoch(1))
+        list(
+            make_loader(
+                recipe,
+                source_of(recipe, loader, stores, recipe.objectives["kd"], store.identity.groups),
+                3,
+                CPU,
+                live_size=24,
+            ).epoch(1)
+        )
         for stores in ([store], [])
     ]
     teacher = load_teacher(recipe, manifest, [folder], 3, CPU)
@@ -70,8 +78,8 @@ def test_students_see_the_same_views_with_and_without_a_store_and_workers(photos
         assert torch.equal(with_store.labels, without.labels)
         assert torch.equal(with_store.other_labels, without.other_labels)
         assert torch.equal(with_store.share, without.share)
-        live = teacher.logits(without.targets["live:images"])
-        torch.testing.assert_close(live, with_store.targets["values"], rtol=1e-5, atol=1e-4)
+        live = teacher.logits(without.live_images)
+        torch.testing.assert_close(live, with_store.signal[0].logits["values"], rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -121,10 +129,10 @@ def test_views_without_mixing_are_found_in_resharded_tars(tmp_path):
     rows = []
     for its_recipe, its_manifest, root in ((recipe, manifest, "a"), (other, turned, "b")):
         loader = training_images(its_recipe, its_manifest, [tmp_path / root])
-        stream = make_stream(its_recipe, loader, [store], [], 0, CPU, groups=store.identity.groups)
+        stream = make_loader(its_recipe, source_of(its_recipe, loader, [store], its_recipe.objectives["kd"]), 0, CPU)
         rows.append(
             {
-                key: (batch.images[row], batch.targets["values"][row])
+                key: (batch.images[row], batch.signal[0].logits["values"][row])
                 for batch in stream.epoch(0)
                 for row, key in enumerate(batch.key_hash.tolist())
             }
@@ -147,7 +155,7 @@ def test_the_centre_crop_is_one_view_and_trains(tmp_path):
     cache_teacher(recipe, manifest, [tmp_path], tmp_path / "store", CPU)
     store = open_store(tmp_path / "store")
     loader = training_images(recipe, manifest, [tmp_path])
-    (one, *_) = make_stream(recipe, loader, [store], [], 0, CPU, groups=store.identity.groups).epoch(0)
+    (one, *_) = make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 0, CPU).epoch(0)
     assert one.images.shape == (16, 3, 16, 16)
 
 
@@ -220,7 +228,9 @@ def test_bad_images_are_left_out_listed_and_never_mixed_in(tmp_path, capsys):
     assert left_out_of([store], loader[1]).keys() == {10, 11}
     shown = []
     for stores in ([store], []):
-        stream = make_stream(recipe, loader, stores, [], 0, CPU, groups=store.identity.groups)
+        stream = make_loader(
+            recipe, source_of(recipe, loader, stores, recipe.objectives["kd"], store.identity.groups), 0, CPU
+        )
         batches = list(stream.epoch(0))
         shown.append(torch.cat([batch.images for batch in batches]))
         assert sum(len(batch.labels) for batch in batches) == NUM - 3
@@ -268,13 +278,17 @@ def test_twenty_thousand_classes_go_through_both_stages_without_a_row_of_floats(
     store = open_store(store_path)
     logits = sum(size for name, size in store.manifest.bytes_by_array.items() if name.startswith("logits/"))
     assert logits / (NUM * 2) <= most_bytes
-    stream = make_stream(
-        recipe, training_images(recipe, manifest, [tmp_path]), [store], [], 0, CPU, store.identity.groups
+    stream = make_loader(
+        recipe,
+        source_of(recipe, training_images(recipe, manifest, [tmp_path]), [store], recipe.objectives[objective]),
+        0,
+        CPU,
     )
-    (part, *_) = stream.reader
-    dense = [name for name, array in part.rows.targets.items() if array.is_floating_point() and array[0].numel() > 100]
+    (piece, *_) = stream.reader
+    encoded = piece.rows.signal[0].logits
+    dense = [name for name, array in encoded.items() if array.is_floating_point() and array[0].numel() > 100]
     assert dense == []
-    assert part.rows.labels.min() > 21_836
+    assert piece.rows.labels.min() > 21_836
     train = ("distill", recipe_file, "--store", store_path, "--objective", objective, "--out", tmp_path / "run")
     assert invoke(*train, "--allow-biased", *options).exit_code == 0
 
@@ -352,10 +366,10 @@ def test_a_thousand_replayed_views_of_photographs_get_the_teachers_answer(manife
     same, errors = 0, []
     for start in range(0, 1000, 64):
         part = joined.take(slice(start, start + 64))
-        live = teacher.logits(render_choice(decoder, part.choice, recipe.views, 260)[0])
+        live = teacher.logits(render_choice(decoder, part.view, recipe.views, 260)[0])
         decoder.forget()
-        same += (live.argmax(1) == part.targets["values"].argmax(1)).sum().item()
-        errors.append((live - part.targets["values"]).abs().mean().item())
+        same += (live.argmax(1) == part.signal[0].logits["values"].argmax(1)).sum().item()
+        errors.append((live - part.signal[0].logits["values"]).abs().mean().item())
     assert same >= 999
     assert np.mean(errors) <= 1e-2  # f32 has no error of its own
 

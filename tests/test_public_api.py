@@ -20,8 +20,9 @@ from offline_kd.models.networks import normalise
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
+from offline_kd.views.choice import choose
 from offline_kd.views.kind import draw
-from offline_kd.views.render import choose, render_some
+from offline_kd.views.render import render_some
 
 LAZY_ROOMS = ["support", "data", "models", "store", "cache", "distill"]
 NORMALISATION = {"mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4]}

@@ -16,8 +16,9 @@ from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.manifest import Dataset, Split, Tar
 from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import Sample, read_tar
-from offline_kd.distill.loader import Stream
-from offline_kd.distill.training import make_stream, training_images
+from offline_kd.distill.loader import Loader
+from offline_kd.distill.reader import Options, Source
+from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError, StoreMismatch
@@ -62,12 +63,12 @@ def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teache
     assert at == len(pixels)
 
     teacher = load_teacher(recipe, manifest, roots, 10, CPU)
-    stream = make_stream(recipe, loader, [store], [], 5, CPU, groups=store.identity.groups)
+    stream = make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 5, CPU)
     used = set()
     for epoch in range(NUM_VIEWS):
         for batch in stream.epoch(epoch):
             group, position = view_of_epoch(5, batch.key_hash, epoch, store.identity.groups)
-            logits = store.identity.codec.decode(batch.targets, 10, {})
+            logits = batch.teacher_logits
             torch.testing.assert_close(logits, teacher.logits(batch.images), rtol=1e-5, atol=1e-4)
             for row, key in enumerate(batch.key_hash.tolist()):
                 view = store.identity.groups[group].start + int(position[row])
@@ -79,8 +80,8 @@ def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teache
 def test_a_run_without_the_store_has_the_same_views_in_the_same_order(recipe, manifest, roots, store_path):
     store = open_store(store_path)
     loader = training_images(recipe, manifest, roots)
-    with_store = make_stream(recipe, loader, [store], [], 3, CPU, groups=store.identity.groups)
-    without = make_stream(recipe, loader, [], [], 3, CPU)
+    with_store = make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 3, CPU)
+    without = make_loader(recipe, source_of(recipe, loader), 3, CPU)
     for epoch in (0, 4, 11):
         for one, other in zip(with_store.epoch(epoch), without.epoch(epoch), strict=True):
             assert torch.equal(one.images, other.images)
@@ -92,12 +93,14 @@ def test_a_run_without_the_store_has_the_same_views_in_the_same_order(recipe, ma
 def test_batches_do_not_depend_on_the_number_of_workers(recipe, manifest, roots, store_path, workers):
     store = open_store(store_path)
     loader = training_images(recipe, manifest, roots)
-    alone = make_stream(recipe, loader, [store], [], 1, CPU, groups=store.identity.groups)
+    alone = make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 1, CPU)
     helped_recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"workers": workers})})
-    helped = make_stream(helped_recipe, loader, [store], [], 1, CPU, groups=store.identity.groups)
+    helped = make_loader(
+        helped_recipe, source_of(helped_recipe, loader, [store], helped_recipe.objectives["kd"]), 1, CPU
+    )
     for one, other in zip(all_batches(alone, (0, 1)), all_batches(helped, (0, 1)), strict=True):
         assert torch.equal(one.images, other.images)
-        assert all(torch.equal(one.targets[name], other.targets[name]) for name in one.targets)
+        assert torch.equal(one.signal[0].logits["values"], other.signal[0].logits["values"])
 
 
 class MadeUp:
@@ -134,16 +137,8 @@ class MadeUp:
 )
 def test_every_epoch_has_every_sample_once_in_full_batches(sizes, batch_size, pool_blocks, epoch, seed):
     views = PadCropFlip(kind="pad_crop_flip", padding=1)
-    stream = Stream(
-        MadeUp(sizes),
-        views,
-        view_groups(views.num_views, 6),
-        [],
-        seed=seed,
-        batch_size=batch_size,
-        pool_blocks=pool_blocks,
-        device=CPU,
-    )
+    source = Source(MadeUp(sizes), views, view_groups(views.num_views, 6))
+    stream = Loader(source, Options(batch_size, seed, pool_blocks), CPU)
     batches = list(stream.epoch(epoch))
     ids = np.concatenate([batch.key_hash for batch in batches])
     assert sorted(ids.tolist()) == list(range(sum(sizes)))
@@ -156,15 +151,13 @@ def test_every_epoch_has_every_sample_once_in_full_batches(sizes, batch_size, po
     assert np.array_equal(again, ids)
 
 
-def stream_of(sizes: list[int], *, batch_size: int, pool_blocks: int = 2, seed: int = 0, **more: object) -> Stream:
+def stream_of(sizes: list[int], *, batch_size: int, pool_blocks: int = 2, seed: int = 0, **more: object) -> Loader:
     views = PadCropFlip(kind="pad_crop_flip", padding=1)
-    groups = view_groups(views.num_views, 6)
-    return Stream(
-        MadeUp(sizes), views, groups, [], seed=seed, batch_size=batch_size, pool_blocks=pool_blocks, device=CPU, **more
-    )
+    source = Source(MadeUp(sizes), views, view_groups(views.num_views, 6))
+    return Loader(source, Options(batch_size, seed, pool_blocks, **more), CPU)
 
 
-def shown(stream: Stream, epoch: int = 0, first_step: int = 0) -> list[list[int]]:
+def shown(stream: Loader, epoch: int = 0, first_step: int = 0) -> list[list[int]]:
     """Keys by step."""
     return [batch.key_hash.tolist() for batch in stream.epoch(epoch, first_step)]
 
@@ -229,7 +222,7 @@ def test_several_views_of_a_decoded_image_are_those_of_so_many_epochs():
     keys = [key for keys in shown(at_once, 3) for key in keys]
     assert sorted(keys) == sorted(3 * list(range(66)))
 
-    def boxes(stream: Stream, epochs: range) -> list[tuple[int, ...]]:
+    def boxes(stream: Loader, epochs: range) -> list[tuple[int, ...]]:
         parts = []
         for epoch in epochs:
             stream.reader.start[0], stream.reader.start[1] = epoch, 0
@@ -251,7 +244,11 @@ def test_a_number_of_ranks_that_cannot_share_evenly_is_refused():
 def test_order_changes_with_epoch_and_seed(recipe, manifest, roots):
     loader = training_images(recipe, manifest, roots)
     orders = {
-        tuple(np.concatenate([batch.key_hash for batch in make_stream(recipe, loader, [], [], seed, CPU).epoch(epoch)]))
+        tuple(
+            np.concatenate(
+                [batch.key_hash for batch in make_loader(recipe, source_of(recipe, loader), seed, CPU).epoch(epoch)]
+            )
+        )
         for seed in (0, 1)
         for epoch in (0, 1)
     }
@@ -263,7 +260,7 @@ def test_hidden_labels_are_the_same_samples_in_every_epoch_and_for_every_seed(re
     loader = training_images(few, manifest, roots)
     shown = []
     for seed, epoch in ((0, 0), (0, 3), (1, 0)):
-        batches = list(make_stream(few, loader, [], [], seed, CPU).epoch(epoch))
+        batches = list(make_loader(few, source_of(few, loader), seed, CPU).epoch(epoch))
         labels, keys = torch.cat([batch.labels for batch in batches]), np.concatenate([b.key_hash for b in batches])
         shown.append({int(key) for key in keys[(labels >= 0).numpy()]})
     assert shown[0] == shown[1] == shown[2]
@@ -286,8 +283,8 @@ def loader_of(folder: Path, parts: list[list[Sample]]) -> BlockLoader:
 
 def rows_by_key(recipe, loader, store, epoch=2):
     rows = {}
-    for batch in make_stream(recipe, loader, [store], [], 0, CPU, groups=store.identity.groups).epoch(epoch):
-        logits = store.identity.codec.decode(batch.targets, 10, {})
+    for batch in make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 0, CPU).epoch(epoch):
+        logits = batch.teacher_logits
         for row, key in enumerate(batch.key_hash.tolist()):
             rows[key] = (batch.images[row], int(batch.labels[row]), logits[row])
     return rows
@@ -310,7 +307,7 @@ def test_a_resharded_reordered_part_of_the_dataset_gets_the_right_rows(
 
 def first_epoch(recipe, loader, store_path):
     store = open_store(store_path)
-    list(make_stream(recipe, loader, [store], [], 0, CPU, groups=store.identity.groups).epoch(0))
+    list(make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 0, CPU).epoch(0))
 
 
 def test_another_dataset_with_the_same_keys_is_refused(recipe, data_root, store_path, tmp_path):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ import yaml
 from conftest import CPU, ROOT, invoke, refused
 
 from offline_kd.cache.pipeline import cache_teacher
-from offline_kd.distill.teacher_signal import Mix, mix_logits, stored_targets
-from offline_kd.distill.training import make_stream, open_stores, training_images
+from offline_kd.distill.teacher_signal import Ensemble, ensemble_logits, stored_signal
+from offline_kd.distill.training import make_loader, open_stores, source_of, training_images
 from offline_kd.models.networks import build
 from offline_kd.recipe import Recipe
 from offline_kd.store.leases import Leases, leases_at
@@ -357,18 +358,17 @@ def test_two_teachers_captured_separately_join_exactly_and_are_mixed(
     both = Recipe.model_validate(recipe.model_dump(exclude={"store"}) | mixed)
     stores, mix = open_stores(both, manifest, ())
     loader = training_images(both, manifest, roots)
-    stream = make_stream(both, loader, stores, both.objectives["kd"], 0, CPU, groups=stores[0].identity.groups)
-    ask = stored_targets(stores, both.objectives["kd"], CPU, mix)
-    singles = [stored_targets([store], both.objectives["kd"], CPU) for store in stores]
+    stream = make_loader(both, source_of(both, loader, stores, both.objectives["kd"]), 0, CPU)
+    ask = stored_signal(stores, both.objectives["kd"], CPU, mix)
+    singles = [stored_signal([store], both.objectives["kd"], CPU) for store in stores]
     for batch in stream.epoch(4):
-        second = {name.removeprefix("1:"): array for name, array in batch.targets.items() if name.startswith("1:")}
-        first_z = singles[0](batch).logits
-        from dataclasses import replace
-
-        second_z = singles[1](replace(batch, targets=second)).logits
+        first_z = singles[0](replace(batch, signal=batch.signal[:1])).logits
+        second_z = singles[1](replace(batch, signal=batch.signal[1:])).logits
         expected = (0.75 * first_z.softmax(-1) + 0.25 * second_z.softmax(-1)).log()
         torch.testing.assert_close(ask(batch).logits, expected, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(mix_logits([first_z, second_z], Mix([3, 1], "logit")), 0.75 * first_z + 0.25 * second_z)
+    torch.testing.assert_close(
+        ensemble_logits([first_z, second_z], Ensemble([3, 1], "logit")), 0.75 * first_z + 0.25 * second_z
+    )
     file = tmp_path / "both.yaml"
     file.write_text(yaml.safe_dump(both.model_dump(mode="json", exclude_none=True)))
     result = invoke("distill", file, "--objective", "kd", "--out", tmp_path / "run", *where)

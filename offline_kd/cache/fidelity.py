@@ -12,8 +12,9 @@ from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.objectives import kd, power_sum
 from offline_kd.store.decisions import SubclassDecisions, pack, unpack_probs
-from offline_kd.store.join import Joined, as_stored, codec_tables_on, join, tables_on
+from offline_kd.store.join import Wanted, as_stored, codec_tables_on, join, tables_on
 from offline_kd.store.reader import Store
+from offline_kd.store.rows import Rows
 from offline_kd.store.schema import Fidelity
 from offline_kd.support.console import progress
 from offline_kd.support.counter_rng import counter_hash
@@ -51,20 +52,21 @@ def measure_fidelity(
         for block, rows in _sample(store, images, num_rows):
             for start in range(0, len(rows.labels), teacher.batch_size):
                 part = rows.take(slice(start, start + teacher.batch_size))
-                choice = part.choice
+                choice, (signal,) = part.view, part.signal
+                assert signal.logits is not None
                 pixels = torch.from_numpy(render_some(block, choice, identity.views, identity.seen_size[0])).to(device)
                 logits, maps = teacher.logits_and_maps(pixels, points)
                 live.append(logits.cpu())
-                stored.append(identity.codec.decode(part.targets, identity.num_classes, codec_tables))
+                stored.append(identity.codec.decode(signal.logits, identity.num_classes, codec_tables))
                 labels.append(part.labels)
                 for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
                     again = pack(about.config, features, part.labels.to(device), tables[name])
                     array = "subclass" if isinstance(about.config, SubclassDecisions) else "id"
-                    kept = part.targets[f"decisions/{name}/{array}"].long()
+                    kept = signal.decisions[name][array].long()
                     equal = kept == again[array].cpu()
                     same[name].append((equal if array == "subclass" else equal[..., 0]).flatten())
-                    if f"decisions/{name}/prob" in part.targets:
-                        probs = unpack_probs(part.targets[f"decisions/{name}/prob"])
+                    if "prob" in signal.decisions[name]:
+                        probs = unpack_probs(signal.decisions[name]["prob"])
                         likeliest[name].append(torch.stack([probs[..., 0].flatten(), 1 - probs.sum(-1).flatten()]))
                 meter.advance(len(part.labels))
     z_t, z, y = torch.cat(live), torch.cat(stored), torch.cat(labels)
@@ -122,7 +124,7 @@ def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:
     }
 
 
-def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) -> Iterator[tuple[ImageBlock, Joined]]:
+def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) -> Iterator[tuple[ImageBlock, Rows]]:
     """Rows of up to MAX_BLOCKS evenly spaced blocks, with other views in every round, until there are enough."""
     identity = store.identity
     count = min(MAX_BLOCKS, len(store.blocks))
@@ -140,7 +142,7 @@ def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) ->
             position = ((draws + np.uint64(turn // len(identity.groups))) % len(identity.groups[group])).astype(
                 np.int64
             )
-            rows = join(store, block, group, position, list(identity.decisions))
+            rows = join(store, block, group, position, Wanted(decisions=list(identity.decisions)))
             rows = rows.take(draws.argsort()[:each])
             taken += len(rows.labels)
             yield block, rows

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from offline_kd.cache.codec_choice import candidates, pack_logits
 from offline_kd.cache.fidelity import distortion
-from offline_kd.distill.teacher_signal import Targets
+from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.objectives import example_terms
 from offline_kd.objectives.term import LossBatch
 from offline_kd.store.chunks import decode_chunk
@@ -91,7 +91,7 @@ def _gradients(student: Tensor, teacher: Tensor, y: Tensor) -> dict[str, Tensor]
     for name, term in example_terms().items():
         if term.needs.logits:
             leaf = student.clone().requires_grad_()
-            (gradients[name],) = torch.autograd.grad(term(leaf, Targets(teacher), LossBatch(y)), leaf)
+            (gradients[name],) = torch.autograd.grad(term(leaf, TeacherSignal(teacher), LossBatch(y)), leaf)
     return gradients
 
 

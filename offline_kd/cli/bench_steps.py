@@ -23,12 +23,13 @@ from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Dataset, Manifest, Split, locate
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
-from offline_kd.distill.loader import Batch, Stream
+from offline_kd.distill.loader import Loader
+from offline_kd.distill.loop import Run, train_step
 from offline_kd.distill.loss import term_weight
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.student import Student, kd_layer_scores, new_student
-from offline_kd.distill.teacher_signal import AskTeacher, Targets, live_targets, stored_targets
-from offline_kd.distill.training import evaluation_images, make_stream, train_step, training_images
+from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, live_signal, no_signal, stored_signal
+from offline_kd.distill.training import evaluation_images, make_loader, source_of, training_images
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise
 from offline_kd.models.teacher import Teacher
@@ -43,6 +44,7 @@ from offline_kd.store.join import tables_on
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
+from offline_kd.store.rows import Rows
 from offline_kd.store.schema import StoreIdentity, create_array, parts_of
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import progress
@@ -84,8 +86,8 @@ def bench(
         store = open_store(folder / "store")
         views = store.identity.groups[0].stop
 
-        from_store = make_stream(recipe, loader, [store], terms, 0, device)
-        plain = make_stream(recipe, loader, [], [], 0, device)
+        from_store = make_loader(recipe, source_of(recipe, loader, [store], terms), 0, device)
+        plain = make_loader(recipe, source_of(recipe, loader, [], []), 0, device)
         batch_size = recipe.training.batch_size
         images, _ = plain_images(loader[0], teacher.crop, 0, len(loader[0]))
         num_batches = -(-len(images) // batch_size)
@@ -99,13 +101,13 @@ def bench(
                 pass
 
         parts: dict[str, tuple[Callable[[], None], int]] = {
-            "ce step": (_training(recipe, loader, plain, [CE(term="ce")], None, device), 1),
+            "ce step": (_training(recipe, loader, plain, [CE(term="ce")], no_signal, device), 1),
             "store step": (
-                _training(recipe, loader, from_store, terms, stored_targets([store], terms, device), device),
+                _training(recipe, loader, from_store, terms, stored_signal([store], terms, device), device),
                 1,
             ),
             "online step": (
-                _training(recipe, loader, plain, terms, live_targets(teacher, recipe, terms, store, device), device),
+                _training(recipe, loader, plain, terms, live_signal(teacher, recipe, terms, store, device), device),
                 1,
             ),
             "loader alone": (load_only, 1),
@@ -198,9 +200,9 @@ def _small(
 def _training(
     recipe: Recipe,
     loader: BlockLoader,
-    stream: Stream,
+    stream: Loader,
     terms: Sequence[AnyTerm],
-    ask: AskTeacher | None,
+    ask: AskTeacher,
     device: torch.device,
 ) -> Callable[[], None]:
     """One epoch of the training loop's own steps, reading included."""
@@ -209,11 +211,11 @@ def _training(
     optimizer = make_optimizer(recipe.training, student.network)
     set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
     weights = [term.weight for term in terms]
+    run = Run(recipe, "bench", terms, 0, Path(), device)
 
     def work() -> None:
         for batch in stream.epoch(0):
-            targets = ask(batch) if ask else Targets()
-            train_step(student, optimizer, batch, targets, terms, weights, recipe.training, recipe.data.normalisation)
+            train_step(run, student, optimizer, batch, ask(batch), weights)
 
     return work
 
@@ -270,12 +272,12 @@ def _writing(store: Store, folder: Path) -> dict[str, Callable[[], None]]:
 
 
 def _losses_alone(
-    recipe: Recipe, loader: BlockLoader, stream: Stream, store: Store, terms: Sequence[AnyTerm], device: torch.device
+    recipe: Recipe, loader: BlockLoader, stream: Loader, store: Store, terms: Sequence[AnyTerm], device: torch.device
 ) -> Callable[[], None]:
     """Forward and backward of the losses on KD-layer scores, without the student and its KD layers."""
     student = new_student(recipe, loader, 0, device, terms)
     student.network.train()
-    ask = stored_targets([store], terms, device)
+    ask = stored_signal([store], terms, device)
     batches = [(batch, ask(batch)) for batch in stream.epoch(0)]
     layer_terms = kd_layer_terms(terms)
     inputs = []
@@ -284,10 +286,10 @@ def _losses_alone(
         inputs.append((logits, {after: one.detach() for after, one in kd_layer_scores(student).items()}))
 
     def work() -> None:
-        for (batch, targets), (logits, scores) in zip(batches, inputs, strict=True):
+        for (batch, signal), (logits, scores) in zip(batches, inputs, strict=True):
             for term in layer_terms:
                 leaf = {term.after: scores[term.after].requires_grad_()}
-                value = term(logits, targets, LossBatch(batch.labels, scores=leaf))
+                value = term(logits, signal, LossBatch(batch.labels, scores=leaf))
                 value.backward()  # type: ignore[no-untyped-call]
                 leaf[term.after].grad = None
 
@@ -312,12 +314,14 @@ def measure_drift(
     loader, evaluation = training_images(recipe, manifest, roots), evaluation_images(recipe, manifest, roots)
     teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
 
-    def from_teacher(batch: Batch) -> Targets:
-        return Targets(teacher.logits(batch.images))
+    def from_teacher(batch: Rows) -> TeacherSignal:
+        return TeacherSignal(teacher.logits(batch.images))
 
     def train(terms: Sequence[AnyTerm], store: Store | None, ask: AskTeacher, order: int = 0) -> nn.Module:
         student = new_student(recipe, loader, recipe.seeds[0], device)
-        stream = make_stream(recipe, loader, [store] if store else [], terms, recipe.seeds[0] + order, device)
+        stream = make_loader(
+            recipe, source_of(recipe, loader, [store] if store else [], terms), recipe.seeds[0] + order, device
+        )
         _train(recipe, student, stream, terms, ask, steps)
         return student.network
 
@@ -340,7 +344,7 @@ def measure_drift(
             store = open_store(path)
             for name, terms in objectives.items():
                 drifts[name][codec_name] = measure(
-                    train(terms, store, stored_targets([store], terms, device)), live[name]
+                    train(terms, store, stored_signal([store], terms, device)), live[name]
                 )
     for name, terms in objectives.items():
         drifts[name]["other order"] = measure(train(terms, None, from_teacher, order=1), live[name])
@@ -350,7 +354,7 @@ def measure_drift(
 def _train(
     recipe: Recipe,
     student: Student,
-    stream: Stream,
+    stream: Loader,
     terms: Sequence[AnyTerm],
     ask: AskTeacher,
     steps: int,
@@ -358,6 +362,7 @@ def _train(
     """Exactly `steps` steps of the recipe, without evaluation."""
     optimizer = make_optimizer(recipe.training, student.network)
     student.network.train()
+    run = Run(recipe, "drift", terms, recipe.seeds[0], Path(), stream.device)
     for step in range(steps):
         epoch, in_epoch = divmod(step, stream.steps_per_pass)
         if in_epoch == 0:
@@ -365,4 +370,4 @@ def _train(
         set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_pass))
         batch = next(batches)
         weights = [term_weight(term, epoch) for term in terms]
-        train_step(student, optimizer, batch, ask(batch), terms, weights, recipe.training, recipe.data.normalisation)
+        train_step(run, student, optimizer, batch, ask(batch), weights)

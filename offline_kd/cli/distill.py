@@ -10,7 +10,7 @@ import click
 from offline_kd.cli.options import DOWNLOAD_BYTES, read_inputs, recipe_options
 
 if TYPE_CHECKING:
-    from offline_kd.distill.training import Result
+    from offline_kd.distill.loop import Result
 
 
 class DistillCommand(click.Command):

@@ -5,10 +5,31 @@ from pathlib import Path
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
-from offline_kd.recipe import Recipe
+from offline_kd.recipe import AnyTerm, Recipe
 from offline_kd.store.reader import Store
 from offline_kd.support.errors import StoreMismatch
 from offline_kd.support.files import file_sha256
+
+MOST_MEASURED_ERROR = 0.05  # of WTTM's weight and DTKD's temperature, relative
+
+
+def check_all(
+    stores: Sequence[Store], recipe: Recipe, manifest: Manifest, images: BlockLoader, terms: Sequence[AnyTerm]
+) -> None:
+    """Make sure that every store was made for what the recipe describes, that it is whole, and that all fit together.
+
+    Args:
+        terms: those that the stores' codecs must serve without bias.
+
+    Raises StoreMismatch, and StoreIncomplete when an object is missing.
+    """
+    for store in stores:
+        check_store(store, recipe, images)
+        refuse_bias(store, terms)
+        store.check_sizes()
+    if len(stores) == 1:
+        check_teacher(stores[0], recipe, manifest)
+    check_groups(stores)
 
 
 def check_store(store: Store, recipe: Recipe, loader: BlockLoader) -> None:
@@ -74,4 +95,24 @@ def check_teacher(store: Store, recipe: Recipe, manifest: Manifest) -> None:
                 f"{store.place}: was made by teacher '{identity.teacher.name}' with weights "
                 f"{identity.teacher.weights_sha256}, the recipe's teacher '{weights}' has {sha256}. "
                 "Correct teacher.weights, or capture this teacher's store."
+            )
+
+
+def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
+    """Raise StoreMismatch when a term needs more of the logits than the store's codec has kept.
+
+    What no codec promises, such as WTTM's weight and DTKD's temperature, is compared with what the store measured.
+    """
+    codec, manifest = store.identity.codec, store.manifest
+    fidelity = manifest.fidelity.get(store.targets) if manifest else None
+    for term in terms:
+        problem = codec.serves(term.needs)
+        if not problem and term.needs.measured and fidelity:
+            name, message = term.needs.measured
+            error: float | None = getattr(fidelity, name)
+            problem = message.format(error) if (error or 0) > MOST_MEASURED_ERROR else ""
+        if problem:
+            raise StoreMismatch(
+                f"{store.place}: codec {codec.model_dump(mode='json')} does not serve term '{term.term}', {problem}. "
+                "Capture with another codec, or train with the bias: --allow-biased."
             )

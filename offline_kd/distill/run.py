@@ -19,8 +19,9 @@ import torch
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, locate
 from offline_kd.data.packing import digits_samples, pack
+from offline_kd.distill.loop import Result
 from offline_kd.distill.report import COLUMNS, read_runs, summarise, table_rows, write_report
-from offline_kd.distill.training import Result, distill, train_teacher
+from offline_kd.distill.training import distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
 from offline_kd.support.errors import DataError

@@ -18,6 +18,7 @@ from torch import Tensor
 from offline_kd.data.blocks import ImageBlock
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Arrays, Store
+from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
 from offline_kd.views.choice import Choice, choose, draw_choice
@@ -29,45 +30,55 @@ MOST_DRIFT = 0.5  # mean difference of any probe, in 1/255, that other versions 
 
 
 @dataclass(frozen=True)
-class Joined:
-    """n samples of a tar with one view each: what it is, and what stores say of it; without pixels."""
+class Wanted:
+    """What a reader wants of a store beside the views: an objective on decisions alone needs no logits."""
 
-    choice: Choice
-    labels: Tensor  # [n] int64
-    other_labels: Tensor  # [n] of the image that is mixed in; where there is none, as `labels`
-    share: Tensor  # [n] float32, of the image itself
-    key_hash: NDArray[np.uint64]  # [n]
-    targets: dict[str, Tensor]  # by codec array or `decisions/...`, [n, ...]; empty without a store
-
-    def take(self, index: NDArray[Any] | slice) -> "Joined":
-        return Joined(
-            self.choice.take(index),
-            self.labels[index],
-            self.other_labels[index],
-            self.share[index],
-            self.key_hash[index],
-            {name: array[index] for name, array in self.targets.items()},
-        )
+    logits: bool = True
+    decisions: Sequence[str] = ()  # by name
 
 
 # ---- joining -------------------------------------------------------------------------------------------------------
 
 
-def join(
-    store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str] = ()
-) -> Joined:
+def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], wanted: Wanted = Wanted()) -> Rows:
     """Give each sample of an image tar what the store says of one of its views.
 
     Args:
         group: the view group, common to all samples.
         position: `[n]` view within the group, for each sample of the tar.
-        decisions: names of the decisions that are wanted beside the logits.
 
     Raises:
         StoreMismatch: a sample is not in the store, or is there with other image bytes or another label.
         StoreCorrupt: stored probe pixels are not what the stored parameters render.
     """
-    return join_all([store], block, group, position, [decisions])
+    arrays = joined_arrays(store, wanted)
+    store_rows = _find_rows(store, block)
+    store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
+    found: Arrays = {}
+    partner_row = np.full(len(block), NO_PARTNER, dtype=np.int64)
+    partner: Parameters = {}
+    pieces = []
+    for number in np.unique(store_blocks):
+        read = store.read(int(number), group, arrays)
+        here = np.flatnonzero(store_blocks == number)
+        pieces.append((int(number), read, here))
+        for name in arrays:
+            if name.startswith("probe/"):
+                continue
+            per_view = name.startswith(("view/", "logits/", "decisions/"))
+            values = read[name][offsets[here], position[here]] if per_view else read[name][offsets[here]]
+            _put(found, name, here, values, len(block))
+        if "view/partner" in read:
+            at = found["view/partner"][here].astype(np.int64)
+            for name in store.identity.views.arrays():
+                _put(partner, name, here, read[f"view/{name}"][at.clip(min=0), position[here]], len(block))
+            partner_row[here] = _rows_in_tar(store, block, read["key_hash"], at)
+    _check_samples(store, block, found)
+    for number, read, here in pieces:
+        _check_probes(store, block, number, read, here, offsets[here])
+    own = {name: found[f"view/{name}"] for name in store.identity.views.arrays()}
+    choice = Choice(np.arange(len(block)), own, partner_row, partner or own)
+    return _rows(block, choice, [_signal(store, found, wanted)])
 
 
 def join_all(
@@ -75,22 +86,19 @@ def join_all(
     block: ImageBlock,
     group: int,
     position: NDArray[np.int64],
-    decisions: Sequence[Sequence[str]],
-) -> Joined:
-    """The same from several stores; targets of the second one have `1:` before their names, and so on.
+    wanted: Sequence[Wanted],
+) -> Rows:
+    """Give each sample of an image tar what several stores say of one of its views, a signal of each.
 
-    Raises StoreMismatch, too, when the stores mean different crops by one view.
+    Raises what `join` does, and StoreMismatch when the stores mean different crops by one view.
     """
-    first, *others = [
-        _join_one(store, block, group, position, wanted) for store, wanted in zip(stores, decisions, strict=True)
-    ]
-    targets = dict(first.targets)
-    for number, (store, rows) in enumerate(zip(stores[1:], others, strict=True), start=1):
-        for name, array in first.choice.own.items():
-            other = rows.choice.own[name]
+    first, *others = [join(store, block, group, position, one) for store, one in zip(stores, wanted, strict=True)]
+    for store, rows in zip(stores[1:], others, strict=True):
+        for name, array in first.view.own.items():
+            other = rows.view.own[name]
             # A store of its own may have left out other rows, so that partners are numbered in another way.
             if name == "partner":
-                array, other = first.choice.partner_row, rows.choice.partner_row
+                array, other = first.view.partner_row, rows.view.partner_row
             different = (array != other).reshape(len(array), -1).any(axis=1)
             if different.any():
                 index = int(different.nonzero()[0][0])
@@ -100,49 +108,26 @@ def join_all(
                     f"{array[index].tolist()}. Stores that are mixed must hold the same views: capture both with the "
                     "same views (kind, seed and views_per_group)."
                 )
-        targets |= {f"{number}:{name}": array for name, array in rows.targets.items()}
-    return replace(first, targets=targets)
+    return replace(first, signal=[signal for rows in (first, *others) for signal in rows.signal])
 
 
-def _join_one(
-    store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], decisions: Sequence[str]
-) -> Joined:
-    names = joined_arrays(store, decisions)
-    store_rows = _find_rows(store, block)
-    store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
-    found: Arrays = {}
-    partner_row = np.full(len(block), NO_PARTNER, dtype=np.int64)
-    partner: Parameters = {}
-    slabs = []
-    for number in np.unique(store_blocks):
-        arrays = store.read(int(number), group, names)
-        here = np.flatnonzero(store_blocks == number)
-        slabs.append((int(number), arrays, here))
-        for name in names:
-            if name.startswith("probe/"):
-                continue
-            per_view = name.startswith(("view/", "logits/", "decisions/"))
-            values = arrays[name][offsets[here], position[here]] if per_view else arrays[name][offsets[here]]
-            _put(found, name, here, values, len(block))
-        if "view/partner" in arrays:
-            at = found["view/partner"][here].astype(np.int64)
-            for name in store.identity.views.arrays():
-                _put(partner, name, here, arrays[f"view/{name}"][at.clip(min=0), position[here]], len(block))
-            partner_row[here] = _rows_in_tar(store, block, arrays["key_hash"], at)
-    _check_samples(store, block, found)
-    for number, arrays, here in slabs:
-        _check_probes(store, block, number, arrays, here, offsets[here])
-    logits = {name: found[f"logits/{name}"] for name in store.identity.codec.arrays()}
-    decided = {name: array for name, array in found.items() if name.startswith("decisions/")}
-    targets = {
-        name: _tensor(array)
-        for name, array in (store.identity.codec.unpack(logits, store.codec_tables) | decided).items()
+def _signal(store: Store, found: Arrays, wanted: Wanted) -> StoredSignal:
+    logits = None
+    if wanted.logits:
+        encoded = {name: found[f"logits/{name}"] for name in store.identity.codec.arrays()}
+        unpacked = store.identity.codec.unpack(encoded, store.codec_tables)
+        logits = {name: _tensor(array) for name, array in unpacked.items()}
+    decisions = {
+        name: {array: _tensor(found[f"decisions/{name}/{array}"]) for array in decision_arrays(store, name)}
+        for name in wanted.decisions
     }
-    own = {name: found[f"view/{name}"] for name in store.identity.views.arrays()}
-    return _joined(block, Choice(np.arange(len(block)), own, partner_row, partner or own), targets)
+    return StoredSignal(logits, decisions)
 
 
 def _put(found: dict[str, NDArray[Any]], name: str, here: NDArray[np.int64], values: NDArray[Any], count: int) -> None:
+    if len(here) == count:  # of one block of the store, as nearly always: already where they should be
+        found[name] = values
+        return
     if name not in found:
         found[name] = np.empty((count, *values.shape[1:]), dtype=values.dtype)
     found[name][here] = values
@@ -168,17 +153,17 @@ def _rows_in_tar(
     return found
 
 
-def _joined(block: ImageBlock, choice: Choice, targets: dict[str, Tensor]) -> Joined:
+def _rows(block: ImageBlock, choice: Choice, signal: list[StoredSignal]) -> Rows:
     labels = torch.from_numpy(block.labels[choice.row]).long()
     mixed = torch.from_numpy(choice.partner_row >= 0)
     other = torch.from_numpy(block.labels[choice.partner_row.clip(min=0)]).long()
     share = torch.ones(len(labels))
     if "share" in choice.own:
         share = torch.from_numpy(choice.own["share"].astype(np.float32) / WHOLE)
-    return Joined(choice, labels, torch.where(mixed, other, labels), share, block.key_hash[choice.row], targets)
+    return Rows(block.key_hash[choice.row], labels, torch.where(mixed, other, labels), share, signal, choice)
 
 
-def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
+def joined_arrays(store: Store, wanted: Wanted) -> list[str]:
     """The arrays that a join reads."""
     views = store.identity.views
     names = [
@@ -191,12 +176,16 @@ def joined_arrays(store: Store, decisions: Sequence[str]) -> list[str]:
     ]
     if "partner" in views.arrays():
         names.append("key_hash")
-    names += [f"logits/{name}" for name in store.identity.codec.arrays()]
-    return names + [name for one in decisions for name in decision_arrays(store, one)]
+    if wanted.logits:
+        names += [f"logits/{name}" for name in store.identity.codec.arrays()]
+    return names + [f"decisions/{name}/{array}" for name in wanted.decisions for array in decision_arrays(store, name)]
 
 
 def decision_arrays(store: Store, name: str) -> list[str]:
-    """The arrays that a loss on these decisions reads; raises StoreMismatch when the store has none of that name."""
+    """The arrays that a loss on these decisions reads, by the last part of their names.
+
+    Raises StoreMismatch when the store has none of that name.
+    """
     if name not in store.identity.decisions:
         raise StoreMismatch(
             f"{store.place}: holds no decisions '{name}', which the objective asks for."
@@ -204,8 +193,8 @@ def decision_arrays(store: Store, name: str) -> list[str]:
         )
     config = store.identity.decisions[name].config
     if isinstance(config, SubclassDecisions):
-        return [f"decisions/{name}/subclass"]
-    return [f"decisions/{name}/{part}" for part in (("id", "prob") if config.top > 1 else ("id",))]
+        return ["subclass"]
+    return ["id", "prob"] if config.top > 1 else ["id"]
 
 
 def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
@@ -225,10 +214,10 @@ def _tensor(array: NDArray[Any]) -> Tensor:
 
 def without_store(
     views: ViewSpec, groups: list[range], block: ImageBlock, group: int, position: NDArray[np.int64]
-) -> Joined:
-    """The same rows with the same views as `join`, drawn here and without targets."""
+) -> Rows:
+    """Rows of a tar with the views that `join` would give them, drawn here: no store is read."""
     choice = draw_choice(views, block.key_hash, block.sizes(), groups[group].start + position)
-    return _joined(block, choice, {})
+    return _rows(block, choice, [])
 
 
 def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:

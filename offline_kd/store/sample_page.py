@@ -118,7 +118,7 @@ def _view(
     arrays: Arrays = {name: array[row, position] for name, array in store.read(number, group, wanted).items()}
     at = np.zeros(len(block), dtype=np.int64) + position
     joined = join(store, block, group, at)
-    choice = joined.choice.take(np.array([row]))
+    choice = joined.view.take(np.array([row]))
     pixels = render_some(block, choice, identity.views, store.created.seen_size[0])[0].transpose(1, 2, 0)
     pictures = [_img(pixels, f"view {view}")]
     for name in maps:
@@ -131,7 +131,7 @@ def _view(
             ).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view}"))
     logits = identity.codec.decode(
-        {name: array[row] for name, array in joined.targets.items() if not name.startswith("decisions/")},
+        {name: array[row] for name, array in (joined.signal[0].logits or {}).items()},
         identity.num_classes,
         codec_tables_on(store, torch.device("cpu")),
     )

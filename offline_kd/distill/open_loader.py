@@ -1,0 +1,52 @@
+"""The public way to a loader: a store and the tars it was made from, without a recipe or a manifest."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.manifest import Dataset, Normalisation, Split
+from offline_kd.distill.loader import Loader
+from offline_kd.distill.reader import Options, Source
+from offline_kd.store.join import Wanted
+from offline_kd.store.reader import Store
+from offline_kd.support.errors import DataError
+
+
+def open_loader(
+    store: Store,
+    data: str | Path,
+    *,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    workers: int = 0,
+    decisions: Sequence[str] = (),
+    normalisation: Normalisation | None = None,
+    options: Options | None = None,
+) -> Loader:
+    """Batches of images with what a store says of them, in the order in which `distill` shows them.
+
+    The join compares every sample's key, image bytes and label with what the teacher saw.
+
+    Args:
+        store: as `open_store` gives it.
+        data: the folder with the image tars that the store was made from.
+        decisions: names of the decisions that batches hold beside the logits.
+        normalisation: give images as the float32 input of a network, `(pixels / 255 - mean) / std`; None: uint8 pixels.
+        options: everything else about order and views; then `batch_size`, `seed` and `workers` are not looked at.
+
+    Raises DataError when a tar is not there, StoreMismatch when the store holds no such decisions; and, while batches
+    are read, StoreMismatch for a sample that is not the one the teacher saw.
+    """
+    folder = Path(data).absolute()
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder. Give the one with the tars that {store.place} was made from.")
+    about = store.identity.dataset
+    split = Split(tars=[about.tars[block] for block in store.blocks])
+    dataset = Dataset(folder=".", classes=about.classes, splits={about.split: split})
+    images = BlockLoader(dataset, split, [folder], decode=store.identity.views.is_exact, prove=False)
+    source = Source(images, store.identity.views, store.identity.groups, [store], [Wanted(decisions=decisions)])
+    chosen = options or Options(batch_size=batch_size, seed=seed, workers=workers)
+    return Loader(source, chosen, torch.device(device), normalisation)

@@ -1,0 +1,209 @@
+"""Image tars, read in the order of an epoch, joined with the stores and rendered: what the worker processes do."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from offline_kd.data.blocks import BlockLoader, Decoder, ImageBlock
+from offline_kd.distill.sampler import Order
+from offline_kd.store.join import Wanted, join_all, joined_arrays, left_out_of, without_store
+from offline_kd.store.reader import Store
+from offline_kd.store.rows import Rows, concatenate, take
+from offline_kd.support.counter_rng import counter_hash
+from offline_kd.views.epochs import view_of_epoch
+from offline_kd.views.kind import ViewSpec
+from offline_kd.views.mixing import NO_PARTNER, PARTNERS
+from offline_kd.views.random_resized_crop import RandomCrop
+from offline_kd.views.render import render_choice
+
+READ_AHEAD = 4  # tars, from a remote store
+ALONE = 8  # images that are decoded together where none is mixed with another
+PIECE_BYTES = 2**26  # of pixels that a worker hands over at once
+ROW_STREAM = 0x726F77  # first counter of the draws made here, so that they are independent of all others
+
+
+@dataclass(frozen=True)
+class Source:
+    """What there is to read."""
+
+    images: BlockLoader
+    views: ViewSpec
+    groups: list[range]  # the view groups that decide which view an epoch shows: the store's
+    stores: Sequence[Store] = ()  # the teacher signal comes from these; none for plain training and a live teacher
+    wanted: Sequence[Wanted] = ()  # of every store
+
+
+@dataclass(frozen=True)
+class Options:
+    """How it is read. Batches depend on all of this, except `workers`.
+
+    Of several processes (ranks), each gets its share of every batch.
+    """
+
+    batch_size: int  # of all ranks together
+    seed: int = 0
+    pool_blocks: int = 16  # tars whose rows are shuffled together
+    labelled_fraction: float = 1.0  # share of the samples, chosen by key, whose label a batch shows
+    workers: int = 0
+    views_per_decode: int = 1  # epochs that pass at once, so that an image is decoded once for all of them
+    size: int | None = None  # of resampled views; by default that of the views
+    live_size: int | None = None  # render resampled views in this size, too: for a live teacher
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some joined and rendered rows of one tar."""
+
+    position: int  # of the tar in the epoch
+    is_last: bool  # of this tar
+    rows: Rows
+    lane: NDArray[np.int64]  # [n]
+    shuffle: NDArray[np.uint64]  # [n] by which the rows of a lane are ordered within their pool
+    bad: list[str]  # what was left out, one line each
+
+
+def _nothing_done() -> Tensor:
+    return torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+
+
+@dataclass(eq=False)
+class Reader(IterableDataset[Piece]):
+    """Tars in their order, joined and rendered piece by piece; runs in the worker processes."""
+
+    source: Source
+    options: Options
+    # First epoch and first slot of the next pass, in memory that workers share: they outlive a pass.
+    start: Tensor = field(default_factory=_nothing_done)
+
+    def order(self) -> Order:
+        first_epoch, options = int(self.start[0]), self.options
+        counts = [tar.count for tar in self.source.images.split.tars]
+        return Order(options.seed, first_epoch, options.views_per_decode, counts, options.pool_blocks)
+
+    def __iter__(self) -> Iterator[Piece]:
+        order, info = self.order(), get_worker_info()
+        done = int(self.start[1])
+        positions = [at for at in range(len(order.tars)) if order.pool_slots(order.pool_of(at)).stop > done]
+        mine = positions[info.id :: info.num_workers] if info else positions
+        for index, position in enumerate(mine):
+            for later in mine[index + 1 : index + 1 + READ_AHEAD]:
+                self._fetch_ahead(order, int(order.tars[later]))
+            yield from self._pieces(order, position)
+
+    def _fetch_ahead(self, order: Order, number: int) -> None:
+        """Begin to fetch what a tar will need of remote stores, as far as a tar is known to be a block of theirs."""
+        source = self.source
+        for epoch in range(order.first_epoch, order.first_epoch + order.epochs):
+            group, _ = view_of_epoch(order.seed, np.empty(0, dtype=np.uint64), epoch, source.groups)
+            for store, wanted in zip(source.stores, source.wanted, strict=True):
+                block = store.block_of_tar.get(source.images.split.tars[number].sha256)
+                if store.place.is_remote and block is not None:
+                    store.fetch_ahead(block, group, joined_arrays(store, wanted))
+
+    def _pieces(self, order: Order, position: int) -> Iterator[Piece]:
+        source, options = self.source, self.options
+        whole = source.images[int(order.tars[position])]
+        known_bad = left_out_of(source.stores, whole)
+        block = whole.without(known_bad) if known_bad else whole
+        good = np.array([row for row in range(len(whole)) if row not in known_bad], dtype=np.int64)
+        epochs = range(order.first_epoch, order.first_epoch + order.epochs)
+        joined = [self._joined(block, epoch) for epoch in epochs]
+        # A tar that was read for the first time may turn out to lack bad images; lanes go by what it holds.
+        lanes = [order.lanes(position, epoch, whole.key_hash)[good] for epoch in epochs]
+        shuffles = [counter_hash(ROW_STREAM, options.seed, epoch, block.key_hash) for epoch in epochs]
+        decoder = Decoder(block)
+        bad = [f"{block.path}: sample '{one.key}': {one.problem}" for one in block.left_out]
+        step = self._rows_in_piece(block)
+        for first in range(0, max(len(block), 1), step):
+            stop = min(first + step, len(block))
+            chosen = [first + np.flatnonzero(lane[first:stop] % options.world == options.rank) for lane in lanes]
+            # All rows of a piece are taken as a slice, which copies nothing.
+            some = [
+                one.take(slice(first, stop) if len(rows) == stop - first else rows)
+                for one, rows in zip(joined, chosen, strict=True)
+            ]
+            lane, shuffle = (
+                np.concatenate([values[rows] for values, rows in zip(all_values, chosen, strict=True)])
+                for all_values in (lanes, shuffles)
+            )
+            if source.views.is_exact:
+                rows, kept = _copied(block, some), np.arange(len(lane))
+            else:
+                rows, rendered = self._rendered(decoder, some)
+                kept = np.flatnonzero(rendered)
+            bad += [f"{block.path}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
+            decoder.bad.clear()
+            yield Piece(position, stop == len(block), rows, lane[kept], shuffle[kept], bad)
+            bad = []
+
+    def _joined(self, block: ImageBlock, epoch: int) -> Rows:
+        source = self.source
+        group, at = view_of_epoch(self.options.seed, block.key_hash, epoch, source.groups)
+        if source.stores:
+            return join_all(source.stores, block, group, at, source.wanted)
+        return without_store(source.views, source.groups, block, group, at)
+
+    @property
+    def size(self) -> int:
+        """The side of resampled views; 0 where views are exact copies."""
+        views = self.source.views
+        return self.options.size or views.output_size or 0
+
+    def _rows_in_piece(self, block: ImageBlock) -> int:
+        image_bytes = block.pixels[0].nbytes if block.pixels is not None else 3 * self.size * self.size
+        return max(PIECE_BYTES // (image_bytes * self.options.views_per_decode) // PARTNERS, 1) * PARTNERS
+
+    def _rendered(self, decoder: Decoder, joined: list[Rows]) -> tuple[Rows, NDArray[np.bool_]]:
+        """Rendered views, and which of the joined rows could be rendered.
+
+        Few images are held decoded at once, and all views of an image are rendered while it is.
+        """
+        views, live_size = self.source.views, self.options.live_size
+        mixes = isinstance(views, RandomCrop) and views.mixing is not None
+        window = PARTNERS if mixes else ALONE
+        starts = np.cumsum([0, *(len(one) for one in joined)])
+        good = np.ones(starts[-1], dtype=bool)
+        sizes = [self.size, *([live_size] if live_size else [])]
+        images = [torch.empty((int(starts[-1]), n, n, 3), dtype=torch.uint8).permute(0, 3, 1, 2) for n in sizes]
+        windows = np.unique(np.concatenate([one.view.row // window for one in joined]))
+        for number in windows:
+            for one, start in zip(joined, starts, strict=False):
+                begin, end = np.searchsorted(one.view.row, [number * window, (number + 1) * window])
+                some, place = one.take(slice(begin, end)), slice(start + begin, start + end)
+                if not self.source.stores:
+                    _drop_bad_partners(decoder, some)
+                for size, out in zip(sizes, images, strict=True):
+                    good[place] = render_choice(decoder, some.view, views, size, out=out[place].numpy())[1]
+            decoder.forget()
+        kept = joined
+        if not good.all():
+            kept = [one.take(good[start : start + len(one)]) for one, start in zip(joined, starts, strict=False)]
+            images = [take(one, torch.from_numpy(good.nonzero()[0])) for one in images]
+        return replace(concatenate(kept), pixels=images[0], live_images=images[1] if live_size else None), good
+
+
+def _copied(block: ImageBlock, joined: list[Rows]) -> Rows:
+    """Un-augmented images, which the training process renders, on its device."""
+    row = torch.from_numpy(np.concatenate([one.view.row for one in joined]))
+    images = block.images if len(joined) == 1 and len(row) == len(block) else take(block.images, row)
+    box, flip = (torch.from_numpy(np.concatenate([one.view.own[name] for one in joined])) for name in ("box", "flip"))
+    return replace(concatenate(joined), pixels=images, box=box, flip=flip)
+
+
+def _drop_bad_partners(decoder: Decoder, joined: Rows) -> None:
+    """As stage 1 does: nothing is mixed with what cannot be decoded. Changes what is given."""
+    partner = joined.view.partner_row
+    for row in np.unique(partner[partner >= 0]).tolist():
+        decoder(row)
+    lost = np.isin(partner, list(decoder.bad))
+    if lost.any():
+        partner[lost] = NO_PARTNER
+        joined.share[torch.from_numpy(lost)] = 1
+        joined.other_labels[torch.from_numpy(lost)] = joined.labels[torch.from_numpy(lost)]
