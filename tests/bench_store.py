@@ -21,6 +21,7 @@ from offline_kd.data.manifest import Normalisation, Tar
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.int_ import Int
+from offline_kd.store.layout import entry_names, parts_of, zarr_metadata
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import stored_object
@@ -32,10 +33,7 @@ from offline_kd.store.schema import (
     StoreIdentity,
     StoreManifest,
     TeacherIdentity,
-    entry_names,
-    parts_of,
     store_digest,
-    zarr_metadata,
 )
 from offline_kd.store.verification import verify
 from offline_kd.store.writer import commit, create_or_resume, manifest_bytes

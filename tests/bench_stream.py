@@ -39,6 +39,7 @@ from offline_kd.data.tars import read_tar
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Source
 from offline_kd.store.join import Wanted, join
+from offline_kd.store.layout import entry_names, parts_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
@@ -48,8 +49,6 @@ from offline_kd.store.schema import (
     StoreIdentity,
     StoreManifest,
     TeacherIdentity,
-    entry_names,
-    parts_of,
     store_digest,
 )
 from offline_kd.store.writer import commit, create_or_resume, write_manifest

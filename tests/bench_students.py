@@ -23,10 +23,10 @@ from offline_kd.store.codecs.f32 import Float32
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.codecs.klt import Klt
 from offline_kd.store.codecs.topk import TopK
+from offline_kd.store.layout import parts_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import parts_of
 from offline_kd.store.writer import commit, commit_tables, create_or_resume
 
 ROOT = Path(__file__).parent.parent

@@ -25,8 +25,9 @@ from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.models.networks import build
 from offline_kd.store.codecs.int_ import Int
+from offline_kd.store.layout import array_specs
 from offline_kd.store.opening import open_store
-from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, array_specs, store_digest
+from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, store_digest
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
 

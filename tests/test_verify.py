@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.store.chunks import decode_chunk, encode_chunk
+from offline_kd.store.layout import ArraySpec
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder, place_at
-from offline_kd.store.schema import ArraySpec
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import OfflineKDError, StoreError
 

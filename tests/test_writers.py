@@ -196,7 +196,7 @@ def test_the_lease_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):
 
 def test_a_slow_writer_does_not_write_over_the_one_that_took_its_block_over(recipe, manifest, roots, tmp_path):
     """The worst case: a teacher that is not reproducible, and a writer that wakes up after its lease is gone."""
-    from offline_kd.store.schema import parts_of
+    from offline_kd.store.layout import parts_of
     from offline_kd.store.writer import commit
 
     one_tar = recipe.model_copy(update={"data": recipe.data.model_copy(update={"tars": [2]})})

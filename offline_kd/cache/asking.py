@@ -13,8 +13,9 @@ from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import pack
+from offline_kd.store.layout import PROBES_PER_GROUP
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import PROBES_PER_GROUP, DecisionsIdentity, StoreIdentity
+from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import DataError, TeacherError
 from offline_kd.views.choice import choose

@@ -13,7 +13,7 @@ from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.codecs import CODECS, Codec
 from offline_kd.store.codecs.codec import Tables
 from offline_kd.store.codecs.f32 import Float32
-from offline_kd.store.schema import ArraySpec
+from offline_kd.store.layout import ArraySpec
 from offline_kd.support.console import say
 from offline_kd.views.kind import ViewSpec, draw
 from offline_kd.views.render import view_batches

@@ -18,8 +18,9 @@ from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import Recipe
 from offline_kd.store.chunks import encode_chunk
+from offline_kd.store.layout import entry_names, parts_of
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import StoreIdentity, entry_names, kind_of, parts_of
+from offline_kd.store.schema import StoreIdentity, kind_of
 from offline_kd.support.console import say
 from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images

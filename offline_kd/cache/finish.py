@@ -3,6 +3,7 @@
 from offline_kd.cache.fidelity import measure_fidelity
 from offline_kd.cache.job import Capture, current_manifest
 from offline_kd.store.card import write_card
+from offline_kd.store.layout import entry_names, parts_of, small_files
 from offline_kd.store.leases import Leases
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, stored_object
@@ -10,11 +11,8 @@ from offline_kd.store.schema import (
     SCHEMA_VERSION,
     LedgerEntry,
     StoreManifest,
-    entry_names,
     identity_of_targets,
     ledger_name,
-    parts_of,
-    small_files,
     store_digest,
 )
 from offline_kd.store.writer import parse_entry, read_ledger, write_manifest

@@ -17,6 +17,7 @@ from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.layout import parts_of, plan_views_per_group
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, parse_metadata, stored_object
@@ -28,8 +29,6 @@ from offline_kd.store.schema import (
     StoreIdentity,
     StoreManifest,
     TeacherIdentity,
-    parts_of,
-    plan_views_per_group,
 )
 from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes
 from offline_kd.support.console import say

@@ -21,9 +21,10 @@ from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CaptureRecipe
+from offline_kd.store.layout import parts_of
 from offline_kd.store.leases import Leases, leases_at
 from offline_kd.store.places import Folder, Place, place_at
-from offline_kd.store.schema import StoreManifest, parts_of
+from offline_kd.store.schema import StoreManifest
 from offline_kd.store.writer import commit_tables, committed_tables
 
 

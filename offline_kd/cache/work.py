@@ -11,8 +11,9 @@ from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import Capture, store_of
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.store.join import tables_on
+from offline_kd.store.layout import Part, parts_of
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import Part, identity_of_targets, ledger_name, parts_of, tables_ledger_name
+from offline_kd.store.schema import identity_of_targets, ledger_name, tables_ledger_name
 from offline_kd.store.writer import commit, read_ledger
 from offline_kd.support.console import say
 from offline_kd.support.errors import DataError, StoreMismatch

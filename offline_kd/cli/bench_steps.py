@@ -41,11 +41,12 @@ from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.f32 import Float32
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import tables_on
+from offline_kd.store.layout import create_array, parts_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows
-from offline_kd.store.schema import StoreIdentity, create_array, parts_of
+from offline_kd.store.schema import StoreIdentity
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError

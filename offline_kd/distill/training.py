@@ -27,9 +27,9 @@ from offline_kd.recipe import (
     needs_teacher,
 )
 from offline_kd.store.downloads import DEFAULT_BYTES
+from offline_kd.store.layout import plan_views_per_group
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import plan_views_per_group
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_groups
 

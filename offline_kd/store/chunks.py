@@ -9,7 +9,7 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.store.schema import ArraySpec
+from offline_kd.store.layout import ArraySpec
 from offline_kd.support.errors import StoreCorrupt
 
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_kd.store.downloads import DEFAULT_BYTES, Downloads, cache_folder
+from offline_kd.store.layout import check_bounds, entry_names, parts_of
 from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import MAX_METADATA_BYTES, REPAIR, Store, checked, parse_metadata, read_json
 from offline_kd.store.schema import (
@@ -18,11 +19,8 @@ from offline_kd.store.schema import (
     StoreIdentity,
     StoreManifest,
     TablesEntry,
-    check_bounds,
-    entry_names,
     identity_of_targets,
     ledger_name,
-    parts_of,
     store_digest,
 )
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean

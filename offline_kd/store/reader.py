@@ -18,20 +18,18 @@ from numpy.typing import NDArray
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.downloads import Downloads
+from offline_kd.store.layout import ArraySpec, Part, parts_of
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.schema import (
     Addition,
-    ArraySpec,
     Held,
     LedgerEntry,
-    Part,
     StoredObject,
     StoreIdentity,
     StoreManifest,
     TablesEntry,
     kind_of,
     ledger_name,
-    parts_of,
     tables_ledger_name,
 )
 from offline_kd.support.console import progress

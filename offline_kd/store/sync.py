@@ -10,10 +10,11 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from offline_kd.store.layout import small_files
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries
-from offline_kd.store.schema import Held, StoredObject, StoreManifest, small_files
+from offline_kd.store.schema import Held, StoredObject, StoreManifest
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch

@@ -14,10 +14,11 @@ from offline_kd.data.blocks import ImageBlock
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
+from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
-from offline_kd.store.schema import NO_KEY, ArraySpec, LedgerEntry, StoredObject, TablesEntry, small_files
+from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreError

@@ -18,22 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.store.chunks import decode_chunk, encode_chunk
+from offline_kd.store.layout import ArraySpec, Part, parts_of, zarr_metadata
 from offline_kd.store.opening import read_identity
 from offline_kd.store.places import Folder, Place
 from offline_kd.store.reader import Arrays, parse_metadata, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     Addition,
-    ArraySpec,
     LedgerEntry,
-    Part,
     StoredObject,
     StoreIdentity,
     StoreManifest,
     TablesEntry,
-    parts_of,
     tables_ledger_name,
-    zarr_metadata,
 )
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
 

@@ -1,0 +1,303 @@
+"""The zarr arrays of a store: their names, types, shapes and chunks, what is committed together, and zarr's metadata.
+
+`schema.py` says what the JSON files are about; this says which objects lie below `targets.zarr/`.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import zarr
+from zarr.abc.store import Store as ZarrStore
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+from zarr.storage import MemoryStore
+
+from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
+from offline_kd.store.decisions import NEAREST, SubclassDecisions, TemplateDecisions
+from offline_kd.store.schema import Addition, DecisionsIdentity, StoreIdentity, ledger_name, tables_ledger_name
+from offline_kd.support.errors import RecipeError, StoreCorrupt
+from offline_kd.views.epochs import view_groups
+from offline_kd.views.kind import ViewSpec
+
+PROBES_PER_GROUP = 4
+NO_KEY = 2**64 - 1
+MIN_OBJECT_BYTES = 256 * 1024  # below this a request costs more than its bytes
+MAX_CHUNK_BYTES = 2**31 - 2**16  # what one object may hold, decoded: the limit of blosc
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """One zarr array. `extent` says what one object of it holds: a block, a block's view group, or all of it.
+
+    `name` is what readers ask for; arrays of another teacher have the same names below a `prefix`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    fill: float
+    extent: Literal["block", "group", "whole"]
+    description: str
+    prefix: str = ""
+
+    @property
+    def path(self) -> str:
+        """Of the array, below `targets.zarr/`."""
+        return self.prefix + self.name
+
+    @property
+    def chunk_bytes(self) -> int:
+        return math.prod(self.chunks) * np.dtype(self.dtype).itemsize
+
+    def _grid(self, block: int, group: int) -> tuple[int, ...]:
+        return {"block": (block,), "group": (block, group), "whole": ()}[self.extent]
+
+    def object_key(self, block: int, group: int) -> str:
+        """Path below `targets.zarr/` of the object that holds a block (of a view group)."""
+        grid = self._grid(block, group)
+        return "/".join([self.path, "c", *map(str, grid), *["0"] * (len(self.shape) - len(grid))])
+
+    def region(self, block: int, group: int) -> tuple[slice, ...]:
+        """The array's elements that this object holds."""
+        grid = self._grid(block, group)
+        sizes = self.chunks[: len(grid)]
+        return tuple(slice(index * size, (index + 1) * size) for index, size in zip(grid, sizes, strict=True))
+
+
+def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
+    """The arrays, one object each, that decisions of that name (or CODEC_TABLES: the logits) refer to."""
+    if name == CODEC_TABLES:
+        return [
+            ArraySpec(
+                f"codec/{part}", dtype, shape, shape, tuple(f"dim_{axis}" for axis in range(len(shape))), 0, "whole", ""
+            )
+            for part, (dtype, shape) in identity.codec.tables(identity.num_classes).items()
+        ]
+    about = identity.decisions[name]
+    config, channels = about.config, about.channels
+
+    def table(part: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        shape = tuple(size for _, size in inner)
+        dimensions = tuple(label for label, _ in inner)
+        return ArraySpec(f"templates/{name}/{part}", dtype, shape, shape, dimensions, fill, "whole", description)
+
+    if isinstance(config, TemplateDecisions):
+        templates = ("template", config.templates)
+        return [
+            table("centroids", "<f4", np.nan, "the templates", templates, ("channel", channels)),
+            table("count", "<i8", -1, "training vectors nearest to each", templates),
+            table("nearest_row", "<i8", -1, "rows with the vectors closest to each", templates, ("rank", NEAREST)),
+            table("nearest_place", "<i4", -1, "their places: y * width + x", templates, ("rank", NEAREST)),
+        ]
+    classes, per_class = identity.num_classes, config.per_class
+    component = ("component", config.components)
+    subclasses = classes * per_class
+    return [
+        table("scalings", "<f4", np.nan, "LDA projection; unused columns 0", ("channel", channels), component),
+        table("xbar", "<f4", np.nan, "mean that LDA subtracts", ("channel", channels)),
+        table("centers", "<f4", np.nan, "sub-classes", ("class", classes), ("subclass", per_class), component),
+        table("table", "<f4", np.nan, "row i: as what i is seen", ("subclass", subclasses), ("seen_as", subclasses)),
+    ]
+
+
+def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
+    """Every array of a store. The view axis is as long as there are different views, so that none is ever resized."""
+    rows, per_group = identity.rows_per_block, identity.views_per_group
+    blocks, num_groups = identity.num_blocks, -(-identity.views.num_distinct // per_group)
+    num_rows, num_views = blocks * rows, num_groups * per_group
+    height, width = identity.seen_size
+
+    def per_row(name: str, dtype: str, fill: float, description: str) -> ArraySpec:
+        return ArraySpec(name, dtype, (num_rows,), (rows,), ("row",), fill, "block", description)
+
+    def per_view(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
+        shape, chunks = (num_rows, num_views, *sizes), (rows, per_group, *sizes)
+        return ArraySpec(name, dtype, shape, chunks, ("row", "view", *names), fill, "group", description)
+
+    def per_probe(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
+        shape, chunks = (blocks, num_groups, PROBES_PER_GROUP, *sizes), (1, 1, PROBES_PER_GROUP, *sizes)
+        return ArraySpec(name, dtype, shape, chunks, ("block", "group", "probe", *names), fill, "group", description)
+
+    specs = [
+        per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
+        per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)"),
+        per_row("label", "<i4", -1, "class index"),
+        *(
+            per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
+            for name, array in identity.views.arrays().items()
+        ),
+        per_probe("probe/row", "<i4", -1, "row within the block"),
+        per_probe("probe/view", "<i4", -1, "view within the group"),
+        per_probe(
+            "probe/pixels",
+            "|u1",
+            0,
+            "what the teacher saw",
+            ("channel", 3),
+            ("height", height),
+            ("width", width),
+        ),
+    ]
+    for name, array in identity.codec.arrays().items():
+        inner = [(array.axis[0], array.axis[1] or identity.num_classes)] if array.axis else []
+        specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
+    for name, about in identity.decisions.items():
+        places = [("height", about.height), ("width", about.width)]
+        if isinstance(about.config, SubclassDecisions):
+            specs.append(
+                per_view(f"decisions/{name}/subclass", "|u1", 255, "sub-class within the label's class", *places)
+            )
+            continue
+        top = ("rank", about.config.top)
+        specs.append(per_view(f"decisions/{name}/id", "<u2", 65535, "template, likeliest first", *places, top))
+        if about.config.top > 1:
+            specs.append(per_view(f"decisions/{name}/prob", "<u2", 65535, "probability * 16383", *places, top))
+        specs.append(per_view(f"decisions/{name}/dropped", "<f4", np.nan, "largest mass that was not kept"))
+    return specs
+
+
+def _prefix(addition: Addition) -> str:
+    return f"teachers/{addition.targets}/" if addition.targets else ""
+
+
+def addition_specs(identity: StoreIdentity, addition: Addition) -> list[ArraySpec]:
+    """The arrays of an addition; rows and views are those that the store was created with."""
+    kinds = ("logits/", "decisions/") if addition.extends is None else ("decisions/",)
+    of_addition = identity.model_copy(update={"codec": addition.codec, "decisions": addition.decisions})
+    specs = [spec for spec in array_specs(of_addition) if spec.name.startswith(kinds)]
+    return [replace(spec, prefix=_prefix(addition)) for spec in specs]
+
+
+def addition_table_specs(identity: StoreIdentity, addition: Addition, name: str) -> list[ArraySpec]:
+    of_addition = identity.model_copy(update={"codec": addition.codec, "decisions": addition.decisions})
+    return [replace(spec, prefix=_prefix(addition)) for spec in table_specs(of_addition, name)]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is committed together for one block and view group: what the store was created with, or an addition."""
+
+    name: str  # "" for what the store was created with
+    targets: str  # that it belongs to; "" are the first ones
+    specs: list[ArraySpec]
+    tables: dict[str, list[ArraySpec]]  # by name of the decisions
+    codec: AnyCodec
+    decisions: Mapping[str, DecisionsIdentity]
+
+
+def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dict[str, Part]:
+    """The parts of a store, the first one first."""
+    tables = {name: table_specs(identity, name) for name in _tables(identity.codec, identity.decisions)}
+    return {"": Part("", "", array_specs(identity), tables, identity.codec, identity.decisions)} | {
+        one.name: Part(
+            one.name,
+            one.targets,
+            addition_specs(identity, one),
+            {
+                name: addition_table_specs(identity, one, name)
+                for name in _tables(one.codec if one.extends is None else None, one.decisions)
+            },
+            one.codec,
+            one.decisions,
+        )
+        for one in additions
+    }
+
+
+def _tables(codec: AnyCodec | None, decisions: Iterable[str]) -> list[str]:
+    """Which tables there are: of the codec if it has any, and of all decisions."""
+    return [*([CODEC_TABLES] if codec is not None and codec.learns_from else []), *decisions]
+
+
+def check_bounds(where: str, parts: Mapping[str, Part]) -> None:
+    """Raise StoreCorrupt for objects too large to be read: metadata is not trusted with memory."""
+    for part in parts.values():
+        for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]:
+            if spec.chunk_bytes > MAX_CHUNK_BYTES:
+                raise StoreCorrupt(
+                    f"{where}: declares objects of {spec.chunk_bytes:,} bytes for {spec.path} (chunks {spec.chunks}), "
+                    f"more than the {MAX_CHUNK_BYTES:,} that one may have. This is no store of ours, or a damaged one."
+                )
+
+
+def create_array(store: ZarrStore, spec: ArraySpec) -> "zarr.Array[Any]":
+    """Create one array; the same call serves the store on disk and the coding of chunks in memory."""
+    itemsize = np.dtype(spec.dtype).itemsize
+    packer: Any = (
+        ZstdCodec(level=1)
+        if itemsize == 1
+        else BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle", typesize=itemsize)
+    )
+    return zarr.create_array(
+        store,
+        name=spec.path,
+        shape=spec.shape,
+        chunks=spec.chunks,
+        dtype=spec.dtype,
+        fill_value=np.dtype(spec.dtype).type(spec.fill),
+        compressors=[packer, Crc32cCodec()],
+        filters=None,
+        dimension_names=spec.dimensions,
+        attributes={"description": spec.description},
+        config={"write_empty_chunks": True},
+        zarr_format=3,
+    )
+
+
+def zarr_metadata(parts: Mapping[str, Part]) -> dict[str, bytes]:
+    """The metadata files of `targets.zarr/` by name, with which any zarr implementation can read the store."""
+    store = MemoryStore()
+    zarr.open_group(store, mode="a", zarr_format=3)
+    for part in parts.values():
+        for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]:
+            create_array(store, spec)
+    return {f"targets.zarr/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
+
+
+def plan_views_per_group(views: ViewSpec, *, rows_per_block: int, num_classes: int, requested: int | None) -> int:
+    """How many views are stored and read together: as requested, else the fewest that make a worthwhile object.
+
+    Always a divisor of the number of views, so that no group is ever half full and views can be added later without
+    touching what is there. The codec has no say, because the grouping decides which view an epoch shows: runs from
+    stores of different codecs see the same views in the same order.
+    """
+    num_views = views.num_views
+    if requested is not None:
+        if num_views % requested:
+            divisors = [size for size in range(1, num_views + 1) if num_views % size == 0]
+            raise RecipeError(
+                f"capture.views_per_group is {requested}, which does not divide the {num_views} views. "
+                f"Use one of {divisors}."
+            )
+        return requested
+    bytes_per_row = 2 * num_classes  # as in f16
+    for size in range(1, num_views + 1):
+        if num_views % size == 0 and size * rows_per_block * bytes_per_row >= MIN_OBJECT_BYTES:
+            return size
+    return num_views
+
+
+def small_files(additions: Iterable[Addition], parts: Mapping[str, Part]) -> list[str]:
+    """Everything but manifest.json, ledger and objects: identity, additions, card, zarr's metadata."""
+    return [
+        "store.json",
+        *(f"additions/{one.name}.json" for one in additions),
+        "README.md",
+        "index.html",
+        *zarr_metadata(parts),
+    ]
+
+
+def entry_names(identity: StoreIdentity, parts: Mapping[str, Part], views: Mapping[str, int]) -> list[str]:
+    """The file names of all ledger entries of a store with so many views of every part."""
+    names = [tables_ledger_name(name, part.name) for part in parts.values() for name in part.tables]
+    for part_name, num_views in views.items():
+        groups = view_groups(num_views, identity.views_per_group)
+        names += [ledger_name(block, group, part_name) for block in range(identity.num_blocks) for group in groups]
+    return names
