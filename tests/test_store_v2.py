@@ -1,6 +1,8 @@
 """A store that was written before the package was divided into rooms is read, trained from and captured again."""
 
+import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, invoke
 
+from offline_kd.store.downloads import Downloads
 from offline_kd.store.opening import open_store
 
 FIXTURE = ROOT / "tests" / "fixtures" / "store_v2"
@@ -63,3 +66,40 @@ def test_captured_anew_the_store_verifies_and_on_the_same_machine_has_the_same_d
     versions = [json.loads((one / "store.json").read_text())["versions"] for one in (STORE, path)]
     if versions[0] == versions[1] and torch.backends.cpu.get_cpu_capability() == CPU_OF_FIXTURE:
         assert anew.digest == DIGEST
+
+
+def test_an_object_is_hashed_once_whether_it_is_fetched_or_was_downloaded_before(tmp_path, monkeypatch):
+    hashed: list[str] = []
+    sha256 = hashlib.sha256
+
+    def counted(content: bytes = b"", **options: bool):
+        made = sha256(content, **options)
+        hashed.append(made.hexdigest())
+        return made
+
+    downloads = Downloads(tmp_path, 2**20)
+    names = ["key_hash", "logits/code"]
+    committed = open_store(STORE).entry("", 0, 0).objects
+    objects = [one.sha256 for key, one in committed.items() if key.startswith(("key_hash/", "logits/"))]
+    assert len(objects) == 2
+    monkeypatch.setattr(hashlib, "sha256", counted)
+    for _ in ("fetched", "from the downloads"):
+        # A new reader each time: one keeps what it read.
+        store = replace(open_store(STORE), downloads=downloads)
+        hashed.clear()
+        store.read(0, 0, names)
+        assert sorted(one for one in hashed if one in objects) == sorted(objects)
+        assert len(hashed) == len(set(hashed)) == 3  # and the ledger entry
+
+
+def test_a_damaged_download_is_noticed_and_fetched_anew(tmp_path):
+    downloads = Downloads(tmp_path, 2**20)
+    right = replace(open_store(STORE), downloads=downloads).read(0, 0, ["label"])["label"]
+    sha256 = next(one.sha256 for key, one in open_store(STORE).entry("", 0, 0).objects.items() if "label/" in key)
+    file = tmp_path / sha256
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    again = replace(open_store(STORE), downloads=downloads).read(0, 0, ["label"])["label"]
+    assert np.array_equal(right, again)
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == sha256

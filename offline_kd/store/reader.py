@@ -222,10 +222,10 @@ class Store:
             if name not in self.entries:
                 raise StoreIncomplete(f"{self.place}: manifest.json lacks the entry {name}: {REPAIR}")
             file, expected = f"ledger/{name}", self.entries[name]
-            content = self._fetch(file, expected)
-            if content is None:
+            fetched = self._fetch(file, expected)
+            if fetched is None:
                 raise StoreIncomplete(f"{self.place}/{file}: missing, though manifest.json lists it: {REPAIR}")
-            found = hashlib.sha256(content).hexdigest()
+            content, found = fetched
             if found != expected:
                 raise StoreCorrupt(f"{self.place}/{file}: sha256 {found}, manifest.json says {expected}: {REPAIR}")
             entry: Any = parse_metadata(model, content, f"{self.place}/{file}")
@@ -242,27 +242,34 @@ class Store:
         if held and not held.has(array):
             raise StoreIncomplete(f"{self.place}: this copy holds {held.arrays} only, not {array}. Pull that too.")
         expected = entry.objects.get(key)
-        content = self._fetch(f"targets.zarr/{key}", expected.sha256 if expected else "")
-        self.compare(entry, key, None if content is None else len(content), content)
-        assert content is not None
+        fetched = self._fetch(f"targets.zarr/{key}", expected.sha256 if expected else "")
+        if fetched is None:
+            self.compare(entry, key, None)
+        assert fetched is not None
+        content, found = fetched
+        self.compare(entry, key, len(content), found)
         return content
 
-    def _fetch(self, name: str, sha256: str) -> bytes | None:
-        """A file from the store, or from the downloads of a remote one; None if it is missing."""
+    def _fetch(self, name: str, sha256: str) -> tuple[bytes, str] | None:
+        """A file from the store, or from the downloads of a remote one, and its sha256; None if it is missing.
+
+        Hashed once, wherever it comes from: callers compare what is returned here.
+        """
         if self.downloads is not None and sha256:
-            content = self.downloads.get(sha256)
-            if content is not None and hashlib.sha256(content).hexdigest() == sha256:
-                return content
+            kept = self.downloads.get(sha256)
+            if kept is not None and hashlib.sha256(kept).hexdigest() == sha256:
+                return kept, sha256
         try:
             content = self.place.read(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if self.downloads is not None and hashlib.sha256(content).hexdigest() == sha256:
+        found = hashlib.sha256(content).hexdigest()
+        if self.downloads is not None and found == sha256:
             self.downloads.put(sha256, content)
-        return content
+        return content, found
 
     def compare(
-        self, entry: LedgerEntry | TablesEntry, key: str, found_bytes: int | None, content: bytes | None = None
+        self, entry: LedgerEntry | TablesEntry, key: str, found_bytes: int | None, found_sha256: str | None = None
     ) -> None:
         """Raise StoreIncomplete or StoreCorrupt when an object is not what the ledger vouches for."""
         expected = entry.objects.get(key)
@@ -273,8 +280,8 @@ class Store:
             raise StoreIncomplete(f"{where}: missing, though {entry.file_name} was committed: {REPAIR}")
         if found_bytes != expected.bytes:
             raise StoreCorrupt(f"{where}: {found_bytes:,} bytes, committed were {expected.bytes:,}: {REPAIR}")
-        if content is not None and (found := hashlib.sha256(content).hexdigest()) != expected.sha256:
-            raise StoreCorrupt(f"{where}: sha256 {found}, committed was {expected.sha256}: {REPAIR}")
+        if found_sha256 not in (None, expected.sha256):
+            raise StoreCorrupt(f"{where}: sha256 {found_sha256}, committed was {expected.sha256}: {REPAIR}")
 
     def check_sizes(self) -> None:
         """Make sure, by listing and without reading, that every object of these targets is there with its size.
