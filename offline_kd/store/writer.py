@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,8 @@ from offline_kd.store.schema import (
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
 
 ABANDONED_SECONDS = 3600
+
+E = TypeVar("E", LedgerEntry, TablesEntry)
 
 
 def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
@@ -161,15 +163,27 @@ def commit(
 
 
 def commit_tables(place: Place, part: Part, name: str, arrays: Arrays, statistics: dict[str, float]) -> TablesEntry:
-    """The same for the templates that decisions of that name refer to; `arrays` by full array name."""
+    """Write the tables of decisions of that name, prove that the store holds them, then vouch for them.
+
+    Args:
+        arrays: by full array name, whole.
+        statistics: of the fit, kept in the ledger entry.
+
+    Returns:
+        The entry that stands: another writer's, if it was first.
+
+    Raises:
+        StoreCorrupt: when what was read back differs from what was written.
+    """
     objects = _write_objects(place, part.tables[name], arrays, 0, 0, lambda: True)
     return _vouch(place, TablesEntry(addition=part.name, decisions=name, objects=objects, statistics=statistics))
 
 
-def _vouch(place: Place, entry: Any) -> Any:
+def _vouch(place: Place, entry: E) -> E:
+    """Create the ledger file of an entry; returns the one that stands."""
     file = f"ledger/{entry.file_name}"
     # Older software reads stores in which nothing was left out.
-    nothing = {"left_out"} if not getattr(entry, "left_out", None) else None
+    nothing = {"left_out"} if not (isinstance(entry, LedgerEntry) and entry.left_out) else None
     if place.create(file, (entry.model_dump_json(indent=1, exclude=nothing) + "\n").encode()):
         return entry
     return parse_metadata(type(entry), place.read(file), f"{place}/{file}")
