@@ -101,6 +101,7 @@ def test_every_array_of_every_block_is_what_the_package_reads(targets):
 
 def test_logits_of_klt_are_those_that_the_package_decodes():
     from offline_kd.store.codec import decode_stored
+
     from offline_kd.store.opening import open_store
 
     identity, manifest = checked_manifest(STORE)

@@ -1,7 +1,5 @@
 """Run directories -> one table and one self-contained page."""
 
-import base64
-import html
 import io
 import json
 import statistics
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_kd.support.errors import TrainingError
+from offline_kd.support.pages import data_url, render_page
 
 
 @dataclass(frozen=True)
@@ -90,38 +89,17 @@ def table_rows(summaries: Sequence[Summary]) -> list[list[str]]:
 def write_report(file: Path, title: str, runs: Sequence[RunRecord], notes: Sequence[str] = ()) -> None:
     """A page with the table, the accuracy of every objective as a picture, and the curves; nothing is loaded from
     elsewhere."""
-    summaries = summarise(runs)
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in table_rows(summaries)
-    )
-    remarks = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
-    pictures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{picture}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, picture in (
+    page = render_page(
+        "report",
+        title=title,
+        notes=notes,
+        columns=COLUMNS,
+        rows=table_rows(summarise(runs)),
+        pictures=[
             ("Top-1 after the last epoch, one dot per seed", _dots(runs)),
             ("Top-1 on the evaluation split, mean over seeds", _curves(runs)),
-        )
+        ],
     )
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }}
-table {{ border-collapse: collapse; margin: 1rem 0; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ddd; text-align: right; font-variant-numeric: tabular-nums; }}
-th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 1.5rem 0; }} img {{ max-width: 100%; }} figcaption {{ color: #555; }}
-</style></head><body>
-<h1>{html.escape(title)}</h1>
-{remarks}
-<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
-<p>top-1: after the last epoch, mean ± standard deviation over seeds. best: the best epoch on the evaluation
-split, which favours noisy curves. s / epoch: training alone.</p>
-{pictures}
-</body></html>
-"""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
 
@@ -178,4 +156,4 @@ def _figure(height: float) -> tuple[Any, Any]:
 def _svg(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue(), "image/svg+xml")

@@ -3,7 +3,6 @@
 Everything in it comes from the store, and every name in it is escaped: stores are shared.
 """
 
-import base64
 import html
 import io
 from collections.abc import Mapping
@@ -17,19 +16,11 @@ from PIL import Image
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
 from offline_kd.store.serving import served_terms
+from offline_kd.support.pages import data_url, render_page
 
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
 MAX_FLOATS = 2**24  # of logits that are decoded at once
 BINS = 15
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-table { border-collapse: collapse; margin: 1rem 0; width: 100%; }
-td { padding: .25rem .8rem .25rem 0; vertical-align: top;
-border-bottom: 1px solid #ddd; overflow-wrap: anywhere; } td:first-child { width: 15rem; color: #555; }
-.views { display: flex; flex-wrap: wrap; gap: .8rem; } .views figure { margin: 0; width: 7rem; font-size: 12px; }
-.views img { width: 7rem; height: 7rem; object-fit: contain; image-rendering: pixelated; background: #eee; }
-figure { margin: 1rem 0; } figcaption { color: #555; } .plots img { max-width: 100%; }
-"""
 
 
 @dataclass(frozen=True)
@@ -64,29 +55,23 @@ def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str
         *_table(common),
         "",
     ]
-    page = [f"<h1>Teacher store: {html.escape(identity.name)}</h1>", _html_table(common)]
-    for (title, facts, measured), store in zip(sections, stores.values(), strict=True):
+    for title, facts, measured in sections:
         markdown += [f"## {_plain(title)}", "", *_table(facts), "", "### Fidelity", ""]
         markdown += ["The teacher was run again on rows read back from this store:", "", *_table(measured), ""]
-        page += [f"<h2>{html.escape(title)}</h2>", _html_table(facts)]
-        page += ["<p>The teacher was run again on rows read back from this store:</p>", _html_table(measured)]
-        page += [_pictures(store)]
-    sizes = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{size:,}</td><td>{size / max(manifest.total_bytes, 1):.1%}</td></tr>"
-        for name, size in sorted(manifest.bytes_by_array.items(), key=lambda one: -one[1])
+    page = render_page(
+        "card",
+        title=identity.name,
+        common=common,
+        teachers=[
+            {"title": title, "facts": facts, "measured": measured, **_pictures(store)}
+            for (title, facts, measured), store in zip(sections, stores.values(), strict=True)
+        ],
+        sizes=[
+            (name, f"{size:,}", f"{size / max(manifest.total_bytes, 1):.1%}")
+            for name, size in sorted(manifest.bytes_by_array.items(), key=lambda one: -one[1])
+        ],
     )
-    page += [f"<h2>Bytes by array</h2><table>{sizes}</table>"]
-    content = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width">'
-        # No script, no request: a card from somebody else can do nothing, even if an escape were missing.
-        '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f"<title>{html.escape(identity.name)}</title><style>{STYLE}</style></head><body>\n"
-        + "\n".join(page)
-        + "\n</body></html>\n"
-    )
-    return {"README.md": "\n".join(markdown).encode(), "index.html": content.encode()}
+    return {"README.md": "\n".join(markdown).encode(), "index.html": page.encode()}
 
 
 def _title(store: Store, targets: str) -> str:
@@ -180,27 +165,17 @@ def read_answers(store: Store) -> Answers:
     return Answers(np.concatenate(confidences), np.concatenate(corrects), np.concatenate(labels), examples)
 
 
-def _pictures(store: Store) -> str:
+def _pictures(store: Store) -> dict[str, list[tuple[str, str]]]:
+    """Captions and addresses of the example views and of the plots."""
     answers = read_answers(store)
-    views = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{_png(pixels)}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for pixels, caption in answers.examples
-    )
-    total = len(answers.labels)
-    plots = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/svg+xml;base64,{picture}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, picture in (
-            (
-                f"Confidence and calibration of the teacher on {total:,} stored rows (augmented training images)",
-                _curves(answers),
-            ),
+    about = f"{len(answers.labels):,} stored rows (augmented training images)"
+    return {
+        "examples": [(caption, _png(pixels)) for pixels, caption in answers.examples],
+        "plots": [
+            (f"Confidence and calibration of the teacher on {about}", _curves(answers)),
             ("Teacher's top-1 by class on the same rows, worst first", _per_class(answers, store.identity)),
-        )
-    )
-    title = "<h3>Example views, and what the teacher says</h3>"
-    return f'{title}<div class="views">{views}</div><div class="plots">{plots}</div>'
+        ],
+    }
 
 
 def _curves(answers: Answers) -> str:
@@ -250,13 +225,13 @@ def _figure(height: float, columns: int) -> tuple[Any, Any]:
 def _svg(figure: Any) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue(), "image/svg+xml")
 
 
 def _png(pixels: NDArray[np.uint8]) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue(), "image/png")
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
@@ -269,11 +244,3 @@ def _plain(text: str) -> str:
 
 def _table(rows: dict[str, str]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {_plain(name)} | {_plain(value)} |" for name, value in rows.items())]
-
-
-def _html_table(rows: dict[str, str]) -> str:
-    cells = (
-        f"<tr><td>{html.escape(name)}</td><td>{html.escape(value).replace('`', '')}</td></tr>"
-        for name, value in rows.items()
-    )
-    return f"<table>{''.join(cells)}</table>"

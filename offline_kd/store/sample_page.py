@@ -1,8 +1,6 @@
 """A page about one sample of a store: its views, what the teacher said, and the template map over the image."""
 
-import base64
 import colorsys
-import html
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from offline_kd.store.decisions import TemplateDecisions, unpack_probs
 from offline_kd.store.join import as_stored, codec_tables_on, join
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.errors import DataError
+from offline_kd.support.pages import data_url, render_page
 from offline_kd.views.choice import Choice
 from offline_kd.views.mixing import WHOLE
 from offline_kd.views.operations import operation_name
@@ -25,18 +24,6 @@ from offline_kd.views.render import plain_images, render_some
 
 MAX_VIEWS, MAX_TEMPLATES = 8, 12
 CELLS_ACROSS_PATCH = 3
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-img { image-rendering: pixelated; display: block; }
-.views { display: flex; flex-wrap: wrap; gap: 1.5rem; } .view { width: 17rem; }
-.pictures { display: flex; gap: .5rem; } .pictures img { width: 8rem; height: 8rem; }
-.bar { display: grid; grid-template-columns: 7rem 1fr 3.5rem; gap: .4rem; align-items: center; font-size: 13px; }
-.bar i { display: block; height: .7rem; background: #4878a8; } .bar b { font-weight: normal; text-align: right; }
-.template { display: flex; gap: .4rem; align-items: center; margin: .3rem 0; }
-.template img { width: 3rem; height: 3rem; }
-.swatch { width: 1.4rem; height: 1.4rem; border-radius: 3px; } .number { width: 4rem; text-align: right; }
-small { color: #666; }
-"""
 
 
 def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path], file: Path) -> None:
@@ -55,26 +42,21 @@ def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path
     classes = store.identity.dataset.classes
     maps = [name for name, one in store.identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
     used: dict[str, list[int]] = {name: [] for name in maps}
-    views: list[str] = []
+    views: list[dict[str, object]] = []
     for group in range(len(store.identity.groups)):
         for position, view in enumerate(store.identity.groups[group]):
             if len(views) < MAX_VIEWS:
                 views.append(_view(store, block, number, row, group, position, view, maps, used))
-    sections = [_templates(store, name, used[name], images) for name in maps]
     identity = store.identity
-    title = f"{key}: {classes[block.labels[row]]}"
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1>
-<p>Sample {html.escape(key)} of {html.escape(identity.dataset.name)}/{html.escape(identity.dataset.split)},
-block {number}, row {row}; teacher {html.escape(identity.teacher.name)}; store {html.escape(identity.name)}
-<small>sha256:{store.digest[:16]}</small></p>
-<h2>Views, with the teacher's five likeliest classes{" and template maps" if maps else ""}</h2>
-<div class="views">{"".join(views)}</div>
-{"".join(sections)}
-</body></html>
-"""
+    page = render_page(
+        "sample",
+        title=f"{key}: {classes[block.labels[row]]}",
+        about=f"Sample {key} of {identity.dataset.name}/{identity.dataset.split}, block {number}, row {row}; "
+        f"teacher {identity.teacher.name}; store {identity.name}",
+        digest=f"sha256:{store.digest[:16]}",
+        views=views,
+        maps=[_templates(store, name, used[name], images) for name in maps],
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(page, encoding="utf-8")
 
@@ -111,7 +93,7 @@ def _view(
     view: int,
     maps: list[str],
     used: dict[str, list[int]],
-) -> str:
+) -> dict[str, object]:
     identity = store.identity
     wanted = [f"decisions/{name}/id" for name in maps]
     wanted += [f"decisions/{name}/prob" for name in maps if _top(store, name) > 1]
@@ -136,13 +118,15 @@ def _view(
         codec_tables_on(store, torch.device("cpu")),
     )
     probabilities = logits.softmax(dim=0)
-    bars = "".join(
-        f'<div class="bar"><span>{html.escape(identity.dataset.classes[int(index)])}</span>'
-        f'<i style="width:{100 * probability:.1f}%"></i><b>{100 * probability:.1f} %</b></div>'
-        for probability, index in zip(*(part.tolist() for part in probabilities.topk(min(5, len(logits)))), strict=True)
-    )
-    caption = f"view {view}: {_describe(choice, block)}"
-    return f'<div class="view"><div class="pictures">{"".join(pictures)}</div><small>{caption}</small>{bars}</div>'
+    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
+    return {
+        "pictures": pictures,
+        "caption": f"view {view}: {_describe(choice, block)}",
+        "likeliest": [
+            (identity.dataset.classes[index], f"{100 * probability:.1f}")
+            for probability, index in zip(values, indices, strict=True)
+        ],
+    }
 
 
 def _describe(choice: Choice, block: ImageBlock) -> str:
@@ -156,7 +140,7 @@ def _describe(choice: Choice, block: ImageBlock) -> str:
         said.append("erased")
     if choice.partner_row[0] >= 0:
         how = "covered by" if own["mix_box"][2] else "blended with"
-        said.append(f"{1 - own['share'] / WHOLE:.0%} {how} {html.escape(block.keys[choice.partner_row[0]])}")
+        said.append(f"{1 - own['share'] / WHOLE:.0%} {how} {block.keys[choice.partner_row[0]]}")
     return ", ".join(said)
 
 
@@ -166,7 +150,7 @@ def _top(store: Store, name: str) -> int:
     return config.top
 
 
-def _templates(store: Store, name: str, used: list[int], images: _Images) -> str:
+def _templates(store: Store, name: str, used: list[int], images: _Images) -> dict[str, object]:
     """The templates that these views show most, with the training patches nearest to each."""
     tables = store.read_tables(name)
     about = store.identity.decisions[name]
@@ -184,16 +168,15 @@ def _templates(store: Store, name: str, used: list[int], images: _Images) -> str
             image = plain[0].permute(1, 2, 0).numpy()
             patches.append(_img(_patch(image, place, about.height, about.width), f"row {row}"))
         vectors = int(tables["count"][template])
-        lines.append(
-            f'<div class="template"><span class="swatch" style="background:rgb{_colour(template)}"></span>'
-            f'<span class="number">{template}</span>{"".join(patches)}<small>{vectors:,} vectors</small></div>'
-        )
-    return (
-        f"<h2>Templates of {html.escape(name)}</h2><p>Those that these views show most, each with the training patches "
-        f"nearest to it ({html.escape(about.config.module)}, {len(tables['count']):,} templates on a grid of "
-        f"{about.height} x {about.width}). One colour for each template, the same everywhere; pale where the teacher "
-        f"was undecided.</p>{''.join(lines)}"
-    )
+        colour = "rgb" + str(_colour(template))
+        lines.append({"colour": colour, "number": template, "patches": patches, "vectors": f"{vectors:,}"})
+    return {
+        "name": name,
+        "module": about.config.module,
+        "count": f"{len(tables['count']):,}",
+        "grid": f"{about.height} x {about.width}",
+        "templates": lines,
+    }
 
 
 def _overlay(pixels: NDArray[np.uint8], ids: NDArray[np.int64], certainty: NDArray[np.float64]) -> NDArray[np.uint8]:
@@ -224,6 +207,6 @@ def _colour(template: int) -> tuple[int, int, int]:
     return int(255 * red), int(255 * green), int(255 * blue)
 
 
-def _img(pixels: NDArray[np.uint8], alt: str) -> str:
-    data = base64.b64encode(encode_png(np.ascontiguousarray(pixels))).decode()
-    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
+def _img(pixels: NDArray[np.uint8], alt: str) -> tuple[str, str]:
+    """What the picture shows, and its address."""
+    return alt, data_url(encode_png(np.ascontiguousarray(pixels)), "image/png")
