@@ -23,7 +23,7 @@ from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.loss import term_weight
 from offline_kd.distill.optimisation import learning_rate
-from offline_kd.distill.teacher_signal import Targets
+from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill
 from offline_kd.objectives import dkd, nkd
 from offline_kd.objectives.ce import CE
@@ -178,10 +178,12 @@ def test_hidden_labels_do_not_enter_the_cross_entropy():
     labels = torch.tensor([0, -1, 2, -1, -1, 3])
     known = labels >= 0
     expected = F.cross_entropy(z[known], labels[known])
-    assert CE(term="ce")(z, Targets(), LossBatch(labels)).item() == pytest.approx(expected.item())
-    assert CE(term="ce")(z, Targets(), LossBatch(torch.full((6,), -1))).item() == 0
+    assert CE(term="ce")(z, TeacherSignal(), LossBatch(labels)).item() == pytest.approx(expected.item())
+    assert CE(term="ce")(z, TeacherSignal(), LossBatch(torch.full((6,), -1))).item() == 0
     smooth = F.cross_entropy(z[known], labels[known], label_smoothing=0.1)
-    assert CE(term="ce")(z, Targets(), LossBatch(labels, label_smoothing=0.1)).item() == pytest.approx(smooth.item())
+    assert CE(term="ce")(z, TeacherSignal(), LossBatch(labels, label_smoothing=0.1)).item() == pytest.approx(
+        smooth.item()
+    )
 
 
 def test_terms_that_use_a_label_take_the_teachers_where_it_is_hidden():
@@ -189,9 +191,9 @@ def test_terms_that_use_a_label_take_the_teachers_where_it_is_hidden():
     z_s, z_t = torch.randn(5, 4, generator=generator), torch.randn(5, 4, generator=generator)
     labels = torch.tensor([0, -1, 2, -1, 1])
     filled = torch.where(labels >= 0, labels, z_t.argmax(1))
-    one = DKD(term="dkd", alpha=1, beta=2, temperature=4)(z_s, Targets(z_t), LossBatch(labels))
+    one = DKD(term="dkd", alpha=1, beta=2, temperature=4)(z_s, TeacherSignal(z_t), LossBatch(labels))
     assert one == dkd(z_s, z_t, filled, alpha=1, beta=2, temperature=4)
-    other = NKD(term="nkd", gamma=1.5, temperature=1)(z_s, Targets(z_t), LossBatch(labels))
+    other = NKD(term="nkd", gamma=1.5, temperature=1)(z_s, TeacherSignal(z_t), LossBatch(labels))
     assert other == nkd(z_s, z_t, filled, gamma=1.5, temperature=1)
 
 

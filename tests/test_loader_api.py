@@ -15,7 +15,7 @@ from offline_kd.distill.student import new_student
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
 from offline_kd.models.networks import normalise
-from offline_kd.recipe import CE
+from offline_kd.objectives.ce import CE
 from offline_kd.store.join import Wanted, joined_arrays
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
