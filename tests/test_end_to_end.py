@@ -141,8 +141,27 @@ def test_wrong_options_are_messages(recipe_file, tmp_path, where):
 
 
 def file_map() -> list[str]:
+    """Every file, in the order of the map; a folder's `__init__.py` comes after the files of the folder."""
     block = (ROOT / "README.md").read_text(encoding="utf-8").split("## File map")[1].split("```")[1]
-    return re.findall(r"^  ([a-z_0-9/]+\.py)\s", block, flags=re.MULTILINE)
+    files: list[str] = []
+    folders: list[tuple[int, str]] = []  # indentation and path of those that are open
+
+    def close(indent: int) -> None:
+        while folders and folders[-1][0] >= indent:
+            files.append(folders.pop()[1] + "__init__.py")
+
+    for line in filter(str.strip, block.splitlines()):
+        indent = len(line) - len(line.lstrip())
+        close(indent)
+        inside = folders[-1][1] if folders else ""
+        if folder := re.match(r"\s*([a-z_]+/)(\s|$)", line):
+            folders.append((indent, inside + folder[1]))
+        for word in line.split():
+            if not re.fullmatch(r"[a-z_0-9]+\.py", word):
+                break
+            files.append(inside + word)
+    close(0)
+    return files
 
 
 def test_the_file_map_of_the_readme_is_current():
