@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +15,28 @@ if TYPE_CHECKING:
 
 
 class DistillCommand(click.Command):
-    """Its help ends with the objectives, which are loaded only to show it."""
+    """Its help ends with the objectives."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from offline_kd.objectives import describe_objectives
-
         with formatter.section("Terms of an objective"):
-            formatter.write_dl(
-                [(name, f"{line} {f'({paper})' if paper else ''}") for name, line, paper in describe_objectives()]
-            )
+            formatter.write_dl(describe_objectives())
+
+
+def describe_objectives() -> list[tuple[str, str]]:
+    """Name and one line of every objective. Read from the source text, so that help does not wait for PyTorch."""
+    folder = Path(__file__).parent.parent / "objectives"
+    classes = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse((folder / "__init__.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CLASSES"
+    )
+    described = []
+    for name, where in classes.items():
+        file, class_name = where.split(".")
+        for node in ast.parse((folder / f"{file}.py").read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == class_name:
+                described.append((name, (ast.get_docstring(node) or "").partition("\n")[0]))
+    return described
 
 
 @click.command("distill", cls=DistillCommand)

@@ -18,7 +18,6 @@ from offline_kd.objectives.ttm import power_sum, ttm, wttm
 __all__ = [
     "OBJECTIVES",
     "decisions",
-    "describe_objectives",
     "dist",
     "dkd",
     "dtkd",
@@ -54,11 +53,6 @@ def _load(where: str) -> type[Term]:
 
 
 OBJECTIVES: dict[str, type[Term]] = {term: _load(where) for term, where in CLASSES.items()}
-
-
-def describe_objectives() -> list[tuple[str, str, str]]:
-    """Name, one line, and paper of every objective, in the order of the dict."""
-    return [(name, (one.__doc__ or "").splitlines()[0], one.paper) for name, one in OBJECTIVES.items()]
 
 
 def example_terms() -> dict[str, Term]:
