@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
-from offline_kd.store.codec import Float16, Int
 from PIL import Image
 
 from offline_kd.cli.main import keep_freed_memory
@@ -38,6 +37,8 @@ from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Source
+from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import Wanted, join
 from offline_kd.store.layout import entry_names, parts_of
 from offline_kd.store.opening import open_store

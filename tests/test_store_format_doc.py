@@ -100,8 +100,6 @@ def test_every_array_of_every_block_is_what_the_package_reads(targets):
 
 
 def test_logits_of_klt_are_those_that_the_package_decodes():
-    from offline_kd.store.codec import decode_stored
-
     from offline_kd.store.opening import open_store
 
     identity, manifest = checked_manifest(STORE)
@@ -112,7 +110,7 @@ def test_logits_of_klt_are_those_that_the_package_decodes():
     found = np.stack([klt_logits(code, identity["codec"], tables) for code in codes])
     store = open_store(STORE)
     stored = {"code": store.read(0, 0, ["logits/code"])["logits/code"][:50, 0]}
-    expected = decode_stored(store.identity.codec, stored, store.codec_tables, store.identity.num_classes)
+    expected = store.identity.codec.decode_stored(stored, store.codec_tables, store.identity.num_classes)
     assert np.abs(found - expected.numpy()).max() < 1e-5
 
 
