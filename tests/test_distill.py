@@ -17,7 +17,7 @@ from conftest import CPU, RECIPE, ROOT, invoke, make_recipe, merged, refused
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from offline_kd.cli.bench_steps import measure_drift
+from offline_kd.cli.bench_drift import measure_drift
 from offline_kd.data.decoding import decode_image
 from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import read_tar

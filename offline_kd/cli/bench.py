@@ -110,7 +110,8 @@ def bench_steps_command(
     offline-kd bench steps pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd
     offline-kd bench runs/digits/recipe.yaml --drift 200
     """
-    from offline_kd.cli.bench_steps import bench, measure_drift
+    from offline_kd.cli.bench_drift import measure_drift
+    from offline_kd.cli.bench_steps import bench
     from offline_kd.support.console import show_table
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ CIFAR: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def build(name: str, num_classes: int, args: Mapping[str, Any] | None = None) -> nn.Module:
+def build(name: str, num_classes: int, args: Mapping[str, int | float | str | bool] | None = None) -> nn.Module:
     """A freshly initialised network with `num_classes` outputs; raises ModelError for a name nobody knows.
 
     Weights are laid out channels-last, as `normalise` lays out images: twice as fast for ResNets on a CPU.
@@ -81,7 +81,7 @@ def _constructor(name: str) -> Callable[..., object]:
     )
 
 
-def _timm() -> Any:
+def _timm() -> ModuleType:
     try:
         return importlib.import_module("timm")
     except ImportError as error:

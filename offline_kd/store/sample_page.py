@@ -36,18 +36,15 @@ def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path
     place = int(np.searchsorted(hashes, np.uint64(hash_key(key))))
     if place == len(hashes) or hashes[place] != hash_key(key):
         raise DataError(f"{store.place}: holds no sample '{key}'. Keys look like '{_some_key(store, folder, roots)}'.")
-    number, row = divmod(int(rows[place]), store.identity.rows_per_block)
+    identity = store.identity
+    number, row = divmod(int(rows[place]), identity.rows_per_block)
     images = _Images(store, folder, roots)
     block = images.block(number)
-    classes = store.identity.dataset.classes
-    maps = [name for name, one in store.identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
+    classes = identity.dataset.classes
+    maps = [name for name, one in identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
     used: dict[str, list[int]] = {name: [] for name in maps}
-    views: list[dict[str, object]] = []
-    for group in range(len(store.identity.groups)):
-        for position, view in enumerate(store.identity.groups[group]):
-            if len(views) < MAX_VIEWS:
-                views.append(_view(store, block, number, row, group, position, view, maps, used))
-    identity = store.identity
+    shown = [(group, view) for group, stored in enumerate(identity.groups) for view in stored][:MAX_VIEWS]
+    views = [_view(images, number, row, group, view, used) for group, view in shown]
     page = render_page(
         "sample",
         title=f"{key}: {classes[block.labels[row]]}",
@@ -84,28 +81,23 @@ def _some_key(store: Store, folder: str, roots: Sequence[Path]) -> str:
 
 
 def _view(
-    store: Store,
-    block: ImageBlock,
-    number: int,
-    row: int,
-    group: int,
-    position: int,
-    view: int,
-    maps: list[str],
-    used: dict[str, list[int]],
+    images: _Images, number: int, row: int, group: int, view: int, used: dict[str, list[int]]
 ) -> dict[str, object]:
+    """What the page shows of a view; adds the templates in its maps to `used`, by name of the decisions."""
+    store, block = images.store, images.block(number)
     identity = store.identity
-    wanted = [f"decisions/{name}/id" for name in maps]
-    wanted += [f"decisions/{name}/prob" for name in maps if _top(store, name) > 1]
+    position = view - identity.groups[group].start
+    wanted = [f"decisions/{name}/id" for name in used]
+    wanted += [f"decisions/{name}/prob" for name in used if _top(store, name) > 1]
     arrays: Arrays = {name: array[row, position] for name, array in store.read(number, group, wanted).items()}
     at = np.zeros(len(block), dtype=np.int64) + position
     joined = join(store, block, group, at)
     choice = joined.view.take(np.array([row]))
     pixels = render_some(block, choice, identity.views, store.created.seen_size[0])[0].transpose(1, 2, 0)
     pictures = [_img(pixels, f"view {view}")]
-    for name in maps:
+    for name, templates in used.items():
         ids = arrays[f"decisions/{name}/id"][..., 0].astype(np.int64)
-        used[name] += ids.flatten().tolist()
+        templates += ids.flatten().tolist()
         certainty = np.ones(ids.shape)
         if _top(store, name) > 1:
             certainty = unpack_probs(
