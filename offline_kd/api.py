@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from offline_kd.cache.in_memory import ModuleOptions, cache_module
 from offline_kd.data.manifest import MANIFEST_NAME, Manifest, Normalisation, load_manifest
 from offline_kd.store.info import store_info
-from offline_kd.store.lookup import decisions_of, keys_in_row_order, logits_of, rows_of
+from offline_kd.store.lookup import decisions_of, keys_from_tars, logits_of, rows_of, stored_keys
 from offline_kd.store.opening import open_store as open_reader
 from offline_kd.store.reader import Store
 from offline_kd.support.errors import DataError, RecipeError, StoreError
@@ -76,12 +76,16 @@ class TeacherStore:
     def keys(self, data: str | Path | None = None) -> list[str]:
         """The key of every row, in the store's order.
 
-        A store holds hashes of keys only: the strings come from the tars in `data` (by default the folder that the
-        store was opened with), and every row's hash must be that of one of them.
+        Args:
+            data: the folder of the dataset's tars (by default the one that the store was opened with), from which the
+                keys of a store before schema 3 come: it holds their hashes only.
 
-        Raises StoreError when no folder is known, StoreMismatch when its tars lack the key of a row.
+        Raises StoreCorrupt where a key is not the one of its row's hash; of a store before schema 3, StoreError when
+        no folder is known and StoreMismatch when its tars lack the key of a row.
         """
-        return keys_in_row_order(self.reader, self._folder(data))
+        if self.reader.created.keeps_digests:
+            return stored_keys(self.reader)
+        return keys_from_tars(self.reader, self._folder(data))
 
     def logits(self, keys: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """`[n, V, C]` float32 logits of n samples in the given views (by default all that are stored), on the CPU.
@@ -134,7 +138,7 @@ class TeacherStore:
 
     def _rows(self, keys: Sequence[str]) -> NDArray[np.int64]:
         def known() -> list[str]:
-            return self.keys() if self.data is not None else []
+            return self.keys() if self.reader.created.keeps_digests or self.data is not None else []
 
         return rows_of(self.reader, keys, known)
 
@@ -143,8 +147,9 @@ class TeacherStore:
         if folder is None:
             about = self.reader.identity.dataset
             raise StoreError(
-                f"{self.reader.place}: holds no images and no key strings. Name the folder of the tars of "
-                f"{about.name}/{about.split}: here, or with open_store(..., data=FOLDER)."
+                f"{self.reader.place}: holds no images{'' if self.reader.created.keeps_digests else ' and no keys'}. "
+                f"Name the folder of the tars of {about.name}/{about.split}: here, or with open_store(..., "
+                "data=FOLDER)."
             )
         if not folder.is_dir():
             raise DataError(f"{folder}: no such folder. Name the one that holds the dataset's tars.")
@@ -158,7 +163,7 @@ def open_store(location: str | Path, *, digest: str | None = None, data: str | P
         location: a folder, a URL (`s3://`, `gs://`, `az://`, `https://`), or a name in the `data_manifest.yaml` of the
             current folder; `#TARGETS` (another teacher of the store) and `@sha256:DIGEST` may follow.
         digest: `sha256:...` that the store must have, or must have had before it grew; the same as `@sha256:...`.
-        data: the folder of the dataset's tars, for `keys` and `loader`.
+        data: the folder of the dataset's tars, for `loader`, and for `keys` of a store before schema 3.
 
     Raises RecipeError for a reference that cannot be understood, StoreError where there is no store, StoreIncomplete
     for one that is not finished, StoreCorrupt when its parts disagree, StoreMismatch when it has another digest or

@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from offline_kd.cli.main import keep_freed_memory
+from offline_kd.data.blocks import DIGEST_BYTES
 from offline_kd.data.manifest import Normalisation, Tar
+from offline_kd.data.tars import pack_keys
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.int_ import Int
@@ -117,7 +119,8 @@ def make_full(folder: Path, codec: AnyCodec) -> Folder:
         logits = rng.normal(0, 3, (ROWS, VIEWS, CLASSES)).astype(np.float32)
         arrays = {
             "key_hash": counter_hash(block, np.arange(ROWS, dtype=np.uint64)),
-            "image_crc": rng.integers(0, 2**32, ROWS).astype(np.uint32),
+            "key": pack_keys([f"{block:06d}-{row:06d}" for row in range(ROWS)]),
+            "image_digest": rng.integers(0, 256, (ROWS, DIGEST_BYTES)).astype(np.uint8),
             "label": rng.integers(0, CLASSES, ROWS).astype(np.int32),
             "view/box": rng.integers(-4, 5, (ROWS, VIEWS, 4)).astype(np.int16),
             "view/flip": rng.integers(0, 2, (ROWS, VIEWS)).astype(np.uint8),
@@ -126,7 +129,10 @@ def make_full(folder: Path, codec: AnyCodec) -> Folder:
             "probe/pixels": rng.integers(0, 256, (4, 3, 32, 32)).astype(np.uint8),
         } | {f"logits/{name}": array for name, array in codec.encode(logits, {}).items()}
         part, tar = parts_of(identity)[""], identity.dataset.tars[block].file
-        entry = commit(place, part, block, 0, identity.groups[0], arrays, tar=tar, tar_sha256="0" * 64)
+        about = LedgerEntry(
+            block=block, first_view=0, end_view=VIEWS, rows=ROWS, tar=tar, tar_sha256="0" * 64, objects={}
+        )
+        entry = commit(place, part, 0, about, arrays)
         entries[entry.file_name] = stored_object(place.read(f"ledger/{entry.file_name}")).sha256
         total += sum(one.bytes for one in entry.objects.values())
     declare(place, identity, entries, total)

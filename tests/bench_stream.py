@@ -47,6 +47,7 @@ from offline_kd.store.reader import Store
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     DatasetIdentity,
+    LedgerEntry,
     StoreIdentity,
     StoreManifest,
     TeacherIdentity,
@@ -100,7 +101,11 @@ def make_store(folder: Path, loader: BlockLoader, views: RandomCrop, codec: Floa
     inquiry, entries = Inquiry(teacher, identity, {}, CPU), {}
     for number, block in enumerate(loader):
         arrays, _ = ask_teacher(inquiry, block, draw(views, block.key_hash, block.sizes()), number, 0)
-        entry = commit(place, part, number, 0, range(views.count), arrays, tar=block.name, tar_sha256=block.sha256)
+        about = LedgerEntry(
+            block=number, first_view=0, end_view=views.count, rows=len(block), tar=block.name, tar_sha256=block.sha256,
+            objects={},
+        )  # fmt: skip
+        entry = commit(place, part, 0, about, arrays)
         entries[entry.file_name] = entry
     contents = {name: place.read(f"ledger/{name}") for name in entries}
     finish(place, contents, views.count)
@@ -234,7 +239,7 @@ def large_photographs(folder: Path, loader: BlockLoader, scale: float = 1.75) ->
     print(f"photographs of {sum(len(one.encoded) for one in samples) / len(samples) / 1e3:.0f} kB")
     tars = pack(samples, folder / "large", "train", 200)
     dataset = Dataset(folder="large", classes=loader.dataset.classes, splits={"train": Split(tars=tars)})
-    return BlockLoader(dataset, dataset.splits["train"], [folder], keep_bytes=0, decode=False, prove=False)
+    return BlockLoader(dataset, dataset.splits["train"], [folder], keep_bytes=0, decode=False, prove="never")
 
 
 def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
@@ -265,7 +270,11 @@ def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
     contents = {}
     names = entry_names(identity, parts_of(identity), {"": views})
     for view in range(views):
-        entry = commit(place, part, 0, view, range(view, view + 1), arrays, tar=block.name, tar_sha256=block.sha256)
+        about = LedgerEntry(
+            block=0, first_view=view, end_view=view + 1, rows=len(block), tar=block.name, tar_sha256=block.sha256,
+            objects={},
+        )  # fmt: skip
+        entry = commit(place, part, view, about, arrays)
         contents[entry.file_name] = place.read(f"ledger/{entry.file_name}")
     # The rest of the index: the worker must hold it, but reads none of these blocks.
     contents |= {name: name.encode() for name in names if name not in contents}
@@ -309,7 +318,7 @@ def _stream(folder: Path, loader: BlockLoader, workers: int) -> Loader:
     torch.set_num_threads(1)
     store = open_store(folder)
     first = Split(tars=loader.split.tars[:1])
-    one = BlockLoader(loader.dataset, first, [loader.paths[0].parent.parent], keep_bytes=0, decode=False, prove=False)
+    one = BlockLoader(loader.dataset, first, [loader.paths[0].parent.parent], keep_bytes=0, decode=False, prove="never")
     source = Source(one, store.identity.views, store.identity.groups, [store], [Wanted()])
     return Loader(source, Options(batch_size=100, pool_blocks=1, size=224, workers=workers), CPU)
 
@@ -348,7 +357,7 @@ def main() -> None:
         samples = read_tar(locate(f"{dataset.folder}/{split.tars[0].file}", data_roots()))[0]
         tars = pack(samples, folder / "photos", "train", 500)
         plain = Dataset(folder="photos", classes=dataset.classes, splits={"train": Split(tars=tars)})
-        loader = BlockLoader(plain, plain.splits["train"], [folder], keep_bytes=0, decode=False, prove=False)
+        loader = BlockLoader(plain, plain.splits["train"], [folder], keep_bytes=0, decode=False, prove="never")
         store = make_store(folder / "store", loader, VIEWS, Float16(name="f16"))
         reading(store, loader, rounds)
         large = large_photographs(folder, loader)

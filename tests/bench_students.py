@@ -65,11 +65,8 @@ def transcode(store: Store, folder: Path, codec: AnyCodec) -> float:
             arrays = {name: array for name, array in store.read(block, view, names).items() if "logits" not in name}
             coded = codec.encode(logits_of(block, view), tables)
             old = store.entry("", block, view)
-            entry = commit(
-                place, part, block, view, range(view, view + 1),
-                arrays | {f"logits/{name}": array for name, array in coded.items()},
-                tar=old.tar, tar_sha256=old.tar_sha256,
-            )  # fmt: skip
+            logits = {f"logits/{name}": array for name, array in coded.items()}
+            entry = commit(place, part, view, old, arrays | logits)
             contents[entry.file_name] = place.read(f"ledger/{entry.file_name}")
             size += sum(stored.bytes for key, stored in entry.objects.items() if key.startswith("logits/"))
     finish(place, contents, VIEWS)

@@ -158,7 +158,7 @@ def test_a_store_of_other_views_or_classes_is_refused(recipe_file, where, store_
 def test_an_image_that_changed_after_the_capture_is_found_with_and_without_a_store(
     recipe_file, data_root, store_path, tmp_path
 ):
-    """With one, every image is compared with what the teacher saw, and tars need no sha256 of their own."""
+    """With one, every image is compared with what the teacher saw, so that tars need no sha256 of their own."""
     shutil.copytree(data_root, tmp_path / "data")
     (changed,) = (tmp_path / "data").rglob("train-000001.tar")
     samples, _ = read_tar(changed)
@@ -167,7 +167,14 @@ def test_an_image_that_changed_after_the_capture_is_found_with_and_without_a_sto
     (tmp_path / "packed/train-000000.tar").replace(changed)
     common = ("--objective", "kd", "--data-root", tmp_path / "data")
     message = refused("distill", recipe_file, "--store", store_path, "--out", tmp_path / "a", *common)
-    assert f"train-000001.tar: the image of sample '{samples[7].key}' (and 0 more) has crc32c" in message
+    assert "train-000001.tar: sha256 is" in message
+    content = yaml.safe_load((ROOT / "data_manifest.yaml").read_text())
+    for tar in content["datasets"]["digits"]["splits"]["train"]["tars"]:
+        tar.pop("sha256")
+    (tmp_path / "unproven.yaml").write_text(yaml.safe_dump(content))
+    unproven = (*common, "--manifest", tmp_path / "unproven.yaml")
+    message = refused("distill", recipe_file, "--store", store_path, "--out", tmp_path / "a", *unproven)
+    assert f"train-000001.tar: the image of sample '{samples[7].key}' (and 0 more) has sha256" in message
     plain = ("--objective", "ce", "--data-root", tmp_path / "data")
     message = refused("distill", recipe_file, "--out", tmp_path / "b", *plain)
     assert "train-000001.tar: sha256 is" in message

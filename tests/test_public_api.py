@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT
 from networks import Small
+from test_store import rewrite
 
 import offline_kd as okd
 from offline_kd.data.blocks import BlockLoader
@@ -25,6 +26,7 @@ from offline_kd.views.kind import draw
 from offline_kd.views.render import render_some
 
 LAZY_ROOMS = ["support", "data", "models", "store", "cache", "distill"]
+STORE_2 = ROOT / "tests" / "fixtures" / "store_v2" / "store"
 NORMALISATION = {"mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4]}
 
 
@@ -109,17 +111,27 @@ def test_open_store_takes_folders_digests_and_manifest_names(store_path, tmp_pat
 # ---- random access -------------------------------------------------------------------------------------------------
 
 
-def test_keys_come_in_row_order_from_the_tars_and_are_proven(store_path, manifest, roots, data_root, tmp_path):
-    keys = okd.open_store(store_path, data=data_root / "digits").keys()
+def test_keys_come_in_row_order_from_the_store_and_are_proven(store_path, manifest, roots, tmp_path):
     loader = BlockLoader(manifest.dataset("digits"), manifest.split("digits", "train"), roots)
-    assert keys == [key for block in loader for key in block.keys]
-    with pytest.raises(StoreError, match=r"holds no images and no key strings.*data=FOLDER"):
-        okd.open_store(store_path).keys()
+    assert okd.open_store(store_path).keys() == [key for block in loader for key in block.keys]
+    with pytest.raises(StoreError, match=r"holds no images\. Name the folder.*data=FOLDER"):
+        okd.open_store(store_path).loader(batch_size=2)
+    shutil.copytree(store_path, tmp_path / "store")
+    rewrite(tmp_path / "store", "key", 1, 0, lambda keys: np.roll(keys, 1, axis=0))
+    with pytest.raises(StoreCorrupt, match=r"block 1: 512 keys are not those that were hashed, the first is '\d{4}'"):
+        okd.open_store(tmp_path / "store").keys()
+
+
+def test_keys_of_a_store_before_schema_3_come_from_the_tars(manifest, roots, data_root, tmp_path):
+    loader = BlockLoader(manifest.dataset("digits"), manifest.split("digits", "train"), roots)
+    assert okd.open_store(STORE_2, data=data_root / "digits").keys() == loader[2].keys
+    with pytest.raises(StoreError, match=r"holds no images and no keys\. Name the folder.*data=FOLDER"):
+        okd.open_store(STORE_2).keys()
     with pytest.raises(DataError, match="no such folder"):
-        okd.open_store(store_path).keys(tmp_path / "nowhere")
+        okd.open_store(STORE_2).keys(tmp_path / "nowhere")
     shutil.copy(next((data_root / "digits").glob("test*.tar")), tmp_path / "other.tar")
-    with pytest.raises(StoreMismatch, match=r"1 tars lack the keys of 1,\d+ of 1,\d+ rows"):
-        okd.open_store(store_path).keys(tmp_path)
+    with pytest.raises(StoreMismatch, match=r"1 tars lack the keys of \d+ of 414 rows"):
+        okd.open_store(STORE_2).keys(tmp_path)
 
 
 def test_logits_by_key_are_the_stored_ones_in_the_order_asked_for(store_path, data_root):
@@ -147,10 +159,12 @@ def _row(reader, key: str) -> int:
 
 
 def test_unknown_keys_and_views_are_one_line_and_name_what_is_near(store_path, data_root):
-    with pytest.raises(StoreMismatch, match=r"has no sample '00001' \(and 1 more\).*digits/train\. See the keys"):
-        okd.open_store(store_path).logits(["0001", "00001", "x"])
+    with pytest.raises(StoreMismatch, match=r"has no sample 'no-such' \(and 1 more\).*digits/train\. See its keys"):
+        okd.open_store(store_path).logits(["0001", "no-such", "x"])
     with pytest.raises(StoreMismatch, match=r"has no sample '00001'.*Did you mean '0001'\?"):
-        okd.open_store(store_path, data=data_root / "digits").logits(["00001"])
+        okd.open_store(store_path).logits(["00001"])
+    with pytest.raises(StoreMismatch, match=r"has no sample '11281'.*Did you mean '1281'\?"):
+        okd.open_store(STORE_2, data=data_root / "digits").logits(["11281"])
     with pytest.raises(StoreMismatch, match="has no view 9, it holds 9 of every image: 0 to 8"):
         okd.open_store(store_path).logits(["0001"], views=[9])
     with pytest.raises(StoreMismatch, match=r"holds no decisions 'last'\..*Capture them"):

@@ -334,8 +334,8 @@ def rewrite(path: Path, name: str, block: int, group: int, change) -> None:
         ("view/box", lambda box: np.roll(box, 1, axis=0), "renders to pixels that differ"),
         ("view/box", lambda box: np.roll(box, 1, axis=1), "renders to pixels that differ"),
         ("view/flip", lambda flip: 1 - flip, "renders to pixels that differ"),
-        ("key_hash", lambda keys: np.roll(keys, 1), "the image of sample .* has crc32c|has label"),
-        ("image_crc", lambda crc: np.roll(crc, 1), "has crc32c"),
+        ("key_hash", lambda keys: np.roll(keys, 1), "the image of sample .* has sha256|has label"),
+        ("image_digest", lambda digests: np.roll(digests, 1, axis=0), "has sha256"),
         ("label", lambda label: np.roll(label, 1), "has label"),
     ],
 )

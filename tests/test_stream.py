@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
-from offline_kd.data.blocks import BlockLoader, ImageBlock
+from offline_kd.data.blocks import DIGEST_BYTES, BlockLoader, ImageBlock
 from offline_kd.data.manifest import Dataset, Split, Tar
 from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import Sample, read_tar
@@ -120,6 +120,7 @@ class MadeUp:
             sha256="",
             keys=[str(key) for key in ids],
             key_hash=ids,
+            image_digest=np.zeros((len(ids), DIGEST_BYTES), dtype=np.uint8),
             image_crc=ids.astype(np.uint32),
             labels=ids.astype(np.int32),
             encoded=[],
@@ -315,7 +316,7 @@ def test_another_dataset_with_the_same_keys_is_refused(recipe, data_root, store_
         Sample(sample.key, sample.label, encode_png(np.full((8, 8), index % 256, dtype=np.uint8)), "png")
         for index, sample in enumerate(digits(data_root))
     ]
-    with pytest.raises(StoreMismatch, match=r"the image of sample '0000' \(and 1437 more\) has crc32c"):
+    with pytest.raises(StoreMismatch, match=r"the image of sample '0000' \(and 1437 more\) has sha256"):
         first_epoch(recipe, loader_of(tmp_path, [others]), store_path)
 
 

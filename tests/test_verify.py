@@ -168,6 +168,7 @@ def test_values_that_cannot_be_are_found_though_every_checksum_is_right(store_pa
             ("label", lambda y: y + 9, "must be 0 to 9"),
             ("view/flip", lambda flip: flip + 255, "must be 0 to 1"),
             ("key_hash", lambda keys: np.roll(keys, 1) * 0 + keys[0], "shares a key|has the key"),
+            ("key", lambda keys: np.roll(keys, 1, axis=0), "512 keys are not those that were hashed"),
         ]
     ):
         path = copy_of(store_path, tmp_path / f"copy{index}")
@@ -180,11 +181,11 @@ def test_verify_compares_with_the_dataset_if_asked_to(store_path, tmp_path, wher
     from test_store import rewrite
 
     path = copy_of(store_path, tmp_path / "copy")
-    rewrite(path, "image_crc", 1, 0, lambda crc: crc + 1)
-    assert verified(path) == []  # a crc of something
+    rewrite(path, "image_digest", 1, 0, lambda digests: digests ^ 1)
+    assert verified(path) == []  # digests of something
     (fault,) = verified(path, "--dataset", *where)
     assert fault["file"] == "block 1"
-    assert "has crc32c" in fault["problem"]
+    assert "has sha256" in fault["problem"]
 
 
 def test_repair_does_exactly_the_damaged_blocks_again_and_restores_the_digest(store_path, recipe_file, where, tmp_path):
@@ -445,6 +446,7 @@ def test_a_store_of_version_1_still_opens_verifies_and_trains(manifest, roots, w
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(changed))
     result = invoke("distill", tmp_path / "recipe.yaml", "--store", FIXTURE_V1, "--out", tmp_path / "run", *where)
     assert result.exit_code == 0, result.output
+    assert "schema version 1 has a crc32c of every image, which can be forged" in " ".join(result.stderr.split())
 
 
 def test_damage_to_a_store_of_version_1_is_found(tmp_path):

@@ -205,11 +205,9 @@ def test_a_slow_writer_does_not_write_over_the_one_that_took_its_block_over(reci
     arrays = {name: array.copy() for name, array in store.read(0, 0, list(store.arrays)).items()}
     arrays["logits/values"] += 1e-6
     entry = store.entry("", 0, 0)
-    part, views = parts_of(store.created)[""], store.identity.groups[0]
+    part = parts_of(store.created)[""]
     with pytest.raises(Exception, match="another writer took this block over"):
-        commit(
-            store.place, part, 0, 0, views, arrays, tar=entry.tar, tar_sha256=entry.tar_sha256, still_mine=lambda: False
-        )
+        commit(store.place, part, 0, entry, arrays, lambda: False)
     assert verify(store.place).faults == []
 
 

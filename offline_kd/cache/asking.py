@@ -13,6 +13,7 @@ from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import pack
+from offline_kd.store.join import row_arrays
 from offline_kd.store.layout import PROBES_PER_GROUP
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
@@ -54,6 +55,7 @@ def ask_teacher(
         TeacherError: when the teacher's answers are not finite or not of the store's shape.
     """
     _refuse_other_size(inquiry.identity, block)
+    row_arrays(inquiry.identity, block)  # refuses keys that cannot be stored before the teacher is asked
     decoder = Decoder(block)
     logits = _Logits(inquiry)
     decided: dict[str, list[Tensor]] = {}
@@ -65,9 +67,7 @@ def ask_teacher(
     per_view = logits.encoded() | {name: torch.cat(pieces).numpy() for name, pieces in decided.items()}
     count, num_views = parameters["flip"].shape
     arrays: Arrays = {
-        "key_hash": kept.key_hash,
-        "image_crc": kept.image_crc,
-        "label": kept.labels,
+        **row_arrays(inquiry.identity, kept),
         **{f"view/{name}": array for name, array in parameters.items()},
         **_probes(inquiry.identity, kept, parameters, number, group),
         **{name: array.reshape(count, num_views, *array.shape[1:]) for name, array in per_view.items()},

@@ -105,6 +105,7 @@ def _first(block: ImageBlock, count: int) -> ImageBlock:
         block,
         keys=block.keys[:count],
         key_hash=block.key_hash[:count],
+        image_digest=block.image_digest[:count],
         image_crc=block.image_crc[:count],
         labels=block.labels[:count],
         encoded=block.encoded[:count],

@@ -2,13 +2,13 @@
 
 from offline_kd.cache.fidelity import measure_fidelity
 from offline_kd.cache.job import Capture, current_manifest
+from offline_kd.cache.unique_keys import prove_unique_keys
 from offline_kd.store.card import write_card
 from offline_kd.store.layout import entry_names, parts_of, small_files
 from offline_kd.store.leases import Leases
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
-    SCHEMA_VERSION,
     LedgerEntry,
     StoreManifest,
     identity_of_targets,
@@ -101,6 +101,7 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
         return Store(place, created, additions, targets, identity, entries, digest, parsed={**parsed})
 
     store = store_with(targets_of_run)
+    prove_unique_keys(store)
     fidelity[targets_of_run] = measure_fidelity(
         store, capture.loader.__getitem__, capture.teacher, capture.recipe.capture.fidelity_rows, capture.device
     )
@@ -115,7 +116,7 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
     if old and old.views != views:
         earlier.append(old.views)
     manifest = StoreManifest(
-        schema_version=SCHEMA_VERSION,
+        schema_version=created.schema_version,
         digest=digest,
         views=views,
         earlier=earlier,

@@ -1,19 +1,21 @@
 """The open blocks of a capture, and how one of them is done: read -> ask -> refuse or commit."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import Capture, store_of
+from offline_kd.cache.unique_keys import KnownKeys
 from offline_kd.data.blocks import BlockLoader, ImageBlock
-from offline_kd.store.join import tables_on
+from offline_kd.store.join import row_arrays, tables_on
 from offline_kd.store.layout import Part, parts_of
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import identity_of_targets, ledger_name, tables_ledger_name
+from offline_kd.store.schema import LedgerEntry, identity_of_targets, ledger_name, tables_ledger_name
 from offline_kd.store.writer import commit, read_ledger
 from offline_kd.support.console import say
 from offline_kd.support.errors import DataError, StoreMismatch
@@ -29,7 +31,7 @@ class Work:
     inquiry: Inquiry
     blocks: Sequence[int]  # in the order in which they are tried
     done: set[tuple[int, int]]  # block and view group of what is committed: grows
-    key_owner: dict[int, int]  # block by key hash, of what was read or committed: grows
+    known_keys: KnownKeys  # of what was read or committed: grows
 
     def open_groups(self, block: int) -> list[int]:
         """The view groups of a block that nobody has committed, by what the store says now."""
@@ -74,8 +76,11 @@ def open_work(capture: Capture, addition: str, blocks: Sequence[int]) -> Work:
     }
     if done:
         say(f"{capture.place}: resuming: {len(done)} of {len(blocks) * len(capture.groups)} blocks are committed")
-    key_owner = _keys_of_committed_blocks(capture, present) if addition == "" else {}
-    return Work(capture, part, inquiry, blocks, done, key_owner)
+    known_keys = KnownKeys()
+    if addition == "":
+        for block, key_hash in _keys_of_committed_blocks(capture):
+            known_keys.add(block, key_hash)
+    return Work(capture, part, inquiry, blocks, done, known_keys)
 
 
 def _tables(capture: Capture, part: Part) -> dict[str, dict[str, Tensor]]:
@@ -86,8 +91,9 @@ def _tables(capture: Capture, part: Part) -> dict[str, dict[str, Tensor]]:
     return {name: tables_on(store, name, capture.device) for name in part.tables}
 
 
-def _keys_of_committed_blocks(capture: Capture, present: Mapping[str, int]) -> dict[int, int]:
-    """Block by key hash, of what was committed before."""
+def _keys_of_committed_blocks(capture: Capture) -> Iterator[tuple[int, NDArray[np.uint64]]]:
+    """Every block of which anything is committed, and its key hashes."""
+    present = capture.place.sizes("ledger")
     of_block = {
         block: (group, ledger_name(block, views))
         for block in range(capture.created.num_blocks)
@@ -95,11 +101,8 @@ def _keys_of_committed_blocks(capture: Capture, present: Mapping[str, int]) -> d
         if f"ledger/{ledger_name(block, views)}" in present
     }
     store = store_of(capture, "", capture.created, read_ledger(capture.place, [name for _, name in of_block.values()]))
-    return {
-        key: block
-        for block, (group, _) in of_block.items()
-        for key in store.read(block, group, ["key_hash"])["key_hash"].tolist()
-    }
+    for block, (group, _) in of_block.items():
+        yield block, store.read(block, group, ["key_hash"])["key_hash"].astype(np.uint64)
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------
@@ -129,28 +132,38 @@ def capture_block(
         commit(
             work.capture.place,
             work.part,
-            number,
             group,
-            views,
+            LedgerEntry(
+                addition=work.part.name,
+                block=number,
+                first_view=views.start,
+                end_view=views.stop,
+                rows=len(arrays["key_hash"]),
+                tar=images.name,
+                tar_sha256=images.sha256,
+                left_out={bad.key: bad.problem for bad in left_out},
+                objects={},
+            ),
             arrays,
-            tar=images.name,
-            tar_sha256=images.sha256,
-            left_out={bad.key: bad.problem for bad in left_out},
-            still_mine=still_mine,
+            still_mine,
         )
         work.done.add((number, group))
         step(len(images) * len(views))
 
 
 def _refuse_used_keys(work: Work, images: ImageBlock, number: int) -> None:
-    tars = work.capture.loader.split.tars
-    for key, key_hash in zip(images.keys, images.key_hash.tolist(), strict=True):
-        owner = work.key_owner.setdefault(key_hash, number)
-        if owner != number:
-            raise DataError(
-                f"{images.name}: key '{key}' was used before, in {tars[owner].file}. "
-                "Keys of a split must be unique: pack the dataset again."
-            )
+    """As early as this process can know; `finish` proves it for what several writers did."""
+    used = work.known_keys.add(number, images.key_hash)
+    if len(used):
+        owners = [
+            work.capture.loader.split.tars[block].file
+            for block, key_hash in _keys_of_committed_blocks(work.capture)
+            if block != number and images.key_hash[used[0]] in key_hash
+        ]
+        raise DataError(
+            f"{images.name}: key '{images.keys[used[0]]}' was used before, in {owners[0] if owners else 'another tar'}."
+            " Keys of a split must be unique: pack the dataset again."
+        )
 
 
 def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, number: int, group: int) -> None:
@@ -163,7 +176,8 @@ def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, num
             "teacher before, or add fewer: --set views.count=..."
         )
     store = store_of(capture, "", capture.created, contents)
-    for array in ("key_hash", "image_crc", "label", *(f"view/{name}" for name in capture.created.views.arrays())):
+    names = [*row_arrays(capture.created, images), *(f"view/{name}" for name in capture.created.views.arrays())]
+    for array in names:
         if not np.array_equal(store.read(number, group, [array])[array], arrays[array]):
             raise StoreMismatch(
                 f"{capture.place}: block {number} ({images.name}), {array} is not what this capture has: the images or "

@@ -39,7 +39,7 @@ from offline_kd.store.layout import create_array, parts_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import StoreIdentity
+from offline_kd.store.schema import LedgerEntry, StoreIdentity
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError
@@ -276,7 +276,11 @@ def _stage_1(this: Bench, identity: StoreIdentity) -> Callable[[], None]:
         chosen = {name: array[:, :end] for name, array in parameters.items()}
         arrays, _ = ask_teacher(inquiry, block, chosen, 0, 0)
         part, views = parts_of(identity)[""], identity.groups[0]
-        commit(place, part, 0, 0, views, arrays, tar=block.name, tar_sha256=block.sha256)
+        entry = LedgerEntry(
+            block=0, first_view=views.start, end_view=views.stop, rows=len(block), tar=block.name,
+            tar_sha256=block.sha256, objects={},
+        )  # fmt: skip
+        commit(place, part, 0, entry, arrays)
         shutil.rmtree(place.path)
 
     return work
@@ -285,12 +289,12 @@ def _stage_1(this: Bench, identity: StoreIdentity) -> Callable[[], None]:
 def _writing(this: Bench) -> tuple[Callable[[], None], Callable[[], None]]:
     """Committing one block and view group, and writing the same arrays with zarr alone."""
     store, folder = this.store, this.folder
-    part, views, entry = store.parts[""], store.identity.groups[0], store.entry("", 0, 0)
+    part, entry = store.parts[""], store.entry("", 0, 0)
     arrays = store.read(0, 0, [spec.name for spec in part.specs])
 
     def commit_block() -> None:
         place = Folder(folder / "committed")
-        commit(place, part, 0, 0, views, arrays, tar=entry.tar, tar_sha256=entry.tar_sha256)
+        commit(place, part, 0, entry, arrays)
         shutil.rmtree(place.path)
 
     created = LocalStore(folder / "bare.zarr")

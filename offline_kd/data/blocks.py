@@ -4,6 +4,7 @@ One input format: WebDataset tars (`.tar` or `.tar.gz`) with members `KEY.(png|j
 A tar is read whole: the bytes whose sha256 is checked are the bytes that are decoded.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +19,10 @@ from torch import Tensor
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image, image_size
 from offline_kd.data.manifest import Dataset, Split, Tar, locate
-from offline_kd.data.tars import hash_key, read_tar
+from offline_kd.data.tars import Proof, Sample, hash_key, read_tar
 from offline_kd.support.errors import DataError
+
+DIGEST_BYTES = 16
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class ImageBlock:
     sha256: str
     keys: list[str]
     key_hash: NDArray[np.uint64]  # [n]
-    image_crc: NDArray[np.uint32]  # [n] crc32c of the encoded image
+    image_digest: NDArray[np.uint8]  # [n, 16] the first half of the sha256 of the encoded image
+    image_crc: NDArray[np.uint32]  # [n] its crc32c, which is all that stores before schema 3 know
     labels: NDArray[np.int32]  # [n]
     encoded: list[bytes]
     pixels: Tensor | None  # [n, 3, H, W] uint8, where all images have one size and were decoded
@@ -80,6 +84,7 @@ class ImageBlock:
             sha256=self.sha256,
             keys=[self.keys[row] for row in kept],
             key_hash=self.key_hash[kept],
+            image_digest=self.image_digest[kept],
             image_crc=self.image_crc[kept],
             labels=self.labels[kept],
             encoded=[self.encoded[row] for row in kept],
@@ -125,14 +130,14 @@ def _bad_image(path: Path, key: str, problem: str) -> DataError:
 
 
 def load_block(
-    path: Path, tar: Tar, num_classes: int, *, decode: bool = True, on_bad: OnBadImage = "fail", prove: bool = True
+    path: Path, tar: Tar, num_classes: int, *, decode: bool = True, on_bad: OnBadImage = "fail", prove: Proof = "always"
 ) -> ImageBlock:
     """Read and check one tar.
 
     Args:
         decode: decode all images, which must have one size; otherwise a `Decoder` does it when they are needed.
         on_bad: whether an image that cannot be decoded is an error, or left out and listed.
-        prove: compare the file's sha256 with the manifest's. Who compares every image with a store need not.
+        prove: when the file's sha256 is compared with the manifest's: see `read_tar`.
     """
     samples, sha256 = read_tar(path, expected=tar, prove=prove)
     for sample in samples:
@@ -146,6 +151,7 @@ def load_block(
         sha256=sha256,
         keys=[sample.key for sample in samples],
         key_hash=np.array([hash_key(sample.key) for sample in samples], dtype=np.uint64),
+        image_digest=_digests(samples),
         image_crc=np.array([google_crc32c.value(sample.encoded) for sample in samples], dtype=np.uint32),
         labels=np.array([sample.label for sample in samples], dtype=np.int32),
         encoded=[sample.encoded for sample in samples],
@@ -153,6 +159,11 @@ def load_block(
         on_bad=on_bad,
     )
     return _with_pixels(block) if decode else block
+
+
+def _digests(samples: Sequence[Sample]) -> NDArray[np.uint8]:
+    digests = b"".join(hashlib.sha256(sample.encoded).digest()[:DIGEST_BYTES] for sample in samples)
+    return np.frombuffer(digests, dtype=np.uint8).reshape(len(samples), DIGEST_BYTES)
 
 
 def _with_pixels(block: ImageBlock) -> ImageBlock:
@@ -188,7 +199,7 @@ class BlockLoader:
     Args:
         decode: decode all images when a tar is read; they must have one size.
         on_bad: whether an image that cannot be decoded is an error, or left out and listed.
-        prove: compare sha256 with the manifest's.
+        prove: when sha256 are compared with the manifest's: see `read_tar`.
     """
 
     def __init__(
@@ -200,7 +211,7 @@ class BlockLoader:
         *,
         decode: bool = True,
         on_bad: OnBadImage = "fail",
-        prove: bool = True,
+        prove: Proof = "always",
     ) -> None:
         self.dataset, self.split, self.keep_bytes = dataset, split, keep_bytes
         self.decode, self.on_bad, self.prove = decode, on_bad, prove

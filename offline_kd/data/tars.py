@@ -2,20 +2,25 @@
 
 import hashlib
 import io
+import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from webdataset import tariterators
 
 from offline_kd.data.manifest import Tar
+from offline_kd.data.proofs import known_sha256, remember_sha256
 from offline_kd.support.errors import DataError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+MAX_KEY_BYTES = 256  # of a key that a store can keep: tars without extended headers have none longer
 KEY_PATTERN = re.compile(r"[0-9A-Za-z_\-]+(/[0-9A-Za-z_\-]+)*")
 
 
@@ -33,6 +38,20 @@ def hash_key(key: str) -> int:
     return min(value, 2**64 - 2)
 
 
+Proof = Literal["always", "once", "never"]  # when a file's sha256 is compared: "once" on this machine, until it changes
+
+
+def pack_keys(keys: list[str]) -> NDArray[np.uint8]:
+    """`[n, MAX_KEY_BYTES]`: every key in ASCII, filled up with zeros; none may be longer."""
+    return np.array(keys, dtype=f"S{MAX_KEY_BYTES}").view(np.uint8).reshape(len(keys), MAX_KEY_BYTES)
+
+
+def unpack_keys(packed: NDArray[np.uint8]) -> list[str]:
+    """The keys in `[n, MAX_KEY_BYTES]`; what is no ASCII becomes a character that no key has."""
+    rows = np.ascontiguousarray(packed).view(f"S{MAX_KEY_BYTES}")[:, 0]
+    return [row.decode("ascii", errors="replace") for row in rows.tolist()]
+
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -41,15 +60,27 @@ def tars_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.tar*") if path.name.endswith((".tar", ".tar.gz")))
 
 
-def read_tar(path: Path, *, expected: Tar | None = None, prove: bool = True) -> tuple[list[Sample], str]:
-    """Read all samples of a tar, in order, with the file's sha256; without `prove`, the one that is expected of it.
+def read_tar(path: Path, *, expected: Tar | None = None, prove: Proof = "always") -> tuple[list[Sample], str]:
+    """Read all samples of a tar, in order, with the file's sha256.
+
+    Args:
+        prove: hash the file always; "once" for every state of the file on this machine; "never" where a sha256 is
+            expected, which is then returned, because every image is compared with something else.
 
     Raises DataError when the file is damaged or truncated, when a key is used twice, is not legal or lacks its image
     or its label, and when sha256 or count are not the `expected` ones.
     """
-    content = path.read_bytes()
-    known = expected.sha256 if expected else None
-    sha256 = known if known and not prove else hashlib.sha256(content).hexdigest()
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        content = file.read()
+        unchanged = os.fstat(file.fileno()).st_ctime_ns == about.st_ctime_ns
+    sha256 = known_sha256(path, about) if prove == "once" else None
+    if prove == "never" and expected is not None:
+        sha256 = expected.sha256
+    if sha256 is None:
+        sha256 = hashlib.sha256(content).hexdigest()
+        if prove == "once" and unchanged:
+            remember_sha256(path, about, sha256)
     if expected is not None and expected.sha256 not in (None, sha256):
         problem = _why_unreadable(content)
         raise DataError(

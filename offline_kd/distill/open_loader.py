@@ -7,6 +7,7 @@ import torch
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Dataset, Normalisation, Split
+from offline_kd.data.tars import Proof
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Source
 from offline_kd.store.join import Wanted
@@ -46,7 +47,9 @@ def open_loader(
     about = store.identity.dataset
     split = Split(tars=[about.tars[block] for block in store.blocks])
     dataset = Dataset(folder=".", classes=about.classes, splits={about.split: split})
-    images = BlockLoader(dataset, split, [folder], decode=store.identity.views.is_exact, prove=False)
+    # The join proves every image, unless the store is an old one, which knows the sha256 of tars only.
+    prove: Proof = "never" if store.created.keeps_digests else "once"
+    images = BlockLoader(dataset, split, [folder], decode=store.identity.views.is_exact, prove=prove)
     source = Source(images, store.identity.views, store.identity.groups, [store], [Wanted(decisions=decisions)])
     chosen = options or Options(batch_size=batch_size, seed=seed, workers=workers)
     return Loader(source, chosen, torch.device(device), normalisation)

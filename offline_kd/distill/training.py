@@ -12,6 +12,7 @@ import torch
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
+from offline_kd.data.tars import Proof
 from offline_kd.distill.compatibility import check_all
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Result, Run, fit
@@ -27,9 +28,11 @@ from offline_kd.recipe import (
     needs_teacher,
 )
 from offline_kd.store.downloads import DEFAULT_BYTES
+from offline_kd.store.join import proof_of_images
 from offline_kd.store.layout import plan_views_per_group
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
+from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_groups
 
@@ -65,8 +68,11 @@ def distill(
         )
     seed = recipe.seeds[0] if seed is None else seed
     opened, ensemble = open_stores(recipe, manifest, stores, download_bytes)
-    # Where a store is read, the join compares every key, image and label with what the teacher saw.
-    images = training_images(recipe, manifest, roots, prove=online or not opened)
+    # Where a store is read, the join compares every key, image and label with what the teacher saw, at every read.
+    images = training_images(recipe, manifest, roots, prove="always" if online or not opened else "once")
+    for store in [] if online else opened:
+        if not store.created.keeps_digests:
+            say(f"{store.place}: {proof_of_images(store.created)}")
     if needs_teacher(terms) and not opened and not online:
         raise RecipeError(f"objective '{name}' needs a teacher: give --store, or --online for the live teacher.")
     if online and len(opened) > 1:
@@ -121,8 +127,10 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
     return fit(run, Student(network, {}), loader, evaluation_images(recipe, manifest, roots), no_signal)
 
 
-def training_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], *, prove: bool = True) -> BlockLoader:
-    """The training split; `prove`: compare the sha256 of every tar with the manifest's whenever it is read."""
+def training_images(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], *, prove: Proof = "always"
+) -> BlockLoader:
+    """The training split; `prove`: when the sha256 of a tar is compared with the manifest's, see `read_tar`."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     return BlockLoader(

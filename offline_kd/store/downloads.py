@@ -16,12 +16,6 @@ from offline_kd.support.files import write_atomically
 DEFAULT_BYTES = 10 * 2**30
 
 
-def cache_folder() -> Path:
-    """OFFLINE_KD_CACHE, or `offline-kd` in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offline-kd"
-    return Path(os.environ.get("OFFLINE_KD_CACHE") or default)
-
-
 class Downloads:
     """Keeps at most `limit` bytes; what was used longest ago goes first."""
 

@@ -1,5 +1,6 @@
 """What a store holds, from whom, how faithfully, and which objectives it serves."""
 
+from offline_kd.store.join import proof_of_images
 from offline_kd.store.opening import group_digests
 from offline_kd.store.reader import Store
 from offline_kd.store.serving import served_terms
@@ -30,5 +31,6 @@ def store_info(store: Store) -> dict[str, object]:
         "serves": served_terms(store),
         "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
         "schema version": manifest.schema_version,
+        "proof of images": proof_of_images(store.created),
         "versions": identity.versions,
     }

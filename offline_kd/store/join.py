@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import ImageBlock
+from offline_kd.data.tars import MAX_KEY_BYTES, pack_keys
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.rows import Rows, StoredSignal
+from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import say
-from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
+from offline_kd.support.errors import DataError, StoreCorrupt, StoreMismatch, did_you_mean
 from offline_kd.views.choice import Choice, choose, draw_choice
 from offline_kd.views.kind import Parameters, ViewSpec
 from offline_kd.views.mixing import NO_PARTNER, WHOLE
@@ -163,11 +165,38 @@ def _rows(block: ImageBlock, choice: Choice, signal: list[StoredSignal]) -> Rows
     return Rows(block.key_hash[choice.row], labels, torch.where(mixed, other, labels), share, signal, choice)
 
 
+def row_arrays(identity: StoreIdentity, block: ImageBlock) -> Arrays:
+    """What a store says of the rows of a tar whatever their view, `[n, ...]`: which samples they are, and their labels.
+
+    Raises DataError for a key that a store cannot keep.
+    """
+    if not identity.keeps_digests:
+        return {"key_hash": block.key_hash, "image_crc": block.image_crc, "label": block.labels}
+    longest = max(block.keys, key=len, default="")
+    if len(longest) > MAX_KEY_BYTES:
+        raise DataError(
+            f"{block.name}: key '{longest[:80]}...' has {len(longest)} characters, a store keeps up to "
+            f"{MAX_KEY_BYTES}. Pack the dataset again with shorter names."
+        )
+    keys = pack_keys(block.keys)
+    return {"key_hash": block.key_hash, "key": keys, "image_digest": block.image_digest, "label": block.labels}
+
+
+def proof_of_images(identity: StoreIdentity) -> str:
+    """What comparing an image with such a store proves, for people."""
+    if identity.keeps_digests:
+        return "the sha256 of every image (128 bits of it) is compared with what the teacher saw"
+    return (
+        f"a store of schema version {identity.schema_version} has a crc32c of every image, which can be forged: that "
+        "an image is the one that the teacher saw is proven where the manifest has the sha256 of its tar"
+    )
+
+
 def joined_arrays(store: Store, wanted: Wanted) -> list[str]:
     """The arrays that a join reads."""
     views = store.identity.views
     names = [
-        "image_crc",
+        "image_digest" if store.created.keeps_digests else "image_crc",
         "label",
         "probe/row",
         "probe/view",
@@ -256,13 +285,18 @@ def left_out_of(stores: Sequence[Store], block: ImageBlock) -> dict[int, str]:
 
 
 def _check_samples(store: Store, block: ImageBlock, found: Arrays) -> None:
-    changed = np.flatnonzero(found["image_crc"] != block.image_crc)
+    by_digest = store.created.keeps_digests
+    stored: NDArray[Any] = found["image_digest" if by_digest else "image_crc"]
+    here: NDArray[Any] = block.image_digest if by_digest else block.image_crc
+    changed = np.flatnonzero((stored != here).reshape(len(block), -1).any(axis=1))
     if len(changed):
         first = changed[0]
+        # Bytes in their order; a number with its largest digit first.
+        is_now, was = (one[first].astype(one.dtype.newbyteorder(">")).tobytes().hex() for one in (here, stored))
         raise StoreMismatch(
-            f"{block.name}: the image of sample '{block.keys[first]}' (and {len(changed) - 1} more) has crc32c "
-            f"{block.image_crc[first]:08x}, the one the teacher saw had {found['image_crc'][first]:08x} (store "
-            f"{store.place}). The images were changed since: use the original dataset, or capture it again."
+            f"{block.name}: the image of sample '{block.keys[first]}' (and {len(changed) - 1} more) has "
+            f"{'sha256' if by_digest else 'crc32c'} {is_now}, the one the teacher saw had {was} (store {store.place}). "
+            "The images were changed since: use the original dataset, or capture it again."
         )
     relabelled = np.flatnonzero(found["label"] != block.labels)
     if len(relabelled):

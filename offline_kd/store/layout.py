@@ -14,6 +14,8 @@ from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
 
+from offline_kd.data.blocks import DIGEST_BYTES
+from offline_kd.data.tars import MAX_KEY_BYTES
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.decisions import NEAREST, SubclassDecisions, TemplateDecisions
 from offline_kd.store.schema import Addition, DecisionsIdentity, StoreIdentity, ledger_name, tables_ledger_name
@@ -111,8 +113,9 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     num_rows, num_views = blocks * rows, num_groups * per_group
     height, width = identity.seen_size
 
-    def per_row(name: str, dtype: str, fill: float, description: str) -> ArraySpec:
-        return ArraySpec(name, dtype, (num_rows,), (rows,), ("row",), fill, "block", description)
+    def per_row(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
+        sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
+        return ArraySpec(name, dtype, (num_rows, *sizes), (rows, *sizes), ("row", *names), fill, "block", description)
 
     def per_view(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
         sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
@@ -126,7 +129,14 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
 
     specs = [
         per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
-        per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)"),
+        *(
+            [
+                per_row("key", "|u1", 0, "the sample's key, in ASCII, filled up with 0", ("byte", MAX_KEY_BYTES)),
+                per_row("image_digest", "|u1", 0, "sha256 of the encoded image, 16 bytes", ("byte", DIGEST_BYTES)),
+            ]
+            if identity.keeps_digests
+            else [per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)")]
+        ),
         per_row("label", "<i4", -1, "class index"),
         *(
             per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))

@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offline_kd.data.tars import hash_key, read_tar, tars_in
+from offline_kd.data.tars import hash_key, read_tar, tars_in, unpack_keys
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.reader import Arrays, Store
-from offline_kd.support.errors import StoreMismatch, did_you_mean
+from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
+
+MOST_COMPARED = 100_000  # keys, with one that is not there: a second
 
 
 def rows_of(store: Store, keys: Sequence[str], known: Callable[[], Iterable[str]] = list) -> NDArray[np.int64]:
@@ -30,10 +32,11 @@ def rows_of(store: Store, keys: Sequence[str], known: Callable[[], Iterable[str]
     absent = np.flatnonzero(hashes[place] != wanted)
     if len(absent):
         key, about = keys[absent[0]], store.identity.dataset
-        hint = did_you_mean(key, get_close_matches(key, known(), n=1))
+        near = get_close_matches(key, known(), n=1) if len(hashes) <= MOST_COMPARED else []
+        hint = did_you_mean(key, near)
         raise StoreMismatch(
             f"{store.place}: has no sample '{key}' (and {len(absent) - 1} more): its {len(hashes):,} rows are those of "
-            f"{about.name}/{about.split}.{hint} See the keys of the dataset: `store.keys(FOLDER)`."
+            f"{about.name}/{about.split}.{hint} See its keys: `store.keys()`."
         )
     return rows[place]
 
@@ -104,8 +107,28 @@ def decisions_of(store: Store, name: str, rows: NDArray[np.int64], views: Sequen
     return found
 
 
-def keys_in_row_order(store: Store, folder: Path) -> list[str]:
-    """The key of every row of a store, in its order, from the dataset's tars in `folder`; the store has hashes only.
+def stored_keys(store: Store) -> list[str]:
+    """The key of every row of a store that keeps them, in its order; raises StoreCorrupt for one of another hash."""
+    keys: list[str] = []
+    for block in store.blocks:
+        arrays = store.read(block, 0, ["key", "key_hash"])
+        some = unpack_keys(arrays["key"].astype(np.uint8, copy=False))
+        if problem := problem_of_keys(some, arrays["key_hash"].astype(np.uint64, copy=False)):
+            raise StoreCorrupt(
+                f"{store.place}: block {block}: {problem}. This is not what a capture wrote: capture the store again."
+            )
+        keys += some
+    return keys
+
+
+def problem_of_keys(keys: Sequence[str], key_hash: NDArray[np.uint64]) -> str:
+    """Says which of a block's keys are not those of the hashes `[n]`; '' if all are."""
+    wrong = [row for row, key in enumerate(keys) if hash_key(key) != key_hash[row]]
+    return f"{len(wrong)} keys are not those that were hashed, the first is {keys[wrong[0]]!r}" if wrong else ""
+
+
+def keys_from_tars(store: Store, folder: Path) -> list[str]:
+    """The key of every row of a store before schema 3, which has hashes only, from the dataset's tars in `folder`.
 
     Raises StoreMismatch when the tars lack the key of a row.
     """

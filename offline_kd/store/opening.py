@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from offline_kd.store.downloads import DEFAULT_BYTES, Downloads, cache_folder
+from offline_kd.store.downloads import DEFAULT_BYTES, Downloads
 from offline_kd.store.layout import check_bounds, entry_names, parts_of
 from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import MAX_METADATA_BYTES, REPAIR, Store, checked, parse_metadata, read_json
@@ -24,6 +24,7 @@ from offline_kd.store.schema import (
     store_digest,
 )
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
+from offline_kd.support.files import cache_folder
 from offline_kd.support.strict import fingerprint
 
 

@@ -13,6 +13,8 @@
 Rows: block b is the b-th image tar of the dataset, sample j of it is row b * rows_per_block + j. A chunk holds one
 block and one view group, so every commit writes whole objects and every read takes whole objects.
 
+A row has its sample's key, the key's hash, the sha256 of the image's encoded bytes (16 bytes of it) and the label.
+
 Proof: manifest.json has the sha256 of every ledger entry, and an entry those of its objects. The store's digest is over
 identity and ledger: content, not dates, machines or software versions. It does not say how many views were planned, so
 a store that grew has the digest of one captured at once.
@@ -33,7 +35,8 @@ from offline_kd.support.strict import Sha256, Strict, fingerprint
 from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
 
-SCHEMA_VERSION = 2  # version 1 is still read: see opening.py
+SCHEMA_VERSION = 3  # of new stores; those of version 2 are read and grow as what they are, those of version 1 are read
+DIGESTS_SINCE = 3  # the version from which a store keeps a sha256 of every image, and the keys themselves
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
 Side = Annotated[int, Field(gt=0, lt=2**15)]
@@ -75,7 +78,7 @@ class DecisionsIdentity(Strict):
 class StoreIdentity(Strict):
     """`store.json`: what everything in the store is about. The same command must produce the same identity."""
 
-    schema_version: int
+    schema_version: int = Field(ge=1)
     name: str
     dataset: DatasetIdentity
     teacher: TeacherIdentity
@@ -89,6 +92,11 @@ class StoreIdentity(Strict):
     @property
     def num_classes(self) -> int:
         return len(self.dataset.classes)
+
+    @property
+    def keeps_digests(self) -> bool:
+        """Whether rows have a sha256 of their image, and their key; else a crc32c of the image only."""
+        return self.schema_version >= DIGESTS_SINCE
 
     @property
     def seen_size(self) -> tuple[int, int]:
@@ -145,7 +153,7 @@ class LedgerEntry(Strict):
     left_out: dict[str, str] = Field(
         default_factory=dict, description="samples of the tar without a row, by key, and why: bad images"
     )
-    objects: dict[str, StoredObject]
+    objects: dict[str, StoredObject] = Field(description="what the block consists of, by path below `targets.zarr/`")
 
     @property
     def file_name(self) -> str:

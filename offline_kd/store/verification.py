@@ -11,10 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock
+from offline_kd.data.tars import unpack_keys
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
 from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
+from offline_kd.store.lookup import problem_of_keys
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
@@ -143,6 +145,7 @@ def _check_entry(
     """One ledger entry and its objects; and the key hashes of its rows, if it has them."""
     found = Verification("entry")
     key_hash: NDArray[np.uint64] | None = None
+    keys: list[str] = []
     try:
         entry: LedgerEntry | TablesEntry = (
             store.tables_entry(task.part, task.decisions) if task.decisions else _block_entry(store, task)
@@ -180,10 +183,14 @@ def _check_entry(
                 problem = "" if task.decisions else _content_problem(store, task, spec, chunk, count)
                 if spec.name == "key_hash":
                     key_hash = chunk[:count].astype(np.uint64)
+                if spec.name == "key" and task.group == 0:  # all groups have the same
+                    keys = unpack_keys(chunk[:count].astype(np.uint8))
         if problem:
             found.faults.append(Fault(name, problem, task.name))
         found.objects += 1
         found.bytes += size or 0
+    if keys and key_hash is not None and (problem := problem_of_keys(keys, key_hash)):
+        found.faults.append(Fault(f"block {task.block}", problem, task.name))
     return found, key_hash
 
 

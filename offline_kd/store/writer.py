@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,6 +34,7 @@ from offline_kd.store.schema import (
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
 
 ABANDONED_SECONDS = 3600
+GROWS_SINCE = 2  # the schema version from which a store may be added to
 
 E = TypeVar("E", LedgerEntry, TablesEntry)
 
@@ -42,13 +42,14 @@ E = TypeVar("E", LedgerEntry, TablesEntry)
 def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
     """Create the store, or make sure that the one at `place` has this identity; returns the one that is there.
 
-    The number of views may differ: which of them a capture makes is its own business.
+    The number of views may differ: which of them a capture makes is its own business. So may the schema version: what
+    an earlier offline-kd began stays what it is.
 
     Raises StoreMismatch naming the first field that differs.
     """
     if not place.create("store.json", _json(identity.model_dump(mode="json"))):
         raw, existing = read_identity(place)
-        if raw["schema_version"] != SCHEMA_VERSION:
+        if raw["schema_version"] < GROWS_SINCE:
             raise StoreMismatch(
                 f"{place}: is of schema version {raw['schema_version']}, which can be read but not added to; this "
                 f"offline-kd writes {SCHEMA_VERSION}. Capture it anew into another --store."
@@ -87,7 +88,7 @@ def _difference(existing: object, wanted: object, where: str = "") -> str:
     if isinstance(existing, dict) and isinstance(wanted, dict):
         for name in sorted({*existing, *wanted}):
             field = f"{where}.{name}".lstrip(".")
-            if field in ("versions", "views.count"):
+            if field in ("versions", "schema_version", "views.count"):
                 continue
             difference = _difference(existing.get(name), wanted.get(name), field)
             if difference:
@@ -124,21 +125,16 @@ def committed_tables(place: Place, part: str, name: str) -> TablesEntry | None:
 def commit(
     place: Place,
     part: Part,
-    block: int,
     group: int,
-    views: range,
+    entry: LedgerEntry,
     arrays: Arrays,
-    *,
-    tar: str,
-    tar_sha256: str,
-    left_out: Mapping[str, str] = MappingProxyType({}),
     still_mine: Callable[[], bool] = lambda: True,
 ) -> LedgerEntry:
     """Write every array of one block and view group, prove that the store holds them, then vouch for them.
 
     Args:
+        entry: what the ledger shall say, without `objects`.
         arrays: by array name, rows of the block first (`[rows, ...]` or `[rows, views, ...]`; probes `[P, ...]`).
-        left_out: samples of the tar that have no row, by key, and why.
         still_mine: whether this writer still has the block's lease.
 
     Returns:
@@ -147,19 +143,8 @@ def commit(
     Raises:
         StoreCorrupt: when what was read back differs from what was written.
     """
-    objects = _write_objects(place, part.specs, arrays, block, group, still_mine)
-    entry = LedgerEntry(
-        addition=part.name,
-        block=block,
-        first_view=views.start,
-        end_view=views.stop,
-        rows=len(arrays["key_hash"]),
-        tar=tar,
-        tar_sha256=tar_sha256,
-        left_out=dict(left_out),
-        objects=objects,
-    )
-    return _vouch(place, entry)
+    objects = _write_objects(place, part.specs, arrays, entry.block, group, still_mine)
+    return _vouch(place, entry.model_copy(update={"objects": objects}))
 
 
 def commit_tables(place: Place, part: Part, name: str, arrays: Arrays, statistics: dict[str, float]) -> TablesEntry:

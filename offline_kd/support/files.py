@@ -53,6 +53,12 @@ def _write_partial(file: Path, content: str | bytes) -> Path:
     return partial
 
 
+def cache_folder() -> Path:
+    """OFFLINE_KD_CACHE, or `offline-kd` in the user's cache folder: nothing in it is lost if it is deleted."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "offline-kd"
+    return Path(os.environ.get("OFFLINE_KD_CACHE") or default)
+
+
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,8 @@
-"""A store that was written before the package was divided into rooms is read, trained from and captured again."""
+"""Stores of schema versions 2 and 3 that were written before are read, trained from, grown and captured again."""
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from offline_kd.store.opening import open_store
 
 FIXTURE = ROOT / "tests" / "fixtures" / "store_v2"
 STORE = FIXTURE / "store"
+STORE_3 = ROOT / "tests" / "fixtures" / "store_v3" / "store"
+DIGEST_3 = "2b49f14f5b4c918b72858717d83efc3ec543490663f2622102c4d2ef54e514a5"
 DIGEST = "73a894c6e8c7bf8441f8383816dadcf1eeb7ef9c9627384eaa0be70374c52865"
 AT_FIRST = "ae26f6c757501d144a86d685b32cfc4388c8a2088d6b312818faf0759ba3f3bf"
 CPU_OF_FIXTURE = "AVX512"
@@ -39,10 +42,34 @@ def test_the_store_opens_with_its_digest_and_with_the_one_it_had_before_it_grew(
     assert open_store(STORE, targets="second").identity.codec.name == "f16"
 
 
-def test_the_store_verifies_against_itself_and_against_the_dataset(where):
-    ran("store", "verify", STORE)
-    ran("store", "verify", STORE, "--quick")
-    ran("store", "verify", STORE, "--dataset", *where)
+def test_of_version_3_it_says_the_same_of_every_sample_and_knows_more_of_it():
+    store, other = open_store(STORE_3, digest=DIGEST_3), open_store(STORE)
+    same = sorted(set(store.arrays) & set(other.arrays))
+    assert set(store.arrays) - set(same) == {"key", "image_digest"}
+    assert set(other.arrays) - set(same) == {"image_crc"}
+    for group in range(2):
+        one, two = store.read(0, group, same), other.read(0, group, same)
+        assert all(one[name].tobytes() == two[name].tobytes() for name in same)
+
+
+@pytest.mark.parametrize("store", [STORE, STORE_3])
+def test_the_store_verifies_against_itself_and_against_the_dataset(store, where):
+    ran("store", "verify", store)
+    ran("store", "verify", store, "--quick")
+    ran("store", "verify", store, "--dataset", *where)
+
+
+def test_a_store_of_version_2_grows_as_what_it_is_and_keeps_its_digests(where, tmp_path):
+    path = tmp_path / "store"
+    shutil.copytree(STORE, path)
+    capture(path, "recipe.yaml", where, "--set", "views.count=3")
+    grown = open_store(path)
+    assert grown.identity.views.num_views == 3
+    assert (grown.created.schema_version, grown.manifest.schema_version) == (2, 2)
+    assert "image_crc" in grown.arrays
+    assert "key" not in grown.arrays
+    assert open_store(path, digest=DIGEST).identity.views.num_views == 2
+    ran("store", "verify", path, "--dataset", *where)
 
 
 @pytest.mark.parametrize("objective", ["kd", "letkd"])
@@ -57,15 +84,15 @@ def test_captured_anew_the_store_verifies_and_on_the_same_machine_has_the_same_d
     capture(path, "recipe.yaml", where)
     capture(path, "second.yaml", where, "--add")
     ran("store", "verify", path)
-    before, anew = open_store(STORE), open_store(path)
+    before, anew = open_store(STORE_3), open_store(path)
     for group in range(2):
         # Of no arithmetic that machines round differently.
         names = [name for name in before.arrays if not name.startswith(("logits/", "decisions/"))]
         old, new = before.read(0, group, names), anew.read(0, group, names)
         assert all(np.array_equal(old[name], new[name]) for name in names)
-    versions = [json.loads((one / "store.json").read_text())["versions"] for one in (STORE, path)]
+    versions = [json.loads((one / "store.json").read_text())["versions"] for one in (STORE_3, path)]
     if versions[0] == versions[1] and torch.backends.cpu.get_cpu_capability() == CPU_OF_FIXTURE:
-        assert anew.digest == DIGEST
+        assert anew.digest == DIGEST_3
 
 
 def test_an_object_is_hashed_once_whether_it_is_fetched_or_was_downloaded_before(tmp_path, monkeypatch):

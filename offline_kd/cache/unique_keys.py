@@ -1,0 +1,78 @@
+"""One key, one row: found early by whoever captures, and proven over the whole store before it is finished."""
+
+from typing import NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offline_kd.data.tars import unpack_keys
+from offline_kd.store.reader import Store
+from offline_kd.support.errors import DataError
+
+READ_AHEAD = 16  # blocks of a store that is not on this machine
+
+
+class KnownKeys:
+    """The key hashes of the blocks that a process has seen, in 8 bytes each."""
+
+    def __init__(self) -> None:
+        self.blocks: set[int] = set()
+        self.runs: list[NDArray[np.uint64]] = []  # sorted, each at least twice as long as the next: there are few
+
+    def add(self, block: int, key_hash: NDArray[np.uint64]) -> NDArray[np.int64]:
+        """Make a block known; returns which of its rows have the key of a row of another block."""
+        if block in self.blocks:
+            return np.empty(0, dtype=np.int64)
+        used = np.zeros(len(key_hash), dtype=bool)
+        for run in self.runs:
+            used |= run[np.searchsorted(run, key_hash).clip(max=len(run) - 1)] == key_hash
+        self.blocks.add(block)
+        self.runs.append(np.sort(key_hash))
+        while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
+            merged = np.concatenate([self.runs.pop(-2), self.runs.pop()])
+            merged.sort(kind="stable")
+            self.runs.append(merged)
+        return np.flatnonzero(used)
+
+
+def prove_unique_keys(store: Store) -> None:
+    """Make sure that no two rows of a store have one key, whoever wrote them: 8 bytes of memory a row.
+
+    Raises DataError naming both tars.
+    """
+    about = store.created.dataset
+    hashes = np.empty(sum(about.tars[block].count for block in store.blocks), dtype=np.uint64)
+    filled = 0
+    for block in store.blocks:
+        if store.place.is_remote:
+            for later in range(block + 1, min(block + 1 + READ_AHEAD, store.blocks.stop)):
+                store.fetch_ahead(later, 0, ["key_hash"])
+        some = _key_hashes(store, block)
+        hashes[filled : filled + len(some)] = some
+        filled += len(some)
+    hashes = hashes[:filled]
+    hashes.sort()
+    twice = np.flatnonzero(hashes[1:] == hashes[:-1])
+    if len(twice):
+        refuse_key(store, hashes[twice[0]])
+
+
+def refuse_key(store: Store, key_hash: np.uint64) -> NoReturn:
+    """Raise DataError naming the tars in which the key is, and the key where the store knows it."""
+    places, key = [], f"with hash {key_hash:016x}"
+    for block in store.blocks:
+        for row in np.flatnonzero(_key_hashes(store, block) == key_hash):
+            places.append(f"{store.created.dataset.tars[block].file} (row {row})")
+            if store.created.keeps_digests:
+                key = f"'{unpack_keys(store.read(block, 0, ['key'])['key'][row : row + 1].astype(np.uint8))[0]}'"
+    raise DataError(
+        f"{store.place}: key {key} is that of {len(places)} samples: {', '.join(places[:5])}. Keys of a split must be "
+        "unique: pack the dataset again, and capture it into another --store."
+    )
+
+
+def _key_hashes(store: Store, block: int) -> NDArray[np.uint64]:
+    """`[rows]`; what was read is not kept, of thousands of blocks."""
+    found = store.read(block, 0, ["key_hash"])["key_hash"].astype(np.uint64)
+    store.kept.pop((block, -1, "key_hash"), None)
+    return found
