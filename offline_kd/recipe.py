@@ -138,7 +138,9 @@ class Capture(Strict):
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")
     batch_size: Count | None = Field(None, description="of the teacher; no effect on what is stored")
-    fidelity_rows: Count = Field(1000, description="rows on which the teacher is run again to finish the store")
+    fidelity_rows: Count = Field(
+        1000, description="rows on which the teacher is asked again to finish a store; one of each block at least"
+    )
 
 
 class StudentNetwork(Strict):
