@@ -8,6 +8,7 @@ import torch
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import Manifest
 from offline_kd.recipe import CaptureRecipe
+from offline_kd.store.leftovers import sweep
 from offline_kd.store.places import Place
 from offline_kd.store.verification import Verification, take_back, verify
 from offline_kd.support.console import say
@@ -30,6 +31,7 @@ def repair(
         show: is told what was found before each round, and at the end.
         remove_extra: delete files that do not belong to the store, too.
     """
+    sweep(place)
     for _ in range(ROUNDS):
         result = verify(place)
         faults = [fault for fault in result.faults if remove_extra or not fault.is_extra]

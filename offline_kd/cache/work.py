@@ -18,7 +18,7 @@ from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import LedgerEntry, identity_of_targets, ledger_name, tables_ledger_name
 from offline_kd.store.writer import commit, read_ledger
 from offline_kd.support.console import say
-from offline_kd.support.errors import DataError, StoreMismatch
+from offline_kd.support.errors import DataError, LeaseLost, StoreMismatch
 from offline_kd.views.kind import draw
 
 
@@ -111,7 +111,7 @@ def _keys_of_committed_blocks(capture: Capture) -> Iterator[tuple[int, NDArray[n
 def capture_block(
     work: Work, number: int, images: ImageBlock, still_mine: Callable[[], bool], step: Callable[[int], None]
 ) -> None:
-    """Commit every view group of a block that is open.
+    """Commit every view group of a block that is open; what another writer took over meanwhile is left to it.
 
     Args:
         still_mine: whether nobody else has begun the block meanwhile.
@@ -129,24 +129,22 @@ def capture_block(
         elif group == 0:
             for bad in left_out:
                 say(f"{images.path}: sample '{bad.key}' is left out: {bad.problem}")
-        commit(
-            work.capture.place,
-            work.part,
-            group,
-            LedgerEntry(
-                addition=work.part.name,
-                block=number,
-                first_view=views.start,
-                end_view=views.stop,
-                rows=len(arrays["key_hash"]),
-                tar=images.name,
-                tar_sha256=images.sha256,
-                left_out={bad.key: bad.problem for bad in left_out},
-                objects={},
-            ),
-            arrays,
-            still_mine,
+        entry = LedgerEntry(
+            addition=work.part.name,
+            block=number,
+            first_view=views.start,
+            end_view=views.stop,
+            rows=len(arrays["key_hash"]),
+            tar=images.name,
+            tar_sha256=images.sha256,
+            left_out={bad.key: bad.problem for bad in left_out},
+            objects={},
         )
+        try:
+            commit(work.capture.place, work.part, group, entry, arrays, still_mine)
+        except LeaseLost as lost:
+            say(f"{lost}")
+            return
         work.done.add((number, group))
         step(len(images) * len(views))
 

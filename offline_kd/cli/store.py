@@ -141,6 +141,7 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
     for fault in result.faults:
         click.echo(printable(f"{fault.file}: {fault.problem}"))
     found = f"{len(result.faults)} FAULTS" if result.faults else "no fault"
+    found += f"; {result.leftovers} files of writers at work, or ended: harmless" if result.leftovers else ""
     say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
 
 
