@@ -26,7 +26,7 @@ from offline_kd.store.join import Wanted, as_stored, codec_tables_on, join, tabl
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate
 from offline_kd.store.schema import Fidelity
-from offline_kd.store.sync import describe
+from offline_kd.store.serving import describe
 from offline_kd.support.console import progress
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch

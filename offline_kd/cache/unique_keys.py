@@ -72,7 +72,5 @@ def refuse_key(store: Store, key_hash: np.uint64) -> NoReturn:
 
 
 def _key_hashes(store: Store, block: int) -> NDArray[np.uint64]:
-    """`[rows]`; what was read is not kept, of thousands of blocks."""
-    found = store.read(block, 0, ["key_hash"])["key_hash"].astype(np.uint64)
-    store.kept.pop((block, -1, "key_hash"), None)
-    return found
+    """`[rows]`"""
+    return store.read(block, 0, ["key_hash"])["key_hash"].astype(np.uint64)

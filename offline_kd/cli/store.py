@@ -140,6 +140,8 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
         return
     for fault in result.faults:
         click.echo(printable(f"{fault.file}: {fault.problem}"))
+    for note in result.notes:
+        say(printable(f"{reference}: {note}"))
     found = f"{len(result.faults)} FAULTS" if result.faults else "no fault"
     found += f"; {result.leftovers} files of writers at work, or ended: harmless" if result.leftovers else ""
     say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
@@ -263,7 +265,8 @@ def copy_command(
     manifest_path: Path,
     data_root: tuple[Path, ...],
 ) -> None:
-    from offline_kd.store.sync import copy_store, describe
+    from offline_kd.store.serving import describe
+    from offline_kd.store.sync import copy_store
     from offline_kd.support.console import say
 
     where = known_stores(manifest_path).store(source)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -9,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 
 M = TypeVar("M", bound=BaseModel)
+MAX_PROBLEMS = 1000
+_SHORT = reprlib.Repr()  # what is wrong may be as long as the file
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxdict = _SHORT.maxlist = 20
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -29,18 +34,20 @@ def parse(model: type[M], content: object, *, where: str) -> M:
 
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
+    if error.error_count() > MAX_PROBLEMS:  # to list millions would cost more memory than what they are about
+        return f"{error.error_count():,} fields are missing, unknown or wrong"
     # A misspelt field leads to a missing one: name the misspelling first.
     problem = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     location = problem["loc"]
-    field = shorten(".".join(str(part) for part in location) or "the file")
+    field = shorten(".".join(str(part)[:100] for part in location) or "the file")
     if problem["type"] == "extra_forbidden":
-        name = shorten(str(location[-1]))
+        name = f"{location[-1]}"[:100]
         return f"unknown field '{field}'.{did_you_mean(name, _field_names(model.model_json_schema()) - {name})}"
     if problem["type"] == "union_tag_invalid":
         tag, expected = shorten(problem["ctx"]["tag"]), problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"'{field}': unknown name '{tag}'.{did_you_mean(tag, expected)}"
     more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-    shown = "" if problem["type"] == "missing" else f", got {shorten(repr(problem['input']))}"
+    shown = "" if problem["type"] == "missing" else f", got {shorten(_SHORT.repr(problem['input']))}"
     return f"'{field}': {problem['msg']}{shown}{more}"
 
 
