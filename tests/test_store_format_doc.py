@@ -9,7 +9,7 @@ import pytest
 import zarr
 
 STORES = Path(__file__).parent / "fixtures"
-STORE = STORES / "store_v2" / "store"
+STORE, STORE_2 = (STORES / name / "store" for name in ("store_v3", "store_v2"))
 
 
 # ---- the reader: nothing of offline_kd -----------------------------------------------------------------------------
@@ -83,7 +83,8 @@ def test_every_array_of_every_block_is_what_the_package_reads(targets):
     arrays, store = zarr.open_group(STORE / "targets.zarr", mode="r"), open_store(STORE, targets=targets)
     prefix, ending = (f"teachers/{targets}/", f".{targets}") if targets else ("", "")
     per_block, per_group = identity["rows_per_block"], identity["views_per_group"]
-    kinds = ("logits", "decisions") if targets else ("key_hash", "image_crc", "label", "view", "logits", "decisions")
+    rows_know = ("key", "key_hash", "image_digest", "label", "view")
+    kinds = ("logits", "decisions") if targets else (*rows_know, "logits", "decisions")
     names = [name for name in store.arrays if name.split("/")[0] in kinds]
     assert names
     for block in range(len(identity["dataset"]["tars"])):
@@ -94,7 +95,7 @@ def test_every_array_of_every_block_is_what_the_package_reads(targets):
             expected = store.read(block, group, names)
             for name in names:
                 array = arrays[prefix + name]
-                found = array[rows] if array.ndim == 1 else array[rows, first:end]
+                found = array[rows, first:end] if "view" in array.metadata.dimension_names else array[rows]
                 assert found.dtype == expected[name].dtype
                 assert found.tobytes() == expected[name].tobytes(), name
 
@@ -114,7 +115,7 @@ def test_logits_of_klt_are_those_that_the_package_decodes():
     assert np.abs(found - expected.numpy()).max() < 1e-5
 
 
-def test_key_hashes_and_image_sums_are_those_of_the_dataset(data_root):
+def test_keys_their_hashes_and_image_sums_are_those_of_the_dataset(data_root):
     import tarfile
 
     import google_crc32c
@@ -125,8 +126,13 @@ def test_key_hashes_and_image_sums_are_those_of_the_dataset(data_root):
         images = {one.name.split(".")[0]: tar.extractfile(one).read() for one in tar if not one.name.endswith(".cls")}
     hashes = [int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") for key in images]
     assert hashes == arrays["key_hash"][: len(images)].tolist()
+    assert [row.tobytes().rstrip(b"\0").decode() for row in arrays["key"][: len(images)]] == list(images)
+    digests = [hashlib.sha256(content).digest()[:16] for content in images.values()]
+    assert digests == [row.tobytes() for row in arrays["image_digest"][: len(images)]]
+    checked_manifest(STORE_2)
+    of_version_2 = zarr.open_group(STORE_2 / "targets.zarr", mode="r")
     sums = [google_crc32c.value(content) for content in images.values()]
-    assert sums == arrays["image_crc"][: len(images)].tolist()
+    assert sums == of_version_2["image_crc"][: len(images)].tolist()
 
 
 def test_the_digest_of_a_store_of_version_1_is_computed_as_the_page_says():
