@@ -1,16 +1,22 @@
 """Declare a store complete, after asking the teacher once more about rows that are read back as stage 2 will."""
 
+from collections.abc import Callable, Iterable
+from functools import partial
+
 from offline_kd.cache.fidelity import measure_fidelity
 from offline_kd.cache.job import Capture, current_manifest
 from offline_kd.store.card import write_card
 from offline_kd.store.layout import entry_names, parts_of, small_files
 from offline_kd.store.leases import Leases
+from offline_kd.store.leftovers import sweep
 from offline_kd.store.opening import read_addition, read_identity
+from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     LedgerEntry,
     StoreManifest,
+    TablesEntry,
     identity_of_targets,
     ledger_name,
     store_digest,
@@ -43,11 +49,12 @@ def finish_if_complete(capture: Capture, leases: Leases) -> StoreManifest | None
         whole = all(place.size(name) == stored.bytes for name, stored in manifest.files.items())
         return manifest if whole else None
 
-    if leases.wait_for("finish", lambda: finished() is not None):
-        _finish(capture, own)
+    while leases.wait_for("finish", lambda: finished() is not None):
+        _finish(capture, own, partial(leases.is_mine, "finish"))
         leases.release("finish")
     manifest = finished()
     assert manifest is not None
+    sweep(place)
     return manifest
 
 
@@ -70,7 +77,7 @@ def _views_in_ledger(capture: Capture) -> dict[str, int]:
     return views
 
 
-def _finish(capture: Capture, own: dict[str, int]) -> None:
+def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool]) -> None:
     """With the lease: nobody else changes the manifest, whose other parts, if it has any, are kept."""
     place, created = capture.place, capture.created
     old = current_manifest(place)
@@ -79,56 +86,69 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
         views[part] = max(views.get(part, 0), num_views)
     known = {one.name: one for one in capture.additions}
     additions = [known.get(name) or read_addition(place, name) for name in views if name]
-    raw, _ = read_identity(place)
-    names = entry_names(created, parts_of(created, additions), views)
-    present = place.sizes("ledger")
-    if missing := [name for name in names if f"ledger/{name}" not in present]:
-        raise StoreIncomplete(
-            f"{place}: {len(missing)} blocks of other targets are missing, such as ledger/{missing[0]}. Run the recipe "
-            "that they were added with."
-        )
-    contents = read_ledger(place, names)
-    entries = {name: stored_object(content).sha256 for name, content in contents.items()}
-    digest = store_digest(raw, [one.model_dump(mode="json") for one in additions], entries)
-    parsed = {name: parse_entry(name, content, name) for name, content in contents.items()}
-    fidelity = dict(old.fidelity) if old else {}
     parts = parts_of(created, additions)
-    targets_of_run = parts[capture.own_parts[0]].targets
+    contents = _read_entries(place, entry_names(created, parts, views))
+    entries = {name: stored_object(content).sha256 for name, content in contents.items()}
+    digest = store_digest(read_identity(place)[0], [one.model_dump(mode="json") for one in additions], entries)
+    parsed = {name: parse_entry(name, content, name) for name, content in contents.items()}
 
     def store_with(targets: str) -> Store:
         num_views = min(count for part, count in views.items() if part == "" or parts[part].targets == targets)
         identity = identity_of_targets(created, additions, targets, num_views)
         return Store(place, created, additions, targets, identity, entries, digest, parsed={**parsed})
 
-    store = store_with(targets_of_run)
-    fidelity[targets_of_run] = measure_fidelity(
-        store, capture.loader.__getitem__, capture.teacher, capture.recipe.capture.fidelity_rows, capture.device
+    targets = parts[capture.own_parts[0]].targets
+    fidelity = measure_fidelity(
+        store_with(targets),
+        capture.loader.__getitem__,
+        capture.teacher,
+        capture.recipe.capture.fidelity_rows,
+        capture.device,
     )
-    by_array: dict[str, dict[str, int]] = {}
-    for entry in parsed.values():
-        for key, stored in entry.objects.items():
-            by_array.setdefault(key.split("/c/")[0].removesuffix("/c"), {})[key] = stored.bytes
-    first_group = [
-        one for one in parsed.values() if isinstance(one, LedgerEntry) and not (one.addition or one.first_view)
-    ]
-    earlier = list(old.earlier) if old else []
-    if old and old.views != views:
-        earlier.append(old.views)
+    sizes = _bytes_by_array(parsed.values())
     manifest = StoreManifest(
         schema_version=SCHEMA_VERSION,
         digest=digest,
         views=views,
-        earlier=earlier,
+        earlier=[*(old.earlier if old else []), *([old.views] if old and old.views != views else [])],
         entries=entries,
         files={},
-        fidelity=fidelity,
-        left_out=sum(len(one.left_out) for one in first_group),
-        total_bytes=sum(sum(sizes.values()) for sizes in by_array.values()),
-        bytes_by_array={name: sum(sizes.values()) for name, sizes in sorted(by_array.items())},
+        fidelity={**(old.fidelity if old else {}), targets: fidelity},
+        left_out=_left_out(parsed.values()),
+        total_bytes=sum(sizes.values()),
+        bytes_by_array=sizes,
     )
-    all_targets = sorted({part.targets for part in parts.values()})
-    card = write_card({targets: store_with(targets) for targets in all_targets}, manifest)
+    card = write_card({name: store_with(name) for name in sorted({part.targets for part in parts.values()})}, manifest)
+    if not still_mine():
+        return  # this writer slept while another one declared what may be more
     for name, content in card.items():
         place.put(name, content)
     files = {name: stored_object(place.read(name)) for name in small_files(additions, parts)}
     write_manifest(place, manifest.model_copy(update={"files": files}))
+
+
+def _read_entries(place: Place, names: list[str]) -> dict[str, bytes]:
+    """The content of these ledger entries by file name; raises StoreIncomplete if one is missing."""
+    present = place.sizes("ledger")
+    if missing := [name for name in names if f"ledger/{name}" not in present]:
+        raise StoreIncomplete(
+            f"{place}: {len(missing)} blocks of other targets are missing, such as ledger/{missing[0]}. Run the recipe "
+            "that they were added with."
+        )
+    return read_ledger(place, names)
+
+
+def _bytes_by_array(entries: Iterable[LedgerEntry | TablesEntry]) -> dict[str, int]:
+    """How large the objects of every array are, by its name."""
+    by_array: dict[str, dict[str, int]] = {}
+    for entry in entries:
+        for key, stored in entry.objects.items():
+            by_array.setdefault(key.split("/c/")[0].removesuffix("/c"), {})[key] = stored.bytes
+    return {name: sum(sizes.values()) for name, sizes in sorted(by_array.items())}
+
+
+def _left_out(entries: Iterable[LedgerEntry | TablesEntry]) -> int:
+    """How many samples have no row: what the first view group of the first targets says."""
+    return sum(
+        len(one.left_out) for one in entries if isinstance(one, LedgerEntry) and not (one.addition or one.first_view)
+    )

@@ -4,9 +4,11 @@ Run again, it goes on where it stopped: what is committed is left alone, whateve
 processes, on any machines, it is shared: a block belongs to whoever has its lease, and the last writer finishes.
 """
 
+import contextlib
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -26,6 +28,8 @@ from offline_kd.store.leases import Leases, leases_at
 from offline_kd.store.places import Folder, Place, place_at
 from offline_kd.store.schema import StoreManifest
 from offline_kd.store.writer import commit_tables, committed_tables
+from offline_kd.support.errors import LeaseLost
+from offline_kd.support.files import scratch_prefix
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,13 @@ def _commit_missing_tables(capture: Capture, addition: str, leases: Leases) -> N
         return [name for name in part.tables if committed_tables(place, addition, name) is None]
 
     lease = f"{addition or 'first'}-templates"
-    if missing() and leases.wait_for(lease, lambda: not missing()):
+    while leases.wait_for(lease, lambda: not missing()):
         identity = capture.identity_of(addition)
-        with tempfile.TemporaryDirectory(prefix="scratch-", dir=_scratch_folder(place)) as scratch:
+        with tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=_scratch_folder(place)) as scratch:
             fitted = fit_tables(capture.teacher, identity, missing(), capture.loader, Path(scratch), capture.device)
-        for name, (arrays, statistics) in fitted.items():
-            commit_tables(place, part, name, arrays, statistics)
+        with contextlib.suppress(LeaseLost):  # another writer fits them now: wait for it
+            for name, (arrays, statistics) in fitted.items():
+                commit_tables(place, part, name, arrays, statistics, partial(leases.is_mine, lease))
         leases.release(lease)
 
 

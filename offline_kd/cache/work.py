@@ -16,7 +16,7 @@ from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import identity_of_targets, ledger_name, tables_ledger_name
 from offline_kd.store.writer import commit, read_ledger
 from offline_kd.support.console import say
-from offline_kd.support.errors import DataError, StoreMismatch
+from offline_kd.support.errors import DataError, LeaseLost, StoreMismatch
 from offline_kd.views.kind import draw
 
 
@@ -108,7 +108,7 @@ def _keys_of_committed_blocks(capture: Capture, present: Mapping[str, int]) -> d
 def capture_block(
     work: Work, number: int, images: ImageBlock, still_mine: Callable[[], bool], step: Callable[[int], None]
 ) -> None:
-    """Commit every view group of a block that is open.
+    """Commit every view group of a block that is open; what another writer took over meanwhile is left to it.
 
     Args:
         still_mine: whether nobody else has begun the block meanwhile.
@@ -126,18 +126,22 @@ def capture_block(
         elif group == 0:
             for bad in left_out:
                 say(f"{images.path}: sample '{bad.key}' is left out: {bad.problem}")
-        commit(
-            work.capture.place,
-            work.part,
-            number,
-            group,
-            views,
-            arrays,
-            tar=images.name,
-            tar_sha256=images.sha256,
-            left_out={bad.key: bad.problem for bad in left_out},
-            still_mine=still_mine,
-        )
+        try:
+            commit(
+                work.capture.place,
+                work.part,
+                number,
+                group,
+                views,
+                arrays,
+                tar=images.name,
+                tar_sha256=images.sha256,
+                left_out={bad.key: bad.problem for bad in left_out},
+                still_mine=still_mine,
+            )
+        except LeaseLost as lost:
+            say(f"{lost}")
+            return
         work.done.add((number, group))
         step(len(images) * len(views))
 

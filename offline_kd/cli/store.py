@@ -169,6 +169,7 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
     for fault in result.faults:
         click.echo(printable(f"{fault.file}: {fault.problem}"))
     found = f"{len(result.faults)} FAULTS" if result.faults else "no fault"
+    found += f"; {result.leftovers} files of writers at work, or ended: harmless" if result.leftovers else ""
     say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
 
 
@@ -185,6 +186,7 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
     offline-kd store repair runs/digits/store runs/digits/recipe.yaml
     """
     from offline_kd.cache.pipeline import cache_teacher
+    from offline_kd.store.leftovers import sweep
     from offline_kd.store.opening import open_store
     from offline_kd.store.places import place_at
     from offline_kd.store.verification import take_back, verify
@@ -192,6 +194,7 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     place = place_at(manifest.store(reference).location)
+    sweep(place)
     for _ in range(3):  # a damaged manifest hides what else is damaged
         result = verify(place)
         faults = [fault for fault in result.faults if remove_extra or not fault.is_extra]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offline_kd.store.layout import small_files
+from offline_kd.store.leftovers import sweep
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries
@@ -136,6 +137,7 @@ def copy_store(
             for future in waiting:
                 future.cancel()
     target.put("manifest.json", manifest_bytes(new_manifest))
+    sweep(target)
     return Copied(manifest.digest, counts["files"], counts["bytes"], counts["already_there"], held)
 
 

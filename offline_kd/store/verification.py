@@ -15,6 +15,7 @@ from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
 from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
+from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
@@ -45,6 +46,7 @@ class Verification:
     objects: int = 0
     bytes: int = 0
     faults: list[Fault] = field(default_factory=list)
+    leftovers: int = 0  # files of writers that are at work or were ended: no fault
 
 
 def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBlock] | None = None) -> Verification:
@@ -89,9 +91,13 @@ def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBl
     if sizes is not None:
         known = _known_files(store, tasks)
         result.faults += [
-            Fault(name, "does not belong to the store; perhaps a writer is at work, or was stopped", is_extra=True)
+            Fault(
+                name, "does not belong to the store; perhaps it is being added to, or that was stopped", is_extra=True
+            )
             for name in sorted(set(sizes) - known)
+            if not is_leftover(name)
         ]
+        result.leftovers = sum(is_leftover(name) for name in sizes)
     return result
 
 
@@ -306,5 +312,5 @@ def take_back(place: Place, faults: Sequence[Fault], remove_extra: bool) -> list
 
 def faults_as_json(result: Verification) -> str:
     faults = [{"file": one.file, "problem": one.problem, "block": one.entry} for one in result.faults]
-    about = {"mode": result.mode, "objects": result.objects, "bytes": result.bytes, "faults": faults}
-    return json.dumps(about, indent=2)
+    about = {"mode": result.mode, "objects": result.objects, "bytes": result.bytes, "leftovers": result.leftovers}
+    return json.dumps(about | {"faults": faults}, indent=2)

@@ -6,10 +6,8 @@ block again. Objects are created exclusively too: what another attempt left is t
 the holder of the block's lease only.
 """
 
-import contextlib
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.layout import ArraySpec, Part, parts_of, zarr_metadata
+from offline_kd.store.leftovers import sweep
 from offline_kd.store.opening import read_identity
 from offline_kd.store.places import Folder, Place
 from offline_kd.store.reader import Arrays, parse_metadata, stored_object
@@ -32,9 +31,7 @@ from offline_kd.store.schema import (
     TablesEntry,
     tables_ledger_name,
 )
-from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
-
-ABANDONED_SECONDS = 3600
+from offline_kd.support.errors import LeaseLost, StoreCorrupt, StoreMismatch
 
 E = TypeVar("E", LedgerEntry, TablesEntry)
 
@@ -61,11 +58,7 @@ def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
             )
         identity = existing
     write_zarr_metadata(place, parts_of(identity))
-    if isinstance(place, Folder):
-        for partial in place.path.rglob("*.partial"):
-            with contextlib.suppress(FileNotFoundError):  # another writer swept it first
-                if time.time() - partial.stat().st_mtime > ABANDONED_SECONDS:
-                    partial.unlink()
+    sweep(place)
     return identity
 
 
@@ -145,6 +138,7 @@ def commit(
         The entry that stands: another writer's, if it was first.
 
     Raises:
+        LeaseLost: when another writer took the block over; nothing of it is vouched for here.
         StoreCorrupt: when what was read back differs from what was written.
     """
     objects = _write_objects(place, part.specs, arrays, block, group, still_mine)
@@ -159,34 +153,63 @@ def commit(
         left_out=dict(left_out),
         objects=objects,
     )
-    return _vouch(place, entry)
+    return _vouch(place, entry, still_mine)
 
 
-def commit_tables(place: Place, part: Part, name: str, arrays: Arrays, statistics: dict[str, float]) -> TablesEntry:
+def commit_tables(
+    place: Place,
+    part: Part,
+    name: str,
+    arrays: Arrays,
+    statistics: dict[str, float],
+    still_mine: Callable[[], bool] = lambda: True,
+) -> TablesEntry:
     """Write the tables of decisions of that name, prove that the store holds them, then vouch for them.
 
     Args:
         arrays: by full array name, whole.
         statistics: of the fit, kept in the ledger entry.
+        still_mine: whether this writer still has the lease of these tables.
 
     Returns:
         The entry that stands: another writer's, if it was first.
 
     Raises:
+        LeaseLost: when another writer took the tables over; nothing of them is vouched for here.
         StoreCorrupt: when what was read back differs from what was written.
     """
-    objects = _write_objects(place, part.tables[name], arrays, 0, 0, lambda: True)
-    return _vouch(place, TablesEntry(addition=part.name, decisions=name, objects=objects, statistics=statistics))
+    objects = _write_objects(place, part.tables[name], arrays, 0, 0, still_mine)
+    entry = TablesEntry(addition=part.name, decisions=name, objects=objects, statistics=statistics)
+    return _vouch(place, entry, still_mine)
 
 
-def _vouch(place: Place, entry: E) -> E:
+def _vouch(place: Place, entry: E, still_mine: Callable[[], bool]) -> E:
     """Create the ledger file of an entry; returns the one that stands."""
     file = f"ledger/{entry.file_name}"
+    _refuse_lost(place, file, still_mine)
+    if place.create(file, _entry_bytes(entry)):
+        return entry
+    standing = parse_metadata(type(entry), place.read(file), f"{place}/{file}")
+    if standing.objects == entry.objects:
+        return standing
+    # A slow writer vouched for its objects in the very moment in which this one replaced them.
+    _refuse_lost(place, file, still_mine)
+    place.put(file, _entry_bytes(entry))
+    return entry
+
+
+def _refuse_lost(place: Place, name: str, still_mine: Callable[[], bool]) -> None:
+    if not still_mine():
+        raise LeaseLost(
+            f"{place}/{name}: another writer took this over, because this one showed no sign of life in time. "
+            "Nothing is lost: it is done there, and the same command goes on."
+        )
+
+
+def _entry_bytes(entry: LedgerEntry | TablesEntry) -> bytes:
     # Older software reads stores in which nothing was left out.
     nothing = {"left_out"} if not (isinstance(entry, LedgerEntry) and entry.left_out) else None
-    if place.create(file, (entry.model_dump_json(indent=1, exclude=nothing) + "\n").encode()):
-        return entry
-    return parse_metadata(type(entry), place.read(file), f"{place}/{file}")
+    return (entry.model_dump_json(indent=1, exclude=nothing) + "\n").encode()
 
 
 def _write_objects(
@@ -209,11 +232,7 @@ def _write_objects(
         name = f"targets.zarr/{key}"
         if not place.create(name, content) and place.read(name) != content:
             # Left by a writer that died, or being written by one that is slow.
-            if not still_mine():
-                raise StoreError(
-                    f"{place}/{name}: another writer took this block over, because this one did not renew its lease "
-                    "in time. Nothing is lost: run the same command again."
-                )
+            _refuse_lost(place, name, still_mine)
             place.put(name, content)
         found = place.read(name)
         if found != content or not _same(decode_chunk(spec, found, f"{place}/{name}"), chunk):

@@ -59,6 +59,10 @@ class StoreCorrupt(StoreError):
     pass
 
 
+class LeaseLost(StoreError):
+    """Another writer took over what this one was doing, because it showed no sign of life."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Say which of the known names is nearest to `name`, or list them: ` Did you mean 'x'?`"""
     known = sorted(set(known))

@@ -1,15 +1,30 @@
-"""Durable files: what is there is whole."""
+"""Durable files: what is there is whole, and what a process that was ended left under a temporary name goes away."""
 
+import contextlib
 import hashlib
 import os
+import re
+import shutil
 import threading
+import time
 from pathlib import Path
+
+from offline_kd.support.processes import is_gone, this_machine
+
+# Temporary names say whose they are; those of earlier versions did not.
+PARTIAL = re.compile(r".*\.(?:([0-9a-f]{16})-)?([0-9]+)-[0-9]+\.partial", re.DOTALL)
+SCRATCH = re.compile(r"scratch-(?:([0-9a-f]{16})-([0-9]+)-)?\w+")
+FORGOTTEN_SECONDS = 86400.0  # after so long nobody works on a temporary file any more, whatever the clocks
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
     """Write `file` under a temporary name, flush it to disk, then rename it into place."""
     partial = _write_partial(file, content)
-    os.replace(partial, file)
+    try:
+        os.replace(partial, file)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     _flush(file.parent)
 
 
@@ -23,7 +38,7 @@ def create_exclusively(file: Path, content: str | bytes) -> bool:
     except FileExistsError:
         return False
     finally:
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     _flush(file.parent)
     return True
 
@@ -43,11 +58,11 @@ def _flush(path: Path) -> None:
 
 
 def _write_partial(file: Path, content: str | bytes) -> Path:
-    partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = file.with_name(f"{file.name}.{this_machine()}-{os.getpid()}-{threading.get_ident()}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         _flush(partial)
-    except OSError:
+    except BaseException:
         partial.unlink(missing_ok=True)  # a full disk should not be filled further
         raise
     return partial
@@ -56,3 +71,31 @@ def _write_partial(file: Path, content: str | bytes) -> Path:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- what was left lying ------------------------------------------------------------------------------------------
+
+
+def scratch_prefix() -> str:
+    """How the name of a scratch folder of this process begins."""
+    return f"scratch-{this_machine()}-{os.getpid()}-"
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name, with its folders, is what a process writes before, or besides, what it is about."""
+    first, _, rest = name.partition("/")
+    return bool(PARTIAL.fullmatch(name) or (rest and SCRATCH.fullmatch(first)))
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove a temporary file or scratch folder if the process that made it is gone, or nobody touched it for a day."""
+    found = SCRATCH.fullmatch(path.name) or PARTIAL.fullmatch(path.name)
+    if found is None:
+        return
+    with contextlib.suppress(FileNotFoundError):  # another process swept it first
+        is_old = time.time() - path.lstat().st_mtime > FORGOTTEN_SECONDS
+        if is_old or (found[1] and is_gone(found[1], int(found[2]))):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
