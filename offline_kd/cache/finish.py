@@ -39,23 +39,23 @@ def finish_if_complete(capture: Capture, leases: Leases) -> StoreManifest | None
     if missing:
         say(f"{place}: {len(missing)} blocks are left for other writers, such as {missing[0]}; the last one finishes")
         return None
-    entries = {name: stored_object(content).sha256 for name, content in read_ledger(place, names).items()}
-
-    def finished() -> StoreManifest | None:
-        """The manifest, if it vouches for what this run is about and the files that it lists are there."""
-        manifest = current_manifest(place)
-        if manifest is None or any(manifest.entries.get(name) != sha256 for name, sha256 in entries.items()):
-            return None
-        whole = all(place.size(name) == stored.bytes for name, stored in manifest.files.items())
-        return manifest if whole else None
-
-    while leases.wait_for("finish", lambda: finished() is not None):
-        _finish(capture, own, partial(leases.is_mine, "finish"))
-        leases.release("finish")
-    manifest = finished()
-    assert manifest is not None
+    while (manifest := _finished(place, names)) is None:
+        if leases.wait_for("finish", lambda: _finished(place, names) is not None):
+            _finish(capture, own, partial(leases.is_mine, "finish"))
+            leases.release("finish")
     sweep(place)
     return manifest
+
+
+def _finished(place: Place, names: list[str]) -> StoreManifest | None:
+    """The manifest, if it vouches for these ledger entries as they are, and the files that it lists are there."""
+    manifest = current_manifest(place)
+    if manifest is None or not manifest.entries.keys() >= set(names):
+        return None
+    contents = read_ledger(place, names)
+    if any(manifest.entries[name] != stored_object(content).sha256 for name, content in contents.items()):
+        return None
+    return manifest if all(place.size(name) == stored.bytes for name, stored in manifest.files.items()) else None
 
 
 def _expected(capture: Capture, views: dict[str, int]) -> list[str]:
