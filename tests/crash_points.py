@@ -169,7 +169,7 @@ def count_durable_calls(kinds: list[str], end_at: int) -> None:
     for name, module in CALLS.items():
         setattr(module, name, counted(name, getattr(module, name)))
     os.remove = os.unlink
-    Path.write_bytes = counted("write_bytes", Path.write_bytes)  # type: ignore[method-assign]
+    Path.write_bytes = counted("write_bytes", Path.write_bytes)
 
 
 def files_in(folder: Path) -> set[str]:
@@ -249,6 +249,6 @@ if __name__ == "__main__":
         importlib.import_module(module)
     Image.init()
     # Drawing takes most of the time of these small captures, and makes no file.
-    Figure.savefig = lambda figure, file, **options: file.write(b"<svg/>")  # type: ignore[method-assign]
+    Figure.savefig = lambda figure, file, **options: file.write(b"<svg/>")
     torch.set_num_threads(1)
     main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
