@@ -19,12 +19,14 @@ from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
+from offline_kd.support.counter_rng import MAX_SEED
 from offline_kd.support.errors import RecipeError, did_you_mean
 from offline_kd.support.strict import Strict, parse, read_yaml
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Data(Strict):
@@ -176,7 +178,7 @@ class Recipe(CaptureRecipe):
     student: StudentNetwork
     training: Training
     objectives: dict[Name, Objective] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""

@@ -6,13 +6,14 @@ the decision is the nearest sub-class of the image's own class. arXiv:2309.02843
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from offline_kd.models.taps import TapPoint
+from offline_kd.support.counter_rng import MAX_SEED
 
 NEAREST = 8  # vectors that are remembered of each template
 PROB_LEVELS = (
@@ -29,8 +30,14 @@ class TemplateDecisions(TapPoint):
     temperature: float = Field(1.0, gt=0, description="of softmax(-temperature * squared distance)")
     iterations: int = Field(20, ge=1)
     init: Literal["k-means++", "random"] = "k-means++"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that K-means sees; images are sampled")
+
+    @model_validator(mode="after")
+    def _top_are_templates(self) -> Self:
+        if self.top > self.templates:
+            raise ValueError(f"the {self.top} likeliest of {self.templates} templates: top must not be more")
+        return self
 
     def num_templates(self, num_classes: int) -> int:
         return self.templates
@@ -43,7 +50,7 @@ class SubclassDecisions(TapPoint):
     per_class: int = Field(8, ge=1, le=255)
     components: int = Field(60, ge=1)
     iterations: int = Field(20, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
     max_vectors: int = Field(4_000_000, ge=1)
 
     def num_templates(self, num_classes: int) -> int:

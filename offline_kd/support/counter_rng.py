@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 U64 = NDArray[np.uint64]
+MAX_SEED = 2**64 - 1  # what torch's generators take, too
 
 
 # ---- choosing ------------------------------------------------------------------------------------------------------

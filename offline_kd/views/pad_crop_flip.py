@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from offline_kd.support.counter_rng import U64, keyed_permutation
+from offline_kd.support.counter_rng import MAX_SEED, U64, keyed_permutation
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.kind import Outside, Parameters, ViewSpec
 
@@ -23,7 +23,7 @@ class PadCropFlip(ViewSpec):
     fill: Outside = "zeros"
     flip: bool = True
     count: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MAX_SEED)
 
     @property
     def num_distinct(self) -> int:
