@@ -4,6 +4,7 @@ Nothing heavy is imported here, nor at the top of any other file of this room: `
 wrong options answer at once, and a command imports what it needs when its arguments have been read.
 """
 
+import re
 import sys
 from importlib import import_module
 
@@ -50,7 +51,9 @@ class Group(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         for argument in args:
             if not is_text(argument):
-                ctx.fail(f"{ascii(argument[:80])}: names and paths are UTF-8 text without NUL characters.")
+                ctx.fail(f"{argument[:80]!a}: names and paths are UTF-8 text without NUL characters.")
+            if re.fullmatch("(--[a-z-]+=)?", argument):
+                ctx.fail(f"'{argument}': an empty value. Is a variable of the shell not set?")
         return super().parse_args(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

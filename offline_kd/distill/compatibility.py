@@ -100,7 +100,7 @@ def check_teachers(stores: Sequence[Store], pinned: Sequence[bool], recipe: Reci
     for store, different, is_pinned in zip(stores, differences, pinned, strict=True):
         teacher = store.identity.teacher
         about = f"{store.place}: is of teacher '{teacher.name}' with weights {teacher.weights_sha256}"
-        pin = f"To pin it, write {store.place}@sha256:{store.digest}"
+        pin = f"To pin it, write {store.place}{store.targets and '#' + store.targets}@sha256:{store.digest}"
         if different and not is_pinned:
             say(f"{about}, which is not the recipe's, and no digest is pinned. {pin}")
         elif "weights" not in known and not is_pinned:

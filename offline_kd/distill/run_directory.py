@@ -48,7 +48,7 @@ def run_directory(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise TrainingError(f"{out}: a run directory is a folder, {error.filename} is a file. Give another.") from error
+        raise TrainingError(f"{out}: is a file, or lies below one. Give another folder.") from error
     # Not through a link: the process id would be written to wherever that leads.
     descriptor = os.open(out / "run.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
