@@ -119,16 +119,15 @@ class TeacherStore:
         Raises StoreMismatch when images, labels or keys are not those that the teacher saw.
         """
         from offline_kd.distill.open_loader import open_loader
+        from offline_kd.distill.reader import Options
 
         folder = self._folder(data)
         wanted = options.get("normalisation")
         return open_loader(
             self.reader,
             folder,
-            batch_size=batch_size,
-            seed=options.get("seed", 0),
+            Options(batch_size=batch_size, seed=options.get("seed", 0), workers=options.get("workers", 0)),
             device=options.get("device", "cpu"),
-            workers=options.get("workers", 0),
             decisions=options.get("decisions", ()),
             normalisation=None if wanted is None else _normalisation(wanted),
         )

@@ -73,6 +73,8 @@ def test_a_run_directory_holds_what_the_design_says(recipe_file, where, store_pa
         "result.json",
         "student.safetensors",
         "last.ckpt",
+        "previous.ckpt",
+        "run.lock",
     }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]

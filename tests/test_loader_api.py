@@ -11,6 +11,7 @@ from offline_kd.distill.loop import Run, train_step
 from offline_kd.distill.loss import term_weight
 from offline_kd.distill.open_loader import open_loader
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.distill.reader import Options
 from offline_kd.distill.student import new_student
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
@@ -26,7 +27,7 @@ def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots
     expected = distill(recipe, manifest, roots, tmp_path, CPU, objective="kd", seed=3, stores=[str(store_path)])
     normalisation, terms = recipe.data.normalisation, recipe.objectives["kd"]
     loader = open_loader(
-        open_store(store_path), data_root / "digits", batch_size=64, seed=3, normalisation=normalisation
+        open_store(store_path), data_root / "digits", Options(batch_size=64, seed=3), normalisation=normalisation
     )
     student = new_student(recipe, training_images(recipe, manifest, roots), 3, CPU, terms)
     student.network.train()
@@ -43,17 +44,17 @@ def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots
 
 def test_a_loader_goes_on_with_exactly_the_batches_that_are_left(store_path, data_root):
     store, folder = open_store(store_path), data_root / "digits"
-    whole = open_loader(store, folder, batch_size=100)
+    whole = open_loader(store, folder, Options(batch_size=100))
     keys = [batch.key_hash.tolist() for _ in range(2) for batch in whole]
     assert len(keys) == 2 * len(whole)
-    first = open_loader(store, folder, batch_size=100)
+    first = open_loader(store, folder, Options(batch_size=100))
     shown = []
     for batch in first:
         shown.append(batch.key_hash.tolist())
         if len(shown) == 5:
             break
     assert first.state_dict() == {"epoch": 0, "step": 5}
-    again = open_loader(store, folder, batch_size=100)
+    again = open_loader(store, folder, Options(batch_size=100))
     again.load_state_dict(first.state_dict())
     shown += [batch.key_hash.tolist() for _ in range(2) for batch in again]
     assert shown == keys
@@ -62,8 +63,8 @@ def test_a_loader_goes_on_with_exactly_the_batches_that_are_left(store_path, dat
 
 def test_images_are_pixels_or_the_input_of_a_network(recipe, store_path, data_root):
     store, normalisation = open_store(store_path), recipe.data.normalisation
-    pixels = next(iter(open_loader(store, data_root / "digits")))
-    inputs = next(iter(open_loader(store, data_root / "digits", normalisation=normalisation)))
+    pixels = next(iter(open_loader(store, data_root / "digits", Options(batch_size=64))))
+    inputs = next(iter(open_loader(store, data_root / "digits", Options(batch_size=64), normalisation=normalisation)))
     assert pixels.images.dtype == torch.uint8
     assert torch.equal(normalise(pixels.images, normalisation), inputs.images)
     assert pixels.teacher_logits.shape == (64, 10)
@@ -72,7 +73,7 @@ def test_images_are_pixels_or_the_input_of_a_network(recipe, store_path, data_ro
 
 def test_a_folder_without_the_tars_is_refused_by_name(store_path, tmp_path):
     with pytest.raises(DataError, match="no such folder"):
-        open_loader(open_store(store_path), tmp_path / "nowhere")
+        open_loader(open_store(store_path), tmp_path / "nowhere", Options(batch_size=64))
 
 
 def test_logits_are_not_read_for_an_objective_without_them(recipe, manifest, roots, store_path, monkeypatch):

@@ -19,7 +19,7 @@ from conftest import CPU, ROOT, invoke, refused
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.distill.teacher_signal import Ensemble, ensemble_logits, stored_signal
-from offline_kd.distill.training import make_loader, open_stores, source_of, training_images
+from offline_kd.distill.training import make_loader, open_stores, source_of, training_images, wanted_stores
 from offline_kd.models.networks import build
 from offline_kd.recipe import Recipe
 from offline_kd.store.opening import group_digests, open_store
@@ -287,7 +287,7 @@ def test_two_teachers_captured_separately_join_exactly_and_are_mixed(
     cache_teacher(other_teacher, manifest, roots, alone, CPU)
     mixed = {"store": [{"store": str(store_path), "weight": 3.0}, {"store": str(alone), "weight": 1.0}]}
     both = Recipe.model_validate(recipe.model_dump(exclude={"store"}) | mixed)
-    stores, mix = open_stores(both, manifest, ())
+    stores, mix = open_stores(both, manifest, wanted_stores(both))
     loader = training_images(both, manifest, roots)
     stream = make_loader(both, source_of(both, loader, stores, both.objectives["kd"]), 0, CPU)
     ask = stored_signal(stores, both.objectives["kd"], CPU, mix)

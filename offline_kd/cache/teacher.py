@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from offline_kd.data.blocks import BlockLoader
-from offline_kd.data.manifest import Manifest
+from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import build, input_of
 from offline_kd.models.teacher import Teacher
@@ -39,28 +39,48 @@ def load_teacher(
             f"recipe '{recipe.name}': teacher.model is missing, and weights '{wanted.weights}' "
             "are not in the manifest, which could tell it."
         )
-    args = wanted.model_args or (known.model_args if known else {})
     path, sha256 = find_weights(wanted.weights, manifest, roots)
+    args = teacher_args(recipe, manifest)
     network = build(model, num_classes, args)
     load_weights(network, path)
-    own, student_crop = input_of(model, wanted.weights), recipe.evaluation_crop
+    normalisation, crop = teacher_input(recipe, manifest, model)
     network.requires_grad_(False).eval().to(device)
     return Teacher(
         name=wanted.weights if known else model,
         model=model,
         model_args=args,
         weights_sha256=sha256,
-        normalisation=wanted.normalisation
-        or (known.normalisation if known else own.normalisation if own else recipe.data.normalisation),
-        crop=None
-        if recipe.views.is_exact
-        else wanted.crop or (known and known.crop) or (own.crop if own else student_crop),
+        normalisation=normalisation,
+        crop=crop,
         dtype=wanted.dtype,
         expected=wanted.expected or (known.expected if known else None),
         licence=wanted.licence or (known.licence if known else ""),
         network=network,
         batch_size=recipe.capture.batch_size or DEFAULT_BATCH_SIZE[device.type],
     )
+
+
+def teacher_args(recipe: CaptureRecipe, manifest: Manifest) -> dict[str, int | float | str | bool]:
+    """The arguments of the teacher's network."""
+    known = manifest.teachers.get(recipe.teacher.weights or "")
+    return recipe.teacher.model_args or (known.model_args if known else {})
+
+
+def teacher_input(recipe: CaptureRecipe, manifest: Manifest, model: str) -> tuple[Normalisation, EvaluationCrop | None]:
+    """How the teacher, a network of that name, sees images: as recipe, manifest, its library or the student say.
+
+    Raises ModelError when the library that knows is not installed.
+    """
+    wanted, known = recipe.teacher, manifest.teachers.get(recipe.teacher.weights or "")
+    own = input_of(model, wanted.weights)
+    normalisation = (
+        wanted.normalisation
+        or (known.normalisation if known else None)
+        or (own.normalisation if own else recipe.data.normalisation)
+    )
+    if recipe.views.is_exact:
+        return normalisation, None
+    return normalisation, wanted.crop or (known and known.crop) or (own.crop if own else recipe.evaluation_crop)
 
 
 def gate(

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from offline_kd.cli.options import common_options, open_named, read_inputs, recipe_options
+from offline_kd.support.errors import RecipeError
 
 
 class BenchGroup(click.Group):
@@ -57,6 +58,8 @@ def bench_codecs_command(
     from offline_kd.recipe import parse_codec
     from offline_kd.support.console import say, show_table
 
+    if out is not None and out.suffix not in (".svg", ".png"):
+        raise RecipeError(f"--out {out}: a plot is an .svg or a .png file.")
     store = open_named(reference, manifest_path)
     results = bench_codecs(store, rows, [parse_codec(codec) for codec in codecs])
     if out is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from offline_kd.cli.options import DOWNLOAD_BYTES, read_inputs, recipe_options
+from offline_kd.cli.options import DOWNLOAD_BYTES, SEED, read_inputs, recipe_options
 
 if TYPE_CHECKING:
     from offline_kd.distill.loop import Result
@@ -48,10 +48,16 @@ def describe_objectives() -> list[tuple[str, str]]:
     metavar="STORE",
     help="Folder, URL or manifest name; #TARGETS and @sha256:DIGEST may follow. Several are mixed.",
 )
-@click.option("--download-bytes", default=DOWNLOAD_BYTES, show_default=True, help="How much of a remote store to keep.")
+@click.option(
+    "--download-bytes",
+    default=DOWNLOAD_BYTES,
+    show_default=True,
+    type=click.IntRange(0, 2**63 - 1),
+    help="How much of a remote store to keep.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
 @click.option("--objective", help="Which objective of the recipe, if it has several.")
-@click.option("--seed", type=int, help="Seed of weights, order and views.  [default: the recipe's first]")
+@click.option("--seed", type=SEED, help="Seed of weights, order and views.  [default: the recipe's first]")
 @click.option("--allow-biased", is_flag=True, help="Train though the store's codec does not serve the objective.")
 @click.option("--online", is_flag=True, help="Ask the live teacher instead of the store: same views, same order.")
 def command(

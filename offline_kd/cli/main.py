@@ -4,6 +4,7 @@ Nothing heavy is imported here, nor at the top of any other file of this room: `
 wrong options answer at once, and a command imports what it needs when its arguments have been read.
 """
 
+import re
 import sys
 from importlib import import_module
 
@@ -47,6 +48,14 @@ class Group(click.Group):
             ctx.fail(f"No such command '{args[0]}'.{did_you_mean(args[0], COMMANDS)}")
         return super().resolve_command(ctx, args)
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        for argument in args:
+            if not is_text(argument):
+                ctx.fail(f"{argument[:80]!a}: names and paths are UTF-8 text without NUL characters.")
+            if re.fullmatch("(--[a-z-]+=)?", argument):
+                ctx.fail(f"'{argument}': an empty value. Is a variable of the shell not set?")
+        return super().parse_args(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, COMMANDS[name][1]) for name in self.list_commands(ctx)])
@@ -56,13 +65,11 @@ class Group(click.Group):
             return super().invoke(ctx)
         except OfflineKDError as error:
             message = str(error)
-        except OSError as error:
-            if not is_about_the_disk(error):
+        except (OSError, ValueError) as error:
+            problem = about_a_file(error)
+            if problem is None:
                 raise
-            message = (
-                f"{error.filename or 'disk'}: {error.strerror}. What was committed is safe: "
-                "make room or correct the permissions, and run the same command again."
-            )
+            message = problem
         except KeyboardInterrupt:
             click.echo("Interrupted. What was committed is safe: run the same command again to go on.", err=True)
             ctx.exit(130)
@@ -72,12 +79,31 @@ class Group(click.Group):
         ctx.exit(1)
 
 
-def is_about_the_disk(error: OSError) -> bool:
-    """Whether a person can help: the disk is full or may not be written to, or a path is not what it should be."""
+def is_text(argument: str) -> bool:
+    """Whether files, keys and messages can have this name: what is not UTF-8 reaches Python as lone surrogates."""
+    return "\0" not in argument and not any("\ud800" <= char <= "\udfff" for char in argument)
+
+
+def about_a_file(error: OSError | ValueError) -> str | None:
+    """One line where a person can help: the disk is full, or a path is not what it should be; None for a bug."""
     import errno
 
-    known = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR)
-    return error.errno in known
+    if isinstance(error, ValueError):
+        # Of a path in a recipe or manifest; those of the command line were looked at.
+        found = str(error).startswith("embedded null")
+        return "a path in the recipe or the manifest contains a NUL character: correct it." if found else None
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+    wrong = (errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)
+    file = str(error.filename) if error.filename is not None else None
+    if error.errno in full:
+        return (
+            f"{file or 'disk'}: {error.strerror}. What was committed is safe: make room or correct the permissions, "
+            "and run the same command again."
+        )
+    if error.errno in wrong and file is not None:
+        shown = file if len(file) <= 200 else f"{file[:200]}... ({len(file):,} characters)"
+        return f"{shown}: {error.strerror}. Give another path."
+    return None
 
 
 def keep_freed_memory() -> None:

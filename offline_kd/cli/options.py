@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # What help shows, without importing the files that say it; a test compares them.
 MANIFEST_NAME = "data_manifest.yaml"
+SEED = click.IntRange(0, 2**64 - 1)
 DOWNLOAD_BYTES = 10 * 2**30
 TARGET_KINDS = ("logits", "decisions")
 
@@ -90,19 +92,21 @@ def read_inputs(
 
 def choose_device(name: str) -> torch.device:
     """Of `--device`; auto is this process's GPU where there is one. Raises RecipeError for one that is not here."""
+    parts = re.fullmatch(r"auto|cpu|cuda(?::([0-9]{1,3}))?", name)
+    if parts is None:
+        raise RecipeError(f"--device {name[:80]}: no such device. Use cpu, cuda, cuda:N or auto.")
     import torch
 
-    if name == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))  # as torchrun counts
-    if name == "auto":
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
         return torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise RecipeError(f"--device {name}: no such device. Use cpu, cuda, cuda:N or auto.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not count:
         raise RecipeError(f"--device {name}: no CUDA device is available here. Use --device cpu.")
-    return device
+    rank = os.environ.get("LOCAL_RANK", "")  # as torchrun counts
+    index = int(parts[1] or (rank if name == "auto" and rank.isdecimal() else 0))
+    if index >= count:
+        raise RecipeError(f"--device {name}: there are {count} CUDA devices here, none has number {index}.")
+    return torch.device("cuda", index)
 
 
 def known_stores(manifest_path: Path) -> Manifest:

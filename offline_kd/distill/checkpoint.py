@@ -1,16 +1,25 @@
-"""How far a training run is, on disk: `last.ckpt`."""
+"""How far a training run is, on disk: `last.ckpt`, and `previous.ckpt` in case that one is damaged.
 
+A checkpoint is what `torch.save` writes, and a last line with the sha256 of that: one flipped bit would otherwise be
+another student. It is read without running anything of it.
+"""
+
+import hashlib
+import io
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError
-from offline_kd.support.files import flush_to_disk
+from offline_kd.support.files import flush_to_disk, write_atomically
+
+LAST_LINE = b"\noffline-kd checkpoint, sha256 "  # 64 digits and a line feed follow
 
 
 @dataclass(frozen=True)
@@ -26,41 +35,109 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class _Saved:
+    identity: str  # of the run
+    progress: Progress
+    network: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    rng: Tensor  # of the CPU: for networks with dropout
+    device_rng: Tensor | None  # of the GPU that the run is on
+
+
 def save_progress(
     out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progress
 ) -> None:
-    """Everything that the rest of the run depends on."""
-    partial = out / "last.ckpt.partial"
+    """Everything that the rest of the run depends on; what was saved before becomes `previous.ckpt`."""
+    device = next(network.parameters()).device
+    buffer = io.BytesIO()
     torch.save(
         {
             "identity": identity,
             "progress": json.dumps(asdict(progressed)),
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),  # for networks with dropout
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
         },
-        partial,
+        buffer,
     )
-    flush_to_disk(partial)
-    partial.replace(out / "last.ckpt")
+    content = buffer.getvalue()
+    newest, following = out / "last.ckpt", out / "next.ckpt"
+    # Written whole before anything is moved: a full disk, or a kill at any point, leaves one that is good.
+    write_atomically(following, content + LAST_LINE + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    if newest.is_file():
+        os.replace(newest, out / "previous.ckpt")
+    os.replace(following, newest)
+    flush_to_disk(newest)
 
 
 def load_progress(
     out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Progress | None:
-    file = out / "last.ckpt"
-    if not file.is_file():
+    """Bring network, optimizer and generators to where the run was; None where nothing was saved yet.
+
+    Raises TrainingError when no checkpoint can be used, or when it is another run's.
+    """
+    if not any((out / name).exists() for name in ("last.ckpt", "previous.ckpt")):
         return None
-    saved = torch.load(file, map_location=device, weights_only=True)
-    if saved["identity"] != identity:
+    saved = _newest_good(out, device)
+    if saved.identity != identity:
         raise TrainingError(
             f"{out}: holds a run of another recipe, objective, seed or store (see its recipe.yaml). "
             "Give another --out folder, or delete this one."
         )
-    network.load_state_dict(saved["network"])
-    optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"].cpu())
-    progressed = Progress(**json.loads(saved["progress"]))
-    after = f"after epoch {progressed.epochs_done}"
-    say(f"{out}: resuming {after}" + (f" and {progressed.steps_done} steps" if progressed.steps_done else ""))
-    return progressed
+    try:
+        network.load_state_dict(saved.network)
+        optimizer.load_state_dict(saved.optimizer)
+        torch.set_rng_state(saved.rng.cpu())
+        if device.type == "cuda" and saved.device_rng is not None:
+            torch.cuda.set_rng_state(saved.device_rng.cpu(), device)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"{out}/last.ckpt: does not fit the network that the recipe builds ({_first_line(error)}). Its code has "
+            "changed: give another --out folder, or delete this one."
+        ) from error
+    after = f"after epoch {saved.progress.epochs_done}"
+    steps = f" and {saved.progress.steps_done} steps" if saved.progress.steps_done else ""
+    say(f"{out}: resuming {after}{steps}")
+    return saved.progress
+
+
+def _newest_good(out: Path, device: torch.device) -> _Saved:
+    newest, previous = out / "last.ckpt", out / "previous.ckpt"
+    try:
+        return _read(newest, device)
+    except TrainingError as error:
+        problem = str(error)
+    try:
+        saved = _read(previous, device)
+    except TrainingError as error:
+        raise TrainingError(
+            f"{problem}, and {error}: this run cannot go on. Delete {out} to begin again, or give another --out folder."
+        ) from error
+    say(f"{problem}: going on from previous.ckpt")
+    os.replace(previous, newest)  # or the next save would put the damaged one in place of the good one
+    return saved
+
+
+def _read(file: Path, device: torch.device) -> _Saved:
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise TrainingError(f"{file} is missing") from None
+    whole, last_line, promised = content.rpartition(LAST_LINE)
+    if not last_line:
+        raise TrainingError(f"{file} is torn, or no checkpoint of this version: it does not end with its sha256")
+    if promised != f"{hashlib.sha256(whole).hexdigest()}\n".encode():
+        raise TrainingError(f"{file} was changed after it was written: its sha256 is not the one that it ends with")
+    try:
+        saved = torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
+        return _Saved(**{**saved, "progress": Progress(**json.loads(saved["progress"]))})
+    except Exception as error:  # whatever a file leads to that was made by somebody else
+        raise TrainingError(f"{file} is no checkpoint of this version ({_first_line(error)})") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return " ".join(lines[:2])[:200] if lines else type(error).__name__

@@ -1,21 +1,21 @@
 """Is a store one for this recipe? Asked before training; samples are compared later, by the join."""
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
+from offline_kd.cache.teacher import teacher_args, teacher_input
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
+from offline_kd.models.weights import known_sha256
 from offline_kd.recipe import AnyTerm, Recipe
 from offline_kd.store.reader import Store
-from offline_kd.support.errors import StoreMismatch
-from offline_kd.support.files import file_sha256
+from offline_kd.support.console import say
+from offline_kd.support.errors import ModelError, StoreMismatch
+from offline_kd.support.strict import Strict
 
 MOST_MEASURED_ERROR = 0.05  # of WTTM's weight and DTKD's temperature, relative
 
 
-def check_all(
-    stores: Sequence[Store], recipe: Recipe, manifest: Manifest, images: BlockLoader, terms: Sequence[AnyTerm]
-) -> None:
+def check_all(stores: Sequence[Store], recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
     """Make sure that every store was made for what the recipe describes, that it is whole, and that all fit together.
 
     Args:
@@ -27,8 +27,6 @@ def check_all(
         check_store(store, recipe, images)
         refuse_bias(store, terms)
         store.check_sizes()
-    if len(stores) == 1:
-        check_teacher(stores[0], recipe, manifest)
     check_groups(stores)
 
 
@@ -82,20 +80,67 @@ def check_groups(stores: Sequence[Store]) -> None:
             )
 
 
-def check_teacher(store: Store, recipe: Recipe, manifest: Manifest) -> None:
-    """Make sure that a store is of the teacher that the recipe names, if it does; raises StoreMismatch."""
-    identity, weights = store.identity, recipe.teacher.weights
-    if weights is not None:
-        known_weights = manifest.teachers.get(weights)
-        sha256 = known_weights.weights.sha256 if known_weights else ""
-        if not sha256 and Path(weights).is_file():
-            sha256 = file_sha256(Path(weights))
-        if sha256 not in ("", identity.teacher.weights_sha256):
-            raise StoreMismatch(
-                f"{store.place}: was made by teacher '{identity.teacher.name}' with weights "
-                f"{identity.teacher.weights_sha256}, the recipe's teacher '{weights}' has {sha256}. "
-                "Correct teacher.weights, or capture this teacher's store."
-            )
+def check_teachers(stores: Sequence[Store], pinned: Sequence[bool], recipe: Recipe, manifest: Manifest) -> None:
+    """Make sure that a store is of the recipe's teacher, and of several at least one: they may have one each.
+
+    What nothing proves is said in one line: that a store is of another teacher, or that its weights cannot be compared.
+
+    Args:
+        pinned: of every store, whether a digest was given, which it has: then somebody has chosen it.
+
+    Raises StoreMismatch with both values.
+    """
+    known = known_of_teacher(recipe, manifest)
+    differences = [difference(store, known) for store in stores]
+    if stores and all(differences):
+        raise StoreMismatch(
+            f"{stores[0].place}: was made by teacher '{stores[0].identity.teacher.name}' {differences[0]} "
+            "Correct the recipe's teacher, or capture this teacher's store."
+        )
+    for store, different, is_pinned in zip(stores, differences, pinned, strict=True):
+        teacher = store.identity.teacher
+        about = f"{store.place}: is of teacher '{teacher.name}' with weights {teacher.weights_sha256}"
+        pin = f"To pin it, write {store.place}{store.targets and '#' + store.targets}@sha256:{store.digest}"
+        if different and not is_pinned:
+            say(f"{about}, which is not the recipe's, and no digest is pinned. {pin}")
+        elif "weights" not in known and not is_pinned:
+            say(f"{about}. The recipe's weights are not known here and no digest is pinned: not compared. {pin}")
+
+
+def known_of_teacher(recipe: Recipe, manifest: Manifest) -> dict[str, object]:
+    """What recipe, manifest and this machine know of the recipe's teacher: values by name; `weights` may be digits
+    that the sha256 begins with."""
+    wanted = recipe.teacher
+    known: dict[str, object] = {}
+    described = manifest.teachers.get(wanted.weights or "")
+    if sha256 := known_sha256(wanted.weights, manifest) if wanted.weights else "":
+        known["weights"] = sha256
+    model = wanted.model or (described.model if described else None)
+    if model is not None:
+        known |= {"model": model, "model_args": teacher_args(recipe, manifest)}
+        try:
+            known["normalisation"], known["crop"] = teacher_input(recipe, manifest, model)
+        except ModelError:  # what knows is not installed where students are trained
+            known |= {"normalisation": wanted.normalisation} if wanted.normalisation else {}
+    elif wanted.normalisation:
+        known["normalisation"] = wanted.normalisation
+    return known
+
+
+def difference(store: Store, known: Mapping[str, object]) -> str | None:
+    """The first difference between a store's teacher and what is known of the recipe's, with both values."""
+    teacher = store.identity.teacher
+    weights = str(known.get("weights", ""))
+    if not teacher.weights_sha256.startswith(weights):
+        return f"with weights {teacher.weights_sha256}, the recipe's teacher has {weights}."
+    for name, wanted in known.items():
+        if name != "weights" and (here := getattr(teacher, name)) != wanted:
+            return f"with {name.replace('_', ' ')} {_plain(here)}, the recipe's teacher has {_plain(wanted)}."
+    return None
+
+
+def _plain(value: object) -> object:
+    return value.model_dump(mode="json") if isinstance(value, Strict) else value
 
 
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
@@ -107,10 +152,13 @@ def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
     fidelity = manifest.fidelity.get(store.targets) if manifest else None
     for term in terms:
         problem = codec.serves(term.needs)
-        if not problem and term.needs.measured and fidelity:
+        if not problem and term.needs.measured:
             name, message = term.needs.measured
-            error: float | None = getattr(fidelity, name)
-            problem = message.format(error) if (error or 0) > MOST_MEASURED_ERROR else ""
+            error: float | None = getattr(fidelity, name, None)
+            if error is None and not codec.keeps_whole:
+                problem = f"and its {name.replace('_', ' ')} was not measured"
+            elif error is not None and error > MOST_MEASURED_ERROR:
+                problem = message.format(error)
         if problem:
             raise StoreMismatch(
                 f"{store.place}: codec {codec.model_dump(mode='json')} does not serve term '{term.term}', {problem}. "

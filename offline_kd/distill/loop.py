@@ -19,18 +19,17 @@ from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import bare_values, term_weight
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.distill.run_directory import run_directory
 from offline_kd.distill.student import Student, kd_layer_scores
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise, parameter_count
-from offline_kd.objectives import dtkd_fallbacks
-from offline_kd.objectives.dtkd import DTKD
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
 from offline_kd.store.rows import Rows
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import TrainingError
-from offline_kd.support.files import write_atomically
+from offline_kd.support.files import file_sha256, write_atomically
 from offline_kd.support.strict import fingerprint
 
 
@@ -84,19 +83,37 @@ class Result:
 def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask: AskTeacher) -> Result:
     """Train `student`, evaluating after every pass; the same call goes on after the last state that was saved.
 
-    Raises TrainingError when the loss is no longer a number, or when `run.out` holds another run.
+    Raises TrainingError when the loss is no longer a number, when `run.out` holds another run, or when another process
+    is writing it.
     """
-    run.out.mkdir(parents=True, exist_ok=True)
-    training = run.recipe.training
-    optimizer = make_optimizer(training, student.network)
-    done = load_progress(run.out, run.identity, student.network, optimizer, run.device)
-    done = done or Progress(sums=[0.0] * len(run.terms))
-    if done.epochs_done == training.epochs and (run.out / "result.json").is_file():
-        say(f"{run.out}: finished already, nothing to do")
-        return Result(**json.loads((run.out / "result.json").read_text()))
-    write_atomically(run.out / "recipe.yaml", dump_recipe(run.recipe))
-    passes = range(done.epochs_done, training.epochs, loader.views_per_decode)
+    with run_directory(run.out):
+        optimizer = make_optimizer(run.recipe.training, student.network)
+        done = load_progress(run.out, run.identity, student.network, optimizer, run.device)
+        if done is None:
+            _refuse_foreign(run)
+            done = Progress(sums=[0.0] * len(run.terms))
+        if done.epochs_done == run.recipe.training.epochs and (run.out / "result.json").exists():
+            result = _read_result(run)
+            say(f"{run.out}: finished already, nothing to do")
+            _write_metrics(run, done.history)
+            return result
+        write_atomically(run.out / "recipe.yaml", dump_recipe(run.recipe))
+        _train(run, student, optimizer, loader, evaluation, ask, done)
+        return _finish(run, student, loader, done.history)
 
+
+def _train(
+    run: Run,
+    student: Student,
+    optimizer: torch.optim.Optimizer,
+    loader: Loader,
+    evaluation: BlockLoader,
+    ask: AskTeacher,
+    done: Progress,
+) -> None:
+    """The passes that are not done. What they measured is added to the history of `done`."""
+    training = run.recipe.training
+    passes = range(done.epochs_done, training.epochs, loader.views_per_decode)
     with progress(
         f"{run.objective}, seed {run.seed}", len(passes) * loader.steps_per_pass - done.steps_done, "steps"
     ) as meter:
@@ -122,9 +139,7 @@ def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask
             done.history.append({"epoch": epochs_done, **line, **_evaluate(run, student, evaluation), **about})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             save_progress(run.out, run.identity, student.network, optimizer, done)
-            content = "".join(json.dumps(line) + "\n" for line in done.history)
-            write_atomically(run.out / "metrics.jsonl", content)
-    return _finish(run, student, loader, done.history)
+            _write_metrics(run, done.history)
 
 
 @dataclass
@@ -146,8 +161,7 @@ class _Tally:
 
     def add(self, run: Run, logits: Tensor, signal: TeacherSignal, values: Tensor) -> None:
         self.sums += values
-        if signal.logits is not None and any(isinstance(term, DTKD) for term in run.terms):
-            self.fallbacks += dtkd_fallbacks(logits, signal.logits)
+        self.fallbacks += sum(term.fallbacks(logits, signal) for term in run.terms)
         self.images += len(logits)
 
     def seconds(self) -> float:
@@ -223,9 +237,46 @@ def train_step(
     known = LossBatch(batch.labels, mixing, recipe.training.label_smoothing, kd_layer_scores(student))
     bare = bare_values(run.terms, logits, signal, known)
     optimizer.zero_grad(set_to_none=True)
-    (bare * torch.tensor(weights, device=bare.device)).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward((bare * torch.tensor(weights, device=bare.device)).sum())
     optimizer.step()
     return logits.detach(), bare.detach()
+
+
+# ---- the run directory ---------------------------------------------------------------------------------------------
+
+
+def _refuse_foreign(run: Run) -> None:
+    """Where no checkpoint is, nothing of a run may be: it would be overwritten."""
+    for name in ("metrics.jsonl", "student.safetensors", "result.json"):
+        if (run.out / name).exists():
+            raise TrainingError(
+                f"{run.out / name}: belongs to a run whose last.ckpt is not here. Give another --out folder, or delete "
+                "this one."
+            )
+    recipe = run.out / "recipe.yaml"  # of a run that was stopped before its first checkpoint
+    if recipe.exists() and recipe.read_bytes() != dump_recipe(run.recipe).encode():
+        raise TrainingError(f"{recipe}: is not the recipe of this run. Give another --out folder, or delete the file.")
+
+
+def _write_metrics(run: Run, history: list[dict[str, Any]]) -> None:
+    write_atomically(run.out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+
+
+def _read_result(run: Run) -> Result:
+    """What the finished run achieved; raises TrainingError unless it is about this run and the student beside it."""
+    file, student = run.out / "result.json", run.out / "student.safetensors"
+    again = f"Delete {file} and run the same command again: both are written anew from last.ckpt."
+    try:
+        result = Result(**json.loads(file.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise TrainingError(f"{file}: is not the result of a run, or torn ({str(error)[:100]}). {again}") from error
+    about = (result.recipe, result.objective, result.targets, result.seed, result.store_digest)
+    if about != (run.recipe.name, run.objective, run.source, run.seed, run.store_digest):
+        raise TrainingError(f"{file}: is the result of another run, {about}. {again}")
+    found = file_sha256(student) if student.is_file() else "missing"
+    if found != result.student_sha256:
+        raise TrainingError(f"{student}: sha256 is {found}, result.json says {result.student_sha256}. {again}")
+    return result
 
 
 def _finish(run: Run, student: Student, loader: Loader, history: list[dict[str, Any]]) -> Result:

@@ -18,14 +18,11 @@ from offline_kd.support.errors import DataError
 def open_loader(
     store: Store,
     data: str | Path,
+    options: Options,
     *,
-    batch_size: int = 64,
-    seed: int = 0,
     device: str | torch.device = "cpu",
-    workers: int = 0,
     decisions: Sequence[str] = (),
     normalisation: Normalisation | None = None,
-    options: Options | None = None,
 ) -> Loader:
     """Batches of images with what a store says of them, in the order in which `distill` shows them.
 
@@ -34,9 +31,9 @@ def open_loader(
     Args:
         store: as `open_store` gives it.
         data: the folder with the image tars that the store was made from.
+        options: size of batches, their order, and how many processes read.
         decisions: names of the decisions that batches hold beside the logits.
         normalisation: give images as the float32 input of a network, `(pixels / 255 - mean) / std`; None: uint8 pixels.
-        options: everything else about order and views; then `batch_size`, `seed` and `workers` are not looked at.
 
     Raises DataError when a tar is not there, StoreMismatch when the store holds no such decisions; and, while batches
     are read, StoreMismatch for a sample that is not the one the teacher saw.
@@ -51,5 +48,4 @@ def open_loader(
     prove: Proof = "never" if store.created.keeps_digests else "once"
     images = BlockLoader(dataset, split, [folder], decode=store.identity.views.is_exact, prove=prove)
     source = Source(images, store.identity.views, store.identity.groups, [store], [Wanted(decisions=decisions)])
-    chosen = options or Options(batch_size=batch_size, seed=seed, workers=workers)
-    return Loader(source, chosen, torch.device(device), normalisation)
+    return Loader(source, options, torch.device(device), normalisation)

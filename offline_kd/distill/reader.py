@@ -1,12 +1,14 @@
 """Image tars, read in the order of an epoch, joined with the stores and rendered: what the worker processes do."""
 
 from collections.abc import Iterator, Sequence
+from ctypes import Array, c_int64
 from dataclasses import dataclass, field, replace
+from functools import partial
+from multiprocessing.sharedctypes import RawArray
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from offline_kd.data.blocks import BlockLoader, Decoder, ImageBlock
@@ -15,6 +17,8 @@ from offline_kd.store.join import Wanted, join_all, joined_arrays, left_out_of, 
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate, take
 from offline_kd.support.counter_rng import counter_hash
+from offline_kd.support.errors import RecipeError
+from offline_kd.support.strict import MAX_SEED
 from offline_kd.views.epochs import view_of_epoch
 from offline_kd.views.kind import ViewSpec
 from offline_kd.views.mixing import NO_PARTNER, PARTNERS
@@ -56,6 +60,12 @@ class Options:
     rank: int = 0
     world: int = 1
 
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or not 0 <= self.seed <= MAX_SEED:
+            raise RecipeError(
+                f"batches of {self.batch_size} with seed {self.seed}: give at least 1, and a seed of 0 to {MAX_SEED}."
+            )
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -69,10 +79,6 @@ class Piece:
     bad: list[str]  # what was left out, one line each
 
 
-def _nothing_done() -> Tensor:
-    return torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
-
-
 @dataclass(eq=False)
 class Reader(IterableDataset[Piece]):
     """Tars in their order, joined and rendered piece by piece; runs in the worker processes."""
@@ -80,16 +86,16 @@ class Reader(IterableDataset[Piece]):
     source: Source
     options: Options
     # First epoch and first slot of the next pass, in memory that workers share: they outlive a pass.
-    start: Tensor = field(default_factory=_nothing_done)
+    start: "Array[c_int64]" = field(default_factory=partial(RawArray, c_int64, 2))
 
     def order(self) -> Order:
-        first_epoch, options = int(self.start[0]), self.options
+        first_epoch, options = self.start[0], self.options
         counts = [tar.count for tar in self.source.images.split.tars]
         return Order(options.seed, first_epoch, options.views_per_decode, counts, options.pool_blocks)
 
     def __iter__(self) -> Iterator[Piece]:
         order, info = self.order(), get_worker_info()
-        done = int(self.start[1])
+        done = self.start[1]
         positions = [at for at in range(len(order.tars)) if order.pool_slots(order.pool_of(at)).stop > done]
         mine = positions[info.id :: info.num_workers] if info else positions
         for index, position in enumerate(mine):

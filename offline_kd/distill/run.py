@@ -21,6 +21,7 @@ from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, loc
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
+from offline_kd.distill.run_directory import refuse_ranks, run_directory
 from offline_kd.distill.training import distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
@@ -31,9 +32,17 @@ TEACHER_TOLERANCE = 0.5  # percentage points, between the evaluation after train
 
 
 def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path, device: torch.device) -> None:
-    """Pack, train the teacher, cache it, distil every objective with every seed, report. Resumes by itself."""
+    """Pack, train the teacher, cache it, distil every objective with every seed, report. Resumes by itself.
+
+    Raises TrainingError when another process writes `out`.
+    """
+    refuse_ranks()
+    with run_directory(out):
+        _run(recipe, manifest, extra_roots, out, device)
+
+
+def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path, device: torch.device) -> None:
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
     recipe = _with_digits(recipe, manifest, extra_roots, out)
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
     folders: list[Path] = []

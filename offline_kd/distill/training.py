@@ -6,6 +6,7 @@ same views in the same order, and exists to measure that the two agree.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 
@@ -13,10 +14,11 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
-from offline_kd.distill.compatibility import check_all
+from offline_kd.distill.compatibility import check_all, check_teachers
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Result, Run, fit
 from offline_kd.distill.reader import Options, Source
+from offline_kd.distill.run_directory import refuse_ranks
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
 from offline_kd.models.networks import build
@@ -37,37 +39,41 @@ from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_groups
 
 
+class DistillOptions(TypedDict, total=False):
+    """What a run may be told besides what it is about."""
+
+    objective: str | None  # which of the recipe's; None: the only one
+    seed: int | None  # of weights, order and views; None: the recipe's first
+    stores: Sequence[str]  # folders, URLs or manifest names; none: what the recipe says
+    online: bool  # ask the live teacher instead of the stores
+    download_bytes: int  # how much of remote stores is kept on the local disk
+    allow_biased: bool  # train even where a store's codec has not kept what a term needs
+
+
 def distill(
     recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Path],
     out: Path,
     device: torch.device,
-    *,
-    objective: str | None = None,
-    seed: int | None = None,
-    stores: Sequence[str] = (),
-    online: bool = False,
-    download_bytes: int = DEFAULT_BYTES,
-    allow_biased: bool = False,
+    **options: Unpack[DistillOptions],
 ) -> Result:
     """Train the student of a recipe into the run directory `out`, from stores or with the live teacher.
 
-    Args:
-        stores: folders, URLs or manifest names; by default what the recipe says.
-        download_bytes: how much of remote stores is kept on the local disk.
-        allow_biased: train even where a store's codec has not kept what a term needs.
-
-    Raises StoreMismatch when a store was not made for this recipe's data, views and teacher.
+    Raises StoreMismatch when a store was not made for this recipe's data, views and teacher, and TrainingError when
+    `out` is of another run or another process writes it.
     """
-    name, terms = recipe.objective(objective)
+    refuse_ranks()
+    name, terms = recipe.objective(options.get("objective"))
     if recipe.training.epochs % recipe.training.views_per_decode:
         raise RecipeError(
             f"training.epochs is {recipe.training.epochs}, training.views_per_decode {recipe.training.views_per_decode}"
             ": so many epochs pass at once, so it must divide their number."
         )
-    seed = recipe.seeds[0] if seed is None else seed
-    opened, ensemble = open_stores(recipe, manifest, stores, download_bytes)
+    chosen, online = options.get("seed"), options.get("online", False)
+    seed = recipe.seeds[0] if chosen is None else chosen
+    wanted = wanted_stores(recipe, options.get("stores", ()))
+    opened, ensemble = open_stores(recipe, manifest, wanted, options.get("download_bytes", DEFAULT_BYTES))
     # Where a store is read, the join compares every key, image and label with what the teacher saw, at every read.
     images = training_images(recipe, manifest, roots, prove="always" if online or not opened else "once")
     for store in [] if online else opened:
@@ -77,7 +83,8 @@ def distill(
         raise RecipeError(f"objective '{name}' needs a teacher: give --store, or --online for the live teacher.")
     if online and len(opened) > 1:
         raise RecipeError("--online asks the recipe's own teacher: give one --store beside it at most.")
-    check_all(opened, recipe, manifest, images, [] if allow_biased or online else terms)
+    check_all(opened, recipe, images, [] if options.get("allow_biased") or online else terms)
+    check_teachers(opened, [manifest.store(one.store).digest is not None for one in wanted], recipe, manifest)
     student = new_student(recipe, images, seed, device, terms)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
@@ -95,14 +102,17 @@ def distill(
     return fit(run, student, loader, evaluation_images(recipe, manifest, roots), ask)
 
 
-def open_stores(
-    recipe: Recipe, manifest: Manifest, references: Sequence[str], download_bytes: int = DEFAULT_BYTES
-) -> tuple[list[Store], Ensemble]:
-    """The stores that a run learns from, and how their teachers are averaged."""
+def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:
+    """The stores that a run learns from: these folders, URLs or names, or else those of the recipe."""
     if references or recipe.store is None:
-        wanted = [TeacherStore(store=reference) for reference in references]
-    else:
-        wanted = [TeacherStore(store=recipe.store)] if isinstance(recipe.store, str) else recipe.store
+        return [TeacherStore(store=reference) for reference in references]
+    return [TeacherStore(store=recipe.store)] if isinstance(recipe.store, str) else recipe.store
+
+
+def open_stores(
+    recipe: Recipe, manifest: Manifest, wanted: Sequence[TeacherStore], download_bytes: int = DEFAULT_BYTES
+) -> tuple[list[Store], Ensemble]:
+    """Stores, and how their teachers are averaged."""
     opened = []
     for one in wanted:
         where = manifest.store(one.store)
@@ -116,6 +126,7 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
     """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights."""
     if recipe.teacher.model is None or recipe.teacher.training is None:
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
+    refuse_ranks()
     images, seed = training_images(recipe, manifest, roots), recipe.seeds[0]
     torch.manual_seed(seed)
     network = build(recipe.teacher.model, len(images.dataset.classes), recipe.teacher.model_args).to(device)

@@ -50,8 +50,9 @@ def build(name: str, num_classes: int, args: Mapping[str, int | float | str | bo
     """
     try:
         model = _constructor(name)(num_classes=num_classes, **(args or {}))
-    except TypeError as error:
-        raise ModelError(f"'{name}' cannot be built with {dict(args or {})}: {error}") from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"'{name}' cannot be built with {dict(args or {})}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"'{name}' returned a {type(model).__name__}, not a torch.nn.Module.")
     return model.to(memory_format=torch.channels_last)

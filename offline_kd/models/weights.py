@@ -1,5 +1,6 @@
 """Weights for networks: found, read without executing anything, loaded whole."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,22 @@ def find_weights(weights: str, manifest: Manifest, roots: Sequence[Path]) -> tup
         f"weights '{weights}': no teacher of the manifest, no file, no torchvision weights name such as "
         f"ResNet50_Weights.IMAGENET1K_V2.{did_you_mean(weights, [*manifest.teachers, *manifest.files])}"
     )
+
+
+def known_sha256(weights: str, manifest: Manifest) -> str:
+    """The sha256 of weights as far as it can be known here, without fetching them: "" for not at all.
+
+    Of torchvision's weights that are not on this machine, their address tells the first digits.
+    """
+    if entry := manifest.weights(weights):
+        return entry.sha256
+    if Path(weights).is_file():
+        return file_sha256(Path(weights))
+    if "_Weights." not in weights:
+        return ""
+    stem = Path(_torchvision_entry(weights).url).stem
+    first_digits = re.search("-([0-9a-f]{8,64})$", stem)
+    return first_digits[1] if first_digits else ""
 
 
 def _torchvision_entry(name: str) -> Any:

@@ -66,6 +66,10 @@ class Term(Strict):
             student_logits: `[B, C]` float32, with gradient.
         """
 
+    def fallbacks(self, student_logits: Tensor, signal: Signal) -> Tensor | int:
+        """For how many samples of a batch the term is undefined, so that it takes another's value for them."""
+        return 0
+
 
 def logits_of(signal: Signal) -> Tensor:
     """`[B, C]`: the teacher's."""

@@ -147,9 +147,13 @@ def _measured(fidelity: Fidelity | None) -> dict[str, str]:
         f"(allowed: {fidelity.max_error_allowed:.2g})",
         "KL(teacher, store) in nats at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.kl.values()),
         "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
-        "WTTM weight / DTKD temperature error": f"{fidelity.wttm_weight_error or 0:.2g} / "
-        f"{fidelity.dtkd_temperature_error or 0:.2g}",
+        "WTTM weight / DTKD temperature error": f"{_error(fidelity.wttm_weight_error)} / "
+        f"{_error(fidelity.dtkd_temperature_error)}",
     }
+
+
+def _error(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2g}"
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

@@ -6,10 +6,10 @@ the decision is the nearest sub-class of the image's own class. arXiv:2309.02843
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from offline_kd.models.taps import TapPoint
@@ -32,6 +32,12 @@ class TemplateDecisions(TapPoint):
     init: Literal["k-means++", "random"] = "k-means++"
     seed: Seed = 0
     max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that K-means sees; images are sampled")
+
+    @model_validator(mode="after")
+    def _top_are_templates(self) -> Self:
+        if self.top > self.templates:
+            raise ValueError(f"the {self.top} likeliest of {self.templates} templates: top must not be more")
+        return self
 
     def num_templates(self, num_classes: int) -> int:
         return self.templates

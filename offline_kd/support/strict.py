@@ -15,7 +15,8 @@ _SHORT = reprlib.Repr()  # what is wrong may be as long as the file
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 _SHORT.maxdict = _SHORT.maxlist = 20
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+MAX_SEED = 2**64 - 1  # what torch's generators and ours take
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
