@@ -92,9 +92,11 @@ def bench_codecs_command(
 @command.command("steps")
 @recipe_options
 @click.option("--objective", help="Which objective of the recipe the student steps use.")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(min=3), help="Interleaved repetitions.")
-@click.option("--steps", default=10, show_default=True, type=click.IntRange(min=1), help="Steps per repetition.")
-@click.option("--drift", type=click.IntRange(min=1), help="Instead: train that many steps online and from each codec.")
+@click.option("--rounds", default=7, show_default=True, type=click.IntRange(3, 1000), help="Interleaved repetitions.")
+@click.option("--steps", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Steps per repetition.")
+@click.option(
+    "--drift", type=click.IntRange(1, 10**6), help="Instead: train that many steps online and from each codec."
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 def bench_steps_command(
     recipe_path: Path,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
@@ -12,6 +12,7 @@ from offline_kd.cli.options import DOWNLOAD_BYTES, SEED, read_inputs, recipe_opt
 
 if TYPE_CHECKING:
     from offline_kd.distill.loop import Result
+    from offline_kd.distill.training import DistillOptions
 
 
 class DistillCommand(click.Command):
@@ -62,14 +63,12 @@ def describe_objectives() -> list[tuple[str, str]]:
 @click.option("--online", is_flag=True, help="Ask the live teacher instead of the store: same views, same order.")
 def command(
     recipe_path: Path,
-    stores: tuple[str, ...],
-    download_bytes: int,
+    overrides: tuple[str, ...],
+    manifest_path: Path,
+    data_root: tuple[Path, ...],
+    device: str,
     out: Path,
-    objective: str | None,
-    seed: int | None,
-    allow_biased: bool,
-    online: bool,
-    **inputs: Any,
+    **options: Unpack[DistillOptions],
 ) -> None:
     """Stage 2: train the student of RECIPE from a store, without its teacher. The same command again resumes.
 
@@ -82,20 +81,8 @@ def command(
     """
     from offline_kd.distill.training import distill
 
-    recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
-    result = distill(
-        recipe,
-        manifest,
-        roots,
-        out,
-        device,
-        objective=objective,
-        seed=seed,
-        stores=stores,
-        online=online,
-        download_bytes=download_bytes,
-        allow_biased=allow_biased,
-    )
+    recipe, manifest, roots, on = read_inputs(recipe_path, overrides, manifest_path, data_root, device)
+    result = distill(recipe, manifest, roots, out, on, **options)
     show_result(result, out)
 
 

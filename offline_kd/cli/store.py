@@ -60,10 +60,9 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
         if name == "group digests":
             continue  # as many as there are groups: for programs
         parts = value.items() if isinstance(value, dict) else [("", value)]
-        rows += [
-            [f"{name} {part}".strip(), ", ".join(map(str, text)) if isinstance(text, list) else f"{text}"]
-            for part, text in parts
-        ]
+        for part, text in parts:
+            shown = "not measured" if name == "fidelity" and text is None else f"{text}"
+            rows.append([f"{name} {part}".strip(), ", ".join(map(str, text)) if isinstance(text, list) else shown])
     show_table(reference, ["", "value"], rows)
 
 
