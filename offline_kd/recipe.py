@@ -4,6 +4,7 @@
 `--set path.to.field=value` overrides any field last.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
@@ -19,12 +20,13 @@ from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
-from offline_kd.support.errors import RecipeError, did_you_mean
-from offline_kd.support.strict import Strict, parse, read_yaml
+from offline_kd.support.errors import RecipeError, did_you_mean, shorten
+from offline_kd.support.strict import Count, Seed, Strict, parse
+from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
-Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$")]
+Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of files and folders, too
 
 
 class Data(Strict):
@@ -44,8 +46,8 @@ class Data(Strict):
         None, description="of the student's evaluation, where views resize; by default views.size of 8/7 of it"
     )
     bad_images: OnBadImage = Field("fail", description="skip: leave out images that cannot be decoded, and list them")
-    keep_bytes: int = Field(2**30, ge=0, description="decoded images kept in memory between epochs")
-    workers: int = Field(0, ge=0, description="processes that read and decode tars")
+    keep_bytes: int = Field(2**30, ge=0, lt=2**63, description="decoded images kept in memory between epochs")
+    workers: int = Field(0, ge=0, le=1024, description="processes that read and decode tars")
 
 
 class SGD(Strict):
@@ -81,17 +83,17 @@ class Cosine(Strict):
 
 
 class Training(Strict):
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(64, ge=2)
+    epochs: Count
+    batch_size: int = Field(64, ge=2, lt=2**31)
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
     schedule: Annotated[Step | Cosine, Field(discriminator="name")]
     label_smoothing: float = Field(0, ge=0, lt=1)
-    views_per_decode: int = Field(
-        1, ge=1, description="views shown of an image once it is decoded; so many epochs pass at once"
+    views_per_decode: Count = Field(
+        1, description="views shown of an image once it is decoded; so many epochs pass at once"
     )
-    checkpoint_steps: int | None = Field(None, ge=1, description="save every so many steps, beside every epoch's end")
+    checkpoint_steps: Count | None = Field(None, description="save every so many steps, beside every epoch's end")
     amp: bool = Field(False, description="bfloat16 autocast of the student; helps on GPUs with tensor cores")
-    pool_blocks: int = Field(16, ge=1, description="tars whose rows are shuffled together")
+    pool_blocks: Count = Field(16, description="tars whose rows are shuffled together")
 
 
 if TYPE_CHECKING:
@@ -134,9 +136,9 @@ class Capture(Strict):
 
     codec: Annotated[AnyCodec | AutoCodec, Field(discriminator="name")] = Float16(name="f16")
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
-    views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
-    batch_size: int | None = Field(None, ge=1, description="of the teacher; no effect on what is stored")
-    fidelity_rows: int = Field(1000, ge=1, description="rows on which the teacher is run again to finish the store")
+    views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")
+    batch_size: Count | None = Field(None, description="of the teacher; no effect on what is stored")
+    fidelity_rows: Count = Field(1000, description="rows on which the teacher is run again to finish the store")
 
 
 class StudentNetwork(Strict):
@@ -176,7 +178,7 @@ class Recipe(CaptureRecipe):
     student: StudentNetwork
     training: Training
     objectives: dict[Name, Objective] = Field(min_length=1)
-    seeds: list[int] = Field([0], min_length=1)
+    seeds: list[Seed] = Field([0], min_length=1)
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""
@@ -218,13 +220,10 @@ def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
 
 def parse_codec(text: str) -> AnyCodec:
     """A codec as recipes write it; raises RecipeError."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"codec {text}: not readable as YAML") from error
-    chosen = parse(Capture, {"codec": content}, where=f"codec {text}").codec
+    about = f"codec {shorten(text, 100)}"
+    chosen = parse(Capture, {"codec": parse_yaml(text, where=about)}, where=about).codec
     if isinstance(chosen, AutoCodec):
-        raise RecipeError(f"codec {text}: name one, such as '{{name: int, bits: 4}}'.")
+        raise RecipeError(f"{about}: name one, such as '{{name: int, bits: 4}}'.")
     return chosen
 
 
@@ -232,7 +231,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError."""
     content = _read(path, ())
     for override in overrides:
-        _override(content, override)
+        content = _overridden(content, override)
     recipe = parse(Recipe, content, where=str(path))
     for terms in recipe.objectives.values():
         for term in kd_layer_terms(terms):
@@ -241,8 +240,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe{f' (extended by {seen[-1]})' if seen else ''}.")
+    if not os.path.isfile(path):  # False where a name is too long for a file, too
+        raise RecipeError(f"{shorten(str(path))}: no such recipe{f' (extended by {seen[-1]})' if seen else ''}.")
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself, through {' -> '.join(str(step) for step in seen)}.")
     content = read_yaml(path)
@@ -267,26 +266,33 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(content: dict[str, Any], override: str) -> None:
+def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
+    """`content` with one `path.to.field=value`; nothing in it is changed, for YAML aliases may share parts of it."""
     path, equals, text = override.partition("=")
+    about = f"--set {shorten(override, 100)}"
     if not equals:
-        raise RecipeError(f"--set {override}: write path.to.field=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not readable as YAML") from error
-    *parents, last = path.split(".")
-    node: Any = content
-    for parent in parents:
-        node = node[int(parent)] if isinstance(node, list) and parent.isdigit() else node.setdefault(parent, {})
-        if not isinstance(node, dict | list):
-            raise RecipeError(f"--set {override}: '{parent}' has no fields, it is {node!r}")
-    if isinstance(node, list):
-        if not last.isdigit() or int(last) >= len(node):
-            raise RecipeError(f"--set {override}: '{last}' is no position in a list of {len(node)}")
-        node[int(last)] = value
-    else:
-        node[last] = value
+        raise RecipeError(f"{about}: write path.to.field=value")
+    steps = path.split(".")
+    if len(steps) > MAX_DEPTH:
+        raise RecipeError(f"{about}: the path has {len(steps):,} parts, no recipe is deeper than {MAX_DEPTH}")
+    value = parse_yaml(text, where=about)
+
+    def replaced(node: Any, at: int) -> Any:
+        if at == len(steps):
+            return value
+        if isinstance(node, dict):
+            return {**node, steps[at]: replaced(node.get(steps[at], {}), at + 1)}
+        if isinstance(node, list):
+            positions = [str(position) for position in range(len(node))]
+            if steps[at] not in positions:
+                raise RecipeError(f"{about}: '{shorten(steps[at], 100)}' is no position in a list of {len(node)} (0..)")
+            changed = positions.index(steps[at])
+            return [*node[:changed], replaced(node[changed], at + 1), *node[changed + 1 :]]
+        raise RecipeError(f"{about}: '{shorten(steps[at - 1], 100)}' has no fields, it is {shorten(repr(node), 100)}")
+
+    changed = replaced(content, 0)
+    assert isinstance(changed, dict)
+    return changed
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from offline_kd.support.errors import RecipeError
+from offline_kd.support.errors import RecipeError, shorten
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +42,25 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
                 "data_root",
                 type=click.Path(path_type=Path),
                 multiple=True,
+                callback=_folders,
                 help="Folder of the data, before those of OFFLINE_KD_DATA and ./data.",
             ),
         ]
     ):
         command = option(command)
     return command
+
+
+def _folders(context: click.Context, option: click.Parameter, roots: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The data roots, none of which is left out without a word; raises RecipeError for one that is no folder here."""
+    if roots:
+        from offline_kd.data.manifest import data_roots
+
+        data_roots(roots)
+    for root in roots:
+        if not os.path.isdir(root):
+            raise RecipeError(f"--data-root {shorten(str(root))}: no such folder. Correct it, or leave the option out.")
+    return roots
 
 
 def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -96,7 +109,7 @@ def known_stores(manifest_path: Path) -> Manifest:
     """The manifest that may name stores; an empty one where there is none."""
     from offline_kd.data.manifest import Manifest, load_manifest
 
-    return load_manifest(manifest_path) if manifest_path.is_file() else Manifest(manifest_version=1)
+    return load_manifest(manifest_path) if os.path.isfile(manifest_path) else Manifest(manifest_version=1)
 
 
 def open_named(reference: str, manifest_path: Path) -> Store:

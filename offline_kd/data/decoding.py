@@ -6,22 +6,43 @@ larger, cut and unreadable ones are bad images.
 """
 
 import io
-import warnings
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 MAX_PIXELS = 2**27
 MAX_SIDE = 2**15 - 1
-UNDECODABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombWarning, MemoryError)
+UNDECODABLE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    MemoryError,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,  # where warnings are errors
+)
+UPRIGHT = {  # EXIF orientation -> how the pixels get upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Pillow warns of images that are read here. Its limit is raised once: filters of warnings, put and taken away by
+# several threads, may stay behind. None, somebody's wish for no limit, is left alone.
+if Image.MAX_IMAGE_PIXELS is not None:
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, MAX_PIXELS)
 
 
 def decode_image(encoded: bytes) -> Image.Image:
     """The RGB image that an image file means, by the rules above; raises one of UNDECODABLE."""
-    upright = _open_image(encoded)
-    if upright.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        upright = ImageOps.exif_transpose(upright)
+    upright: Image.Image = _open_image(encoded)
+    turn = UPRIGHT.get(upright.getexif().get(ExifTags.Base.Orientation, 1))
     upright.load()
+    if turn is not None:  # not by exif_transpose: it writes the other tags again, and fails on damaged ones
+        upright = upright.transpose(turn)
     if upright.mode == "RGB" and "transparency" not in upright.info:
         return upright
     if upright.mode.startswith("I"):
@@ -40,9 +61,7 @@ def image_size(encoded: bytes) -> tuple[int, int]:
 
 
 def _open_image(encoded: bytes) -> Image.Image:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata, and of sizes, which are checked here
-        image = Image.open(io.BytesIO(encoded))
+    image = Image.open(io.BytesIO(encoded))
     if image.width * image.height > MAX_PIXELS or max(image.size) > MAX_SIDE:
         raise ValueError(f"{image.width}x{image.height} pixels, at most {MAX_PIXELS:,} are read, {MAX_SIDE} a side")
     return image

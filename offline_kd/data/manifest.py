@@ -13,11 +13,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean
+from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean, shorten
 from offline_kd.support.files import file_sha256
-from offline_kd.support.strict import Sha256, Strict, parse, read_yaml
+from offline_kd.support.strict import Sha256, Strict, parse
+from offline_kd.support.strict_yaml import read_yaml
 
 MANIFEST_NAME = "data_manifest.yaml"
+SCHEME = "[A-Za-z][A-Za-z0-9+.-]+"  # of URLs; drives of Windows have one letter
 
 
 class Tar(Strict):
@@ -48,7 +50,7 @@ class Dataset(Strict):
 
     folder: str
     classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
-    splits: dict[str, Split]
+    splits: dict[str, Split] = Field(min_length=1)
     source: str = ""
     licence: str = ""
 
@@ -152,17 +154,23 @@ class Manifest(Strict):
 
 def load_manifest(path: Path) -> Manifest:
     """Read and check a manifest; raises RecipeError naming the field that is wrong."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # False where a name is too long for a file, too
         raise RecipeError(
-            f"{path}: no such manifest. Run in the folder that holds {MANIFEST_NAME}, or pass --manifest FILE."
+            f"{shorten(str(path))}: no such manifest. Run in the folder that holds {MANIFEST_NAME}, "
+            "or pass --manifest FILE."
         )
     return parse(Manifest, read_yaml(path), where=str(path))
 
 
 def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:
-    """Folders in which the manifest's files are looked for, most specific first."""
-    from_environment = [part for part in os.environ.get("OFFLINE_KD_DATA", "").split(os.pathsep) if part]
-    return [Path(root) for root in (*explicit, *from_environment, "data")]
+    """Folders in which the manifest's files are looked for, most specific first; raises RecipeError for a URL."""
+    environment = os.environ.get("OFFLINE_KD_DATA", "")
+    urls = [str(root) for root in explicit if re.match(f"{SCHEME}:/", str(root))]  # pathlib makes one slash of two
+    if re.search(f"(^|:){SCHEME}://", environment):
+        urls.append(f"{environment} (OFFLINE_KD_DATA)")
+    if urls:
+        raise RecipeError(f"data root {shorten(urls[0])}: a URL, but images are read from folders: copy them to one.")
+    return [Path(root) for root in (*explicit, *filter(None, environment.split(os.pathsep)), "data")]
 
 
 def locate(file: str, roots: Sequence[Path]) -> Path:
@@ -170,10 +178,10 @@ def locate(file: str, roots: Sequence[Path]) -> Path:
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise DataError(f"{file}: a manifest names files inside the data root, never absolute or through '..'")
     for root in roots:
-        if (root / file).is_file():
+        if os.path.isfile(root / file):
             return root / file
     raise DataError(
-        f"{file}: not found in {', '.join(str(root) for root in roots)}. "
+        f"{shorten(file)}: not found in {', '.join(str(root) for root in roots)}. "
         "Set OFFLINE_KD_DATA or pass --data-root, or make it with `offline-kd data pack`."
     )
 

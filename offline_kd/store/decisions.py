@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from offline_kd.models.taps import TapPoint
+from offline_kd.support.strict import Seed
 
 NEAREST = 8  # vectors that are remembered of each template
 PROB_LEVELS = (
@@ -29,7 +30,7 @@ class TemplateDecisions(TapPoint):
     temperature: float = Field(1.0, gt=0, description="of softmax(-temperature * squared distance)")
     iterations: int = Field(20, ge=1)
     init: Literal["k-means++", "random"] = "k-means++"
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that K-means sees; images are sampled")
 
     def num_templates(self, num_classes: int) -> int:
@@ -43,7 +44,7 @@ class SubclassDecisions(TapPoint):
     per_class: int = Field(8, ge=1, le=255)
     components: int = Field(60, ge=1)
     iterations: int = Field(20, ge=1)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
     max_vectors: int = Field(4_000_000, ge=1)
 
     def num_templates(self, num_classes: int) -> int:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
         did_you_mean,
     )
     from offline_kd.support.files import create_exclusively, file_sha256, flush_to_disk, write_atomically
-    from offline_kd.support.strict import Strict, fingerprint, parse, read_yaml
+    from offline_kd.support.strict import Strict, fingerprint, parse
+    from offline_kd.support.strict_yaml import parse_yaml, read_yaml
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -50,9 +51,10 @@ else:
             "flush_to_disk": "offline_kd.support.files",
             "keyed_permutation": "offline_kd.support.counter_rng",
             "parse": "offline_kd.support.strict",
+            "parse_yaml": "offline_kd.support.strict_yaml",
             "printable": "offline_kd.support.console",
             "progress": "offline_kd.support.console",
-            "read_yaml": "offline_kd.support.strict",
+            "read_yaml": "offline_kd.support.strict_yaml",
             "say": "offline_kd.support.console",
             "show_table": "offline_kd.support.console",
             "write_atomically": "offline_kd.support.files",
@@ -80,6 +82,7 @@ __all__ = [
     "flush_to_disk",
     "keyed_permutation",
     "parse",
+    "parse_yaml",
     "printable",
     "progress",
     "read_yaml",

@@ -66,3 +66,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     if near:
         return f" Did you mean '{near[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
+
+
+def shorten(text: str, longest: int = 300) -> str:
+    """`text` as a message can hold it: what stands in a file, or was typed, may have any length."""
+    return text if len(text) <= longest else text[: longest - 3] + "..."

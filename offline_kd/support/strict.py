@@ -2,30 +2,22 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Annotated, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from offline_kd.support.errors import RecipeError, did_you_mean
+from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 
 M = TypeVar("M", bound=BaseModel)
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Strict(BaseModel):
     """A description that refuses unknown fields and does not change after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def read_yaml(path: Path) -> object:
-    try:
-        # libyaml's parser, where it is: class names of large datasets take seconds otherwise.
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from error
 
 
 def parse(model: type[M], content: object, *, where: str) -> M:
@@ -38,17 +30,17 @@ def parse(model: type[M], content: object, *, where: str) -> M:
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
     # A misspelt field leads to a missing one: name the misspelling first.
-    problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
+    problem = min(error.errors(include_url=False), key=lambda one: one["type"] != "extra_forbidden")
     location = problem["loc"]
-    field = ".".join(str(part) for part in location) or "the file"
+    field = shorten(".".join(str(part) for part in location) or "the file")
     if problem["type"] == "extra_forbidden":
-        name = str(location[-1])
+        name = shorten(str(location[-1]))
         return f"unknown field '{field}'.{did_you_mean(name, _field_names(model.model_json_schema()) - {name})}"
     if problem["type"] == "union_tag_invalid":
-        tag, expected = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
+        tag, expected = shorten(problem["ctx"]["tag"]), problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"'{field}': unknown name '{tag}'.{did_you_mean(tag, expected)}"
     more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-    shown = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    shown = "" if problem["type"] == "missing" else f", got {shorten(repr(problem['input']))}"
     return f"'{field}': {problem['msg']}{shown}{more}"
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from offline_kd.support.counter_rng import U64, keyed_permutation
 from offline_kd.support.errors import RecipeError
+from offline_kd.support.strict import Seed
 from offline_kd.views.kind import Outside, Parameters, ViewSpec
 
 
@@ -23,7 +24,7 @@ class PadCropFlip(ViewSpec):
     fill: Outside = "zeros"
     flip: bool = True
     count: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @property
     def num_distinct(self) -> int:

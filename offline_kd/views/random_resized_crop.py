@@ -8,6 +8,7 @@ from pydantic import Field
 
 from offline_kd.data.manifest import EvaluationCrop, Interpolation
 from offline_kd.support.counter_rng import U64, counter_uniform
+from offline_kd.support.strict import Seed
 from offline_kd.views.augment import Augment, ColorJitter, operation_arrays
 from offline_kd.views.erase import Erase
 from offline_kd.views.kind import CROP, FLIP, MOST_VIEWS, TRIES, Erased, Parameters, Uniform, ViewArray, ViewSpec
@@ -28,7 +29,7 @@ class RandomCrop(ViewSpec):
     erase: Erase | None = None
     mixing: Mixing | None = None
     count: int = Field(ge=1, le=MOST_VIEWS)
-    seed: int = Field(0, ge=0)
+    seed: Seed = 0
 
     @property
     def num_distinct(self) -> int:
