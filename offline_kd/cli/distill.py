@@ -95,10 +95,10 @@ def command(
 
 def show_result(result: Result, out: Path) -> None:
     """The table of one run, on standard output."""
-    from offline_kd.distill.report import COLUMNS, read_runs, summarise, table_rows
+    from offline_kd.distill.report import group_runs, read_runs, summarise, table
     from offline_kd.support.console import say, show_table
 
-    runs = read_runs([out])
-    show_table(f"{out}: {result.recipe}, seed {result.seed}", COLUMNS, table_rows(summarise(runs)))
+    summaries = summarise(group_runs(read_runs([out])))
+    show_table(f"{out}: {result.recipe}, seed {result.seed}", *table(summaries))
     if result.dtkd_fallbacks:
         say(f"DTKD fell back to KD for {result.dtkd_fallbacks:,} samples whose maxima differ in sign or are 0")

@@ -13,12 +13,14 @@ import click
 def command(runs: tuple[Path, ...], out: Path) -> None:
     """Compare finished run directories: a table, and a self-contained page with the curves.
 
+    Runs are averaged where they differ by their seed alone; fields of the recipe that set rows apart are columns.
+
     \b
     offline-kd report runs/digits/students/* --out comparison.html
     """
-    from offline_kd.distill.report import COLUMNS, read_runs, summarise, table_rows, write_report
+    from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
     from offline_kd.support.console import show_table
 
-    records = read_runs(runs)
-    write_report(out, out.stem, records)
-    show_table(str(out), COLUMNS, table_rows(summarise(records)))
+    groups = group_runs(read_runs(runs))
+    write_report(out, out.stem, groups)
+    show_table(str(out), *table(summarise(groups)))

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 from offline_kd.support.lazy import lazy
 
 if TYPE_CHECKING:
-    from offline_kd.distill.report import read_runs, summarise, write_report
+    from offline_kd.distill.report import group_runs, read_runs, summarise, write_report
     from offline_kd.distill.training import distill, train_teacher
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
             "distill": "offline_kd.distill.training",
+            "group_runs": "offline_kd.distill.report",
             "read_runs": "offline_kd.distill.report",
             "summarise": "offline_kd.distill.report",
             "train_teacher": "offline_kd.distill.training",
@@ -24,6 +25,7 @@ else:
 
 __all__ = [
     "distill",
+    "group_runs",
     "read_runs",
     "summarise",
     "train_teacher",

@@ -20,7 +20,7 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, locate
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.loop import Result
-from offline_kd.distill.report import COLUMNS, read_runs, summarise, table_rows, write_report
+from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
 from offline_kd.distill.training import distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
@@ -65,8 +65,8 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
             say(f"{objective}, seed {seed}: top-1 {result.top1:.2f} %, {result.seconds_per_epoch:.2f} s per epoch")
             folders.append(folder)
 
-    runs = read_runs(folders)
-    summaries = summarise(runs)
+    groups = group_runs(read_runs(folders))
+    summaries = summarise(groups)
     seconds = time.monotonic() - started
     content = {"recipe": recipe.name, "seconds": seconds, "objectives": [asdict(summary) for summary in summaries]}
     write_atomically(out / "summary.json", json.dumps(content, indent=2) + "\n")
@@ -75,8 +75,8 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
         f"{recipe.data.dataset}: student {recipe.student.model}{share}, {recipe.views.num_views} views per image, "
         f"{recipe.training.epochs} epochs, {len(recipe.seeds)} seed(s)."
     ]
-    write_report(out / "report.html", recipe.name, runs, notes)
-    show_table(notes[0], COLUMNS, table_rows(summaries))
+    write_report(out / "report.html", recipe.name, groups, notes)
+    show_table(notes[0], *table(summaries))
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
 
 

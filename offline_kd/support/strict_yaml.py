@@ -4,6 +4,7 @@ A second value under one key would replace the first without a word; libyaml end
 lines of aliases can stand for more values than memory holds.
 """
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from offline_kd.support.errors import RecipeError, shorten
 MAX_BYTES = 2**25
 MAX_DEPTH = 50  # of mappings and lists in each other
 MAX_VALUES = 2**20  # with aliases written out; a manifest has 7 for a tar
+
+LONG_NUMBER = re.compile("[-+]?[0-9][0-9a-fA-Fxb_:.]{64,}")  # Python refuses to print the longest
 
 # libyaml's parser, where it is: class names of large datasets take seconds otherwise.
 _Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -96,6 +99,8 @@ def _values_of(event: yaml.NodeEvent, sizes: dict[str, int]) -> int:
     assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
     if event.tag is not None:
         raise _refusal(event, f"tag '{event.tag}' is not read, write the value plainly or in quotes")
+    if isinstance(event, yaml.ScalarEvent) and event.implicit[0] and LONG_NUMBER.fullmatch(event.value):
+        raise _refusal(event, f"{shorten(event.value, 80)} would be a number of more than 64 digits")
     if event.anchor is not None:
         sizes.pop(event.anchor, None)  # from here on the name means this value
         if isinstance(event, yaml.ScalarEvent):
