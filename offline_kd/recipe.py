@@ -270,9 +270,9 @@ def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
     """`content` with one `path.to.field=value`; nothing in it is changed, for YAML aliases may share parts of it."""
     path, equals, text = override.partition("=")
     about = f"--set {shorten(override, 100)}"
-    if not equals:
-        raise RecipeError(f"{about}: write path.to.field=value")
     steps = path.split(".")
+    if not equals or "" in steps:
+        raise RecipeError(f"{about}: write path.to.field=value")
     if len(steps) > MAX_DEPTH:
         raise RecipeError(f"{about}: the path has {len(steps):,} parts, no recipe is deeper than {MAX_DEPTH}")
     value = parse_yaml(text, where=about)

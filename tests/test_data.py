@@ -16,8 +16,16 @@ from PIL import Image
 from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.checking import check_dataset
 from offline_kd.data.decoding import decode_image
-from offline_kd.data.manifest import Dataset, Split, Tar
-from offline_kd.data.packing import cifar_samples, digits_samples, encode_png, imagefolder_samples, pack
+from offline_kd.data.manifest import Dataset, Manifest, Split, Tar, load_manifest
+from offline_kd.data.manifest_merging import manifest_entry, merge_dataset
+from offline_kd.data.packing import (
+    cifar_samples,
+    digits_samples,
+    encode_png,
+    imagefolder_samples,
+    imagefolder_splits,
+    pack,
+)
 from offline_kd.data.tars import Sample, hash_key, read_tar
 from offline_kd.support.errors import DataError
 
@@ -191,6 +199,109 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     (tmp_path / "cat" / "notes.txt").write_text("hello")
     with pytest.raises(DataError, match=r"notes.txt: not a png, jpg"):
         list(imagefolder_samples(tmp_path)[0])
+
+
+def folder_of(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels(len(name))).save(root / name)
+    return root
+
+
+def test_a_folder_of_splits_is_packed_whole_and_never_as_classes(tmp_path):
+    photos = folder_of(tmp_path / "photos", "train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/d.png")
+    pack = ("data", "pack", "imagefolder", "--out", tmp_path / "data" / "photos")
+    entry = yaml.safe_load(invoke(*pack, "--source", photos).stdout)["datasets"]["photos"]
+    dataset = Dataset.model_validate(entry)
+    assert dataset.classes == ["cat", "dog"]
+    assert list(dataset.splits) == ["train", "val"]
+    assert check_dataset(dataset, [tmp_path / "data"], lambda tars: tars) == {"train": 2, "val": 2}
+    assert "holds splits (train, val), not classes" in refused(*pack, "--source", photos, "--split", "train")
+    one = yaml.safe_load(invoke(*pack, "--source", photos / "val", "--split", "val").stdout)["datasets"]["photos"]
+    assert one["splits"] == {"val": entry["splits"]["val"]}
+    folder_of(photos, "val/cow/e.png")
+    assert "'cow' is a class of train or of val, not of both" in refused(*pack, "--source", photos)
+    loose = folder_of(tmp_path / "loose", "train/cat/a.png", "train/dog/b.png", "test/x.png")
+    assert "test: 0 class folders" in refused(*pack, "--source", loose)
+    unusual = folder_of(tmp_path / "unusual", "fold0/a/1.png", "fold0/b/2.png", "fold1/a/3.png", "fold1/b/4.png")
+    assert list(imagefolder_splits(unusual)[0]) == ["fold0", "fold1"]
+    vehicles = folder_of(tmp_path / "vehicles", "car/a.png", "train/b.png", "train/steam/c.png")
+    samples, classes = imagefolder_splits(vehicles)
+    assert (list(samples), classes) == (["train"], ["car", "train"])
+
+
+MANIFEST = """# About this file
+manifest_version: 1
+datasets:
+  first:  # of many
+    folder: first
+    classes: &names [a, b]
+    splits:
+      train:
+        tars:
+        - {file: x.tar, count: 1}
+  # between
+  second: {folder: second, classes: *names, splits: {train: {tars: [{file: y.tar, count: 1}]}}}
+
+# the end
+teachers: {}
+"""
+
+
+def test_packing_writes_into_a_manifest_and_leaves_its_other_lines(tmp_path):
+    """One split after the other: the second does not take the place of the first."""
+    photos = folder_of(tmp_path / "photos", "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
+    file = tmp_path / "manifest.yaml"
+    file.write_text(MANIFEST)
+    pack = ("data", "pack", "imagefolder", "--write", file)
+    for split in ("train", "val"):
+        one = (*pack, "--source", photos / split, "--split", split, "--out", tmp_path / "data" / "new")
+        assert invoke(*one).exit_code == 0
+    assert list(load_manifest(file).dataset("new").splits) == ["train", "val"]
+    check = ("data", "check", "new", "--manifest", file, "--data-root", tmp_path / "data")
+    assert "new: train 2 samples, val 2 samples, all good" in invoke(*check).output
+    before, after = MANIFEST.split("\n\n")
+    assert file.read_text().startswith(before)
+    assert file.read_text().endswith(after)
+
+    # Into a dataset that is there: its other splits stay, and classes that others refer to.
+    assert invoke(*pack, "--source", photos, "--out", tmp_path / "data" / "first").exit_code == 0
+    merged = load_manifest(file)
+    assert {name: split.count for name, split in merged.dataset("first").splits.items()} == {"train": 2, "val": 2}
+    assert merged.dataset("second") == Manifest.model_validate(yaml.safe_load(MANIFEST)).dataset("second")
+    assert "# of many" in file.read_text()
+    again = file.read_text()
+    assert invoke(*pack, "--source", photos, "--out", tmp_path / "data" / "first").exit_code == 0
+    assert file.read_text() == again
+
+    # Where it cannot be done, nothing is changed.
+    others = folder_of(tmp_path / "others", "a/1.png", "c/2.png")
+    wrong = (*pack, "--source", others, "--out", tmp_path / "data" / "first")
+    assert "other classes: 'b' is now 'c'" in refused(*wrong)
+    assert "is in folder 'second', not in 'elsewhere'" in merge_error(file, "second", "elsewhere", ["a", "b"])
+    assert file.read_text() == again
+    one_line = tmp_path / "one_line.yaml"
+    one_line.write_text(
+        "datasets: {second: {folder: s, classes: [a, b], splits: {t: {tars: [{file: x, count: 1}]}}}}\n"
+    )
+    before = one_line.read_text()
+    assert "cannot be merged into as it is written" in merge_error(one_line, "new", "new", ["a", "b"])
+    assert one_line.read_text() == before
+    fresh = ("data", "pack", "digits", "--out", tmp_path / "data" / "digits", "--write", tmp_path / "fresh.yaml")
+    assert invoke(*fresh).exit_code == 0
+    assert list(load_manifest(tmp_path / "fresh.yaml").dataset("digits").splits) == ["train", "test"]
+
+
+def merge_error(file, name, folder, classes) -> str:
+    with pytest.raises(DataError) as caught:
+        merge_dataset(file, name, manifest_entry(folder, classes, {"train": [Tar(file="x.tar", count=1)]}))
+    return str(caught.value)
+
+
+def test_a_dataset_without_splits_is_not_all_good(tmp_path):
+    file = tmp_path / "manifest.yaml"
+    file.write_text("datasets: {photos: {folder: photos, classes: [a, b], splits: {}}}\n")
+    assert "'datasets.photos.splits'" in refused("data", "check", "photos", "--manifest", file)
 
 
 def test_official_cifar_archives_are_packed_in_official_order(tmp_path, monkeypatch):

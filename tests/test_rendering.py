@@ -3,10 +3,12 @@
 import hashlib
 import itertools
 import os
+import struct
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from offline_kd.data.blocks import Decoder, load_block
-from offline_kd.data.decoding import decode_image, image_size
-from offline_kd.data.manifest import EvaluationCrop
+from offline_kd.data.checking import check_dataset
+from offline_kd.data.decoding import UNDECODABLE, decode_image, image_size
+from offline_kd.data.manifest import Dataset, EvaluationCrop, Split
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample
+from offline_kd.support.errors import DataError
 from offline_kd.views.augment import ThreeAugment, TrivialAugment
 from offline_kd.views.choice import choose
 from offline_kd.views.kind import UNIT, draw
@@ -89,10 +93,68 @@ def test_a_hundred_megapixels_are_read_and_more_than_the_limit_is_not():
         warnings.simplefilter("error")
         assert decode_image(large).size == (12_000, 9_000)
     too_large = encoded(Image.new("1", (16_000, 10_000)), "PNG")
-    with pytest.raises(ValueError, match="16000x10000 pixels, at most 134,217,728 are read"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="16000x10000 pixels, at most 134,217,728 are read"):
+            decode_image(too_large)
+    with pytest.raises(UNDECODABLE, match="160000000 pixels"):  # where Pillow's warning is an error
         decode_image(too_large)
     with pytest.raises(ValueError, match="32767 a side"):
         decode_image(encoded(Image.new("1", (40_000, 2)), "PNG"))
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG that says it is of that size, and holds next to nothing."""
+    small = encoded(Image.new("1", (8, 8)), "PNG")
+    header = b"IHDR" + struct.pack(">II", width, height) + small[24:29]
+    return small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
+
+
+@pytest.mark.parametrize("side", [20_000, 30_000, 2**31 - 1])
+def test_a_picture_beyond_every_limit_is_a_bad_image(side, tmp_path):
+    good = encoded(photograph(1, 20, 30), "PNG")
+    content = png_of(side, side)
+    for read in (decode_image, image_size):
+        with pytest.raises(UNDECODABLE):
+            read(content)
+    tars = pack([Sample("a", 0, good, "png"), Sample("b", 1, content, "png")], tmp_path / "set", "train", 10)
+    path = tmp_path / "set" / tars[0].file
+    with pytest.raises(DataError, match=r"sample 'b': the image cannot be decoded .*--set data.bad_images=skip"):
+        load_block(path, tars[0], 2)
+    left = load_block(path, tars[0], 2, on_bad="skip")
+    assert (left.keys, [bad.key for bad in left.left_out]) == (["a"], ["b"])
+    large = load_block(path, tars[0], 2, on_bad="skip", decode=False)
+    assert large.sizes().tolist() == [[20, 30], [1, 1]]
+    assert Decoder(large)(1) is None
+    dataset = Dataset(folder="set", classes=["x", "y"], splits={"train": Split(tars=tars)})
+    with pytest.raises(DataError, match="sample 'b': cannot be decoded"):
+        check_dataset(dataset, [tmp_path], lambda tars: tars)
+
+
+def test_decoding_leaves_the_filters_of_warnings_alone(monkeypatch):
+    """They belong to the process: put and taken away by several threads, one may stay behind."""
+    large = encoded(Image.new("1", (10_000, 10_000)), "PNG")
+    touched = []
+    with monkeypatch.context() as patch:
+        patch.setattr(warnings, "simplefilter", lambda *arguments: touched.append(arguments))
+        size = image_size(large)
+    assert size == (10_000, 10_000)  # more than Pillow alone reads without a warning
+    assert not touched
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_metadata_is_no_reason_to_fail_in_an_unexpected_way():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x011A] = 6, "a picture", (72, 1)
+    content = encoded(photograph(1, 20, 30), "JPEG", exif=exif)
+    begin = content.index(b"Exif")
+    for at in range(begin, begin + len(exif.tobytes())):
+        for value in (0, 2, 255):
+            damaged = content[:at] + bytes([value]) + content[at + 1 :]
+            try:
+                assert decode_image(damaged).size in ((20, 30), (30, 20))
+            except UNDECODABLE:
+                continue
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------

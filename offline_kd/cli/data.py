@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,45 +30,59 @@ def command() -> None:
 @click.option("--source", type=click.Path(path_type=Path), help="Your copy of the data (not for digits).")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the tars.  [default: data/KIND]")
 @click.option("--samples-per-tar", type=click.IntRange(min=1), help="[default: 5000; digits 512, imagefolder 1000]")
-@click.option("--split", default="train", show_default=True, help="Name of the split (imagefolder).")
-def pack_command(kind: str, source: Path | None, out: Path | None, samples_per_tar: int | None, split: str) -> None:
+@click.option("--split", help="Name of the only split (imagefolder).  [default: folders in --source, or train]")
+@click.option("--write", "manifest_file", type=click.Path(path_type=Path), help="Merge the entry into this manifest.")
+def pack_command(
+    kind: str,
+    source: Path | None,
+    out: Path | None,
+    samples_per_tar: int | None,
+    split: str | None,
+    manifest_file: Path | None,
+) -> None:
     """Write WebDataset tars and print their manifest entry. Packing twice gives the same bytes.
+
+    --source of an imagefolder holds SPLIT/CLASS/IMAGE for several splits, or CLASS/IMAGE for one.
 
     \b
     offline-kd data pack digits
     offline-kd data pack cifar100 --source DIR      (DIR holds cifar-100-python)
+    offline-kd data pack imagefolder --source photos --out data/photos --write data_manifest.yaml
     offline-kd data pack imagefolder --source photos/train --split train --out data/photos
     """
-    import yaml
-
     from offline_kd.data import packing
+    from offline_kd.data.manifest_merging import check_same_dataset, entry_yaml, manifest_entry, merge_dataset
     from offline_kd.support.console import say
 
     out = out or Path("data") / kind
-    if kind != "digits" and source is None:
-        raise RecipeError(f"data pack {kind}: give --source, the folder of your own copy.")
-    splits: dict[str, Iterable[Sample]]
-    if kind == "digits":
-        splits, classes = {**packing.digits_samples()}, [str(digit) for digit in range(10)]
-    elif kind == "imagefolder":
-        assert source is not None
-        samples, classes = packing.imagefolder_samples(source)
-        splits = {split: samples}
-    else:
-        assert source is not None
-        cifar, classes = packing.cifar_samples(kind, source)
-        splits = {**cifar}
+    folder = out.resolve().name
+    name = folder if kind == "imagefolder" else kind
+    splits, classes = _samples(kind, source, split)
+    if manifest_file is not None:
+        check_same_dataset(manifest_file, name, folder, classes)  # before hours of packing
     size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
-    packed = {name: packing.pack(samples, out, name, size) for name, samples in splits.items()}
-    entry = {
-        kind if kind != "imagefolder" else out.name: {
-            "folder": out.name,
-            "classes": classes,
-            "splits": {name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in packed.items()},
-        }
-    }
+    packed = {part: packing.pack(samples, out, part, size) for part, samples in splits.items()}
+    entry = manifest_entry(folder, classes, packed)
     say(f"{out}: {sum(tar.count for tars in packed.values() for tar in tars):,} samples. For {MANIFEST_NAME}:")
-    click.echo(yaml.safe_dump({"datasets": entry}, sort_keys=False, width=120))
+    click.echo(entry_yaml({"datasets": {name: entry}}))
+    if manifest_file is not None:
+        merge_dataset(manifest_file, name, entry)
+        say(f"{manifest_file}: dataset '{name}' has {', '.join(packed)} now")
+
+
+def _samples(kind: str, source: Path | None, split: str | None) -> tuple[Mapping[str, Iterable[Sample]], list[str]]:
+    """The splits to pack, and their classes."""
+    from offline_kd.data import packing
+
+    if split is not None and kind != "imagefolder":
+        raise RecipeError(f"data pack {kind}: has splits of its own, --split is for imagefolder.")
+    if kind == "digits":
+        return packing.digits_samples(), [str(digit) for digit in range(10)]
+    if source is None:
+        raise RecipeError(f"data pack {kind}: give --source, the folder of your own copy.")
+    if kind == "imagefolder":
+        return packing.imagefolder_splits(source, split)
+    return packing.cifar_samples(kind, source)
 
 
 @command.command("list")

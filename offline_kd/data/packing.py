@@ -15,7 +15,7 @@ from PIL import Image
 from offline_kd.data.decoding import UNDECODABLE, decode_image
 from offline_kd.data.manifest import Tar
 from offline_kd.data.tars import IMAGE_EXTENSIONS, KEY_PATTERN, Sample, hash_key
-from offline_kd.support.errors import DataError
+from offline_kd.support.errors import DataError, shorten
 from offline_kd.support.files import flush_to_disk
 
 
@@ -106,6 +106,60 @@ def cifar_samples(name: str, folder: Path) -> tuple[dict[str, Iterator[Sample]],
     return {split: samples(split) for split in parts}, list(parts["train"].classes)
 
 
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing")
+
+
+def imagefolder_splits(folder: Path, split: str | None = None) -> tuple[dict[str, Iterator[Sample]], list[str]]:
+    """The splits of `folder/SPLIT/CLASS/**/IMAGE`, or the one of `folder/CLASS/**/IMAGE`, called `split` or "train".
+
+    Raises DataError for splits of different classes, and for a parent of splits when one `split` is asked for.
+    """
+    splits = sub_folders(folder)
+    if not _are_splits(splits):
+        samples, classes = imagefolder_samples(folder)
+        return {split or "train": samples}, classes
+    names = [one.name for one in splits]
+    if split is not None:
+        raise DataError(
+            f"{folder}: holds splits ({', '.join(names)}), not classes. Leave --split out to pack them all, or "
+            f"give one as --source {splits[0]}."
+        )
+    packed, classes_of = {}, {}
+    for one in splits:
+        packed[one.name], classes_of[one.name] = imagefolder_samples(one)
+        different = set(classes_of[one.name]) ^ set(classes_of[names[0]])
+        if different:
+            raise DataError(
+                f"{folder}: '{min(different)}' is a class of {names[0]} or of {one.name}, not of both. All splits must "
+                f"have the same classes: correct the folders, or pack one with --source {one} --split {one.name}."
+            )
+    return packed, classes_of[names[0]]
+
+
+def sub_folders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name; raises DataError where there is no folder."""
+    if not os.path.isdir(folder):
+        raise DataError(
+            f"{shorten(str(folder))}: no such folder. Give one with a sub-folder of images for every class."
+        )
+    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
+
+
+def _are_splits(folders: list[Path]) -> bool:
+    """Whether folders are splits and not classes: none has images itself, and they have the same sub-folders, or one of
+    them has sub-folders and the name of a split."""
+    inside = [{one.name for one in folder.iterdir() if one.is_dir()} for folder in folders]
+    has_images = [
+        any(one.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS for one in folder.iterdir()) for folder in folders
+    ]
+    named = any(
+        folder.name.lower() in SPLIT_NAMES and names and not images
+        for folder, names, images in zip(folders, inside, has_images, strict=True)
+    )
+    same = len(folders) > 1 and len(inside[0]) > 1 and all(names == inside[0] for names in inside)
+    return named or (same and not any(has_images))
+
+
 def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
     """`folder/CLASS/**/IMAGE`: classes are the sorted sub-folders; PNG, JPEG and WebP files are taken byte for byte.
 
@@ -113,9 +167,7 @@ def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
     becoming '_'; where two paths would share a key, the later one gets a hash of its path appended. The order is
     that of the keys' hashes, which mixes the classes.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder. Give one with a sub-folder of images for every class.")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+    classes = [entry.name for entry in sub_folders(folder)]
     if len(classes) < 2:
         raise DataError(f"{folder}: {len(classes)} class folders, at least 2 are needed (FOLDER/CLASS/IMAGE).")
 

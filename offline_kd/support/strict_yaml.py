@@ -19,7 +19,7 @@ MAX_VALUES = 2**20  # with aliases written out; a manifest has 7 for a tar
 LONG_NUMBER = re.compile("[-+]?[0-9][0-9a-fA-Fxb_:.]{64,}")  # Python refuses to print the longest
 
 # libyaml's parser, where it is: class names of large datasets take seconds otherwise.
-_Loader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+LOADER: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def read_yaml(path: Path) -> object:
@@ -41,7 +41,7 @@ def parse_yaml(text: str, *, where: str) -> object:
     """
     try:
         _check(text)
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=LOADER)
     except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: of numbers and dates
         raise RecipeError(f"{where}: not readable as YAML: {shorten(' '.join(str(error).split()))}") from error
 
@@ -61,7 +61,7 @@ def _check(text: str) -> None:
     around: list[_Open] = []
     sizes: dict[str, int] = {}  # anchor -> values behind it, once it is closed
     values = 0
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=LOADER):
         if isinstance(event, yaml.CollectionEndEvent):
             closed = around.pop()
             if closed.start.anchor is not None:
