@@ -5,9 +5,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 from conftest import RECIPE, ROOT, invoke, make_recipe, merged, refused
+from hypothesis import strategies as st
 
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
@@ -96,6 +98,18 @@ def test_hostile_yaml_is_one_short_line(text, message, recipe_file, tmp_path, wh
 
 def test_merge_keys_and_aliases_are_read_as_yaml_means_them():
     text = "a: &a {k: 1, l: 2}\nb: {<<: *a, k: 3}\nc: &c x\nd: [*c, *c]"
+    assert parse_yaml(text, where="here") == yaml.safe_load(text)
+
+
+PLAIN = st.none() | st.booleans() | st.integers(-(2**63), 2**64) | st.floats(allow_nan=False) | st.text(max_size=90)
+NESTED = st.recursive(
+    PLAIN, lambda one: st.lists(one, max_size=4) | st.dictionaries(st.text(max_size=9), one), max_leaves=9
+)
+
+
+@hypothesis.given(content=NESTED, flow=st.sampled_from([True, False, None]))
+def test_what_is_written_as_yaml_is_read_again(content, flow):
+    text = yaml.safe_dump(content, default_flow_style=flow)
     assert parse_yaml(text, where="here") == yaml.safe_load(text)
 
 
