@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offline_kd.store.layout import small_files
-from offline_kd.store.opening import open_store
+from offline_kd.store.opening import all_digests, open_store
 from offline_kd.store.places import Place, can_list, place_at
-from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries
+from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries, stored_object
 from offline_kd.store.schema import Held, StoredObject, StoreManifest
+from offline_kd.store.signing import check_signed, damage, read_signature, signature_names
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch
@@ -41,6 +42,7 @@ def copy_store(
     views: int | None = None,
     only: Sequence[str] | None = None,
     digest: str | None = None,
+    signed_by: Path | None = None,
 ) -> Copied:
     """Copy a finished store; the copy has the same digest, and if it is a part its manifest says of what.
 
@@ -49,9 +51,10 @@ def copy_store(
         views: how many views to take, a whole number of groups.
         only: kinds of targets to take, of KINDS; keys, labels and views always come along.
         digest: what the source must be.
+        signed_by: public key whose signature the source must have. Signatures always come along.
 
     Raises:
-        StoreMismatch: the target holds another store, or more than is asked for now.
+        StoreMismatch: the target holds another store, or more than is asked for now; the source lacks that signature.
         StoreCorrupt: a file of the source is damaged, or did not arrive as it was sent.
     """
     target = target if not isinstance(target, str | Path) else place_at(target)
@@ -65,10 +68,13 @@ def copy_store(
         raise StoreMismatch(f"{store.place}: stores of schema version 1 have no checksums of their small files: cp -r.")
     if store.digest != manifest.digest:
         raise StoreMismatch(f"{store.place}: has grown since it was sha256:{digest}: give the digest that it has now.")
+    if signed_by is not None:
+        check_signed(store, signed_by)
     held = _selection(store, blocks, views, only)
     new_manifest = manifest.model_copy(update={"held": held})
     _refuse_other_store(target, new_manifest, store)
     small = [(name, manifest.files.get(name)) for name in small_files(store.additions, store.parts)]
+    small += _signatures(store)
     counts = {"files": 0, "bytes": 0, "already_there": 0}
     of_block: dict[tuple[str, str, int], list[PromisedEntry]] = {}
     for one in promised_entries(store, held):
@@ -137,6 +143,19 @@ def copy_store(
                 future.cancel()
     target.put("manifest.json", manifest_bytes(new_manifest))
     return Copied(manifest.digest, counts["files"], counts["bytes"], counts["already_there"], held)
+
+
+def _signatures(store: Store) -> list[tuple[str, StoredObject | None]]:
+    """The files of every signature of a store, of what it is and of what it was before it grew."""
+    found: list[tuple[str, StoredObject | None]] = []
+    for digest in all_digests(store):
+        if problem := damage(store.place, digest):
+            raise StoreCorrupt(f"{store.place}/signatures/{digest}: {problem}. Sign again, or delete it.")
+        files = read_signature(store.place, digest)
+        if files is not None:
+            names = signature_names(digest)
+            found += [(name, stored_object(content)) for name, content in zip(names, files.values(), strict=True)]
+    return found
 
 
 def _is(content: bytes, expected: StoredObject) -> bool:
