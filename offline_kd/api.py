@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -18,8 +18,8 @@ from offline_kd.cache.in_memory import ModuleOptions, cache_module
 from offline_kd.data.manifest import MANIFEST_NAME, Manifest, Normalisation, load_manifest
 from offline_kd.store.info import store_info
 from offline_kd.store.lookup import decisions_of, keys_from_tars, logits_of, rows_of, stored_keys
-from offline_kd.store.opening import open_store as open_reader
 from offline_kd.store.reader import Store
+from offline_kd.store.signing import open_as_demanded
 from offline_kd.support.errors import DataError, RecipeError, StoreError
 from offline_kd.support.strict import parse
 from offline_kd.views.kind import ViewSpec
@@ -165,14 +165,14 @@ def open_store(location: str | Path, *, digest: str | None = None, data: str | P
         data: the folder of the dataset's tars, for `loader`, and for `keys` of a store before schema 3.
 
     Raises RecipeError for a reference that cannot be understood, StoreError where there is no store, StoreIncomplete
-    for one that is not finished, StoreCorrupt when its parts disagree, StoreMismatch when it has another digest or
-    lacks these targets.
+    for one that is not finished, StoreCorrupt when its parts disagree, StoreMismatch when it has another digest,
+    lacks these targets, or lacks the signature that the manifest demands.
     """
     where = manifest_here().store(str(location))
     wanted = digest.removeprefix("sha256:") if digest is not None else None
     if wanted is not None and where.digest not in (None, wanted):
         raise RecipeError(f"store '{location}': is pinned to sha256:{where.digest}, wanted is {digest}. Correct one.")
-    reader = open_reader(where.location, targets=where.targets, digest=wanted or where.digest)
+    reader = open_as_demanded(replace(where, digest=wanted or where.digest))
     return TeacherStore(reader, None if data is None else Path(data))
 
 

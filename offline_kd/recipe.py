@@ -153,6 +153,7 @@ class TeacherStore(Strict):
 
     store: str = Field(description="folder, URL or manifest name; `#TARGETS` and `@sha256:DIGEST` may follow")
     weight: Positive = 1.0
+    signed_by: str | None = Field(None, description="public key whose signature it must have; beside the recipe")
 
 
 class CaptureRecipe(Strict):
@@ -249,10 +250,19 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
+    _keys_beside(path, content)
     parent = content.pop("extends", None)
     if parent is None:
         return content
     return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
+
+
+def _keys_beside(path: Path, content: dict[str, Any]) -> None:
+    """Keys that stores must be signed by are named relative to the recipe; a resolved recipe may lie elsewhere."""
+    stores = content.get("store")
+    for one in stores if isinstance(stores, list) else []:
+        if isinstance(one, dict) and isinstance(one.get("signed_by"), str):
+            one["signed_by"] = os.path.abspath(path.parent / one["signed_by"])
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

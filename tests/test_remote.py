@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, invoke, refused
+from test_signing import key_pair
 
 from offline_kd.store.downloads import Downloads
 from offline_kd.store.opening import open_store
@@ -122,6 +123,20 @@ def test_a_store_that_is_pushed_and_pulled_is_the_same(s3, address, store_path, 
         for path in (store_path, tmp_path / "pulled")
     )
     assert here == there
+
+
+def test_a_store_is_signed_in_a_bucket_and_copies_carry_the_signature(s3, address, store_path, tmp_path):
+    key, public = key_pair(tmp_path, "ours")
+    _, another = key_pair(tmp_path, "theirs")
+    copy_store(store_path, address)
+    assert "there is no signature" in refused("store", "verify", address, "--quick", "--signed-by", public)
+    assert invoke("store", "sign", address, "--key", key).exit_code == 0
+    assert invoke("store", "pull", address, tmp_path / "pulled").exit_code == 0
+    assert invoke("store", "push", tmp_path / "pulled", f"{address}-2").exit_code == 0
+    for place in (address, tmp_path / "pulled", f"{address}-2"):
+        assert invoke("store", "verify", place, "--quick", "--signed-by", public).exit_code == 0
+        assert "Key mismatch" in refused("store", "verify", place, "--quick", "--signed-by", another)
+        assert open_store(place).digest == open_store(store_path).digest
 
 
 def test_training_from_a_bucket_gives_the_student_of_the_local_store(

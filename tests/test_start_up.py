@@ -13,7 +13,7 @@ from offline_kd.cli import options
 from offline_kd.data import manifest
 from offline_kd.store import downloads, sync
 
-HEAVY = ("torch", "zarr", "numpy", "pydantic", "rich", "yaml")
+HEAVY = ("torch", "zarr", "numpy", "pydantic", "rich", "yaml", "model_signing")
 ENTRY = (
     "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=open(sys.argv.pop(), 'w')));"
     "from offline_kd.cli.main import main; sys.argv[0] = 'offline-kd';"
@@ -36,6 +36,7 @@ def in_a_new_process(arguments, folder, **environment):
         (["--version"], 0, "offline-kd 0.1.0"),
         (["distill", "--help"], 0, "offline-kd distill recipe.yaml --store s3://team/stores/cifar10"),
         (["store", "verify", "--help"], 0, "Prove a store"),
+        (["store", "sign", "--help"], 0, "Sign a finished store"),
         (["distil"], 2, "No such command 'distil'"),
         (["distill", "recipe.yaml"], 2, "Missing option '--out'"),
         (["store", "pull", "from", "to", "--only", "everything"], 2, "'everything' is not one of"),

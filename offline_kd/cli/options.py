@@ -118,10 +118,9 @@ def known_stores(manifest_path: Path) -> Manifest:
 
 def open_named(reference: str, manifest_path: Path) -> Store:
     """A store by folder, URL or manifest name, with `#TARGETS` and `@sha256:DIGEST` or not."""
-    from offline_kd.store.opening import open_store
+    from offline_kd.store.signing import open_as_demanded
 
-    where = known_stores(manifest_path).store(reference)
-    return open_store(where.location, targets=where.targets, digest=where.digest)
+    return open_as_demanded(known_stores(manifest_path).store(reference))
 
 
 def place_named(reference: str, manifest_path: Path) -> Place:

@@ -21,6 +21,7 @@ from offline_kd.cli.options import (
     read_inputs,
     recipe_options,
 )
+from offline_kd.cli.sign import show_signed, sign_command
 from offline_kd.support.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ def command() -> None:
     \b
     offline-kd store info runs/digits/store
     """
+
+
+command.add_command(sign_command)
 
 
 @command.command("info")
@@ -76,6 +80,9 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
     "--recipe", "recipe_path", type=click.Path(path_type=Path), help="Names the teacher for --teacher and --all."
 )
 @click.option("--device", default="auto", show_default=True, help="For --teacher and --all.")
+@click.option(
+    "--signed-by", type=click.Path(path_type=Path), metavar="PUBLIC_KEY", help="It must be signed by the owner of this."
+)
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @common_options
 def verify_command(
@@ -86,6 +93,7 @@ def verify_command(
     all_rows: bool,
     recipe_path: Path | None,
     device: str,
+    signed_by: Path | None,
     as_json: bool,
     manifest_path: Path,
     data_root: tuple[Path, ...],
@@ -96,7 +104,7 @@ def verify_command(
 
     \b
     offline-kd store verify runs/digits/store
-    offline-kd store verify s3://team/stores/cifar10 --quick
+    offline-kd store verify s3://team/stores/cifar10 --quick --signed-by public.pem
     offline-kd store verify stores/cifar10@sha256:0123...
     offline-kd store verify stores/cifar10 --teacher 1000 --recipe pipelines/cifar10/resnet56_resnet20_cpu.yaml
     """
@@ -116,12 +124,14 @@ def verify_command(
     show_faults(result, reference, as_json)
     if result.faults:
         sys.exit(1)
+    store = open_named(reference, manifest_path)  # with the digest that was asked for
+    if signed_by is not None:
+        show_signed(store, reference, signed_by)
     if rows is None and not all_rows:
         return
     if recipe_path is None:
         raise RecipeError("--teacher and --all need --recipe, which names the teacher.")
     recipe, manifest, roots, on = read_inputs(recipe_path, (), manifest_path, data_root, device)
-    store = open_named(reference, manifest_path)
     found = ask_again(store, recipe, manifest, roots, None if all_rows else rows, on)
     before = store.manifest.fidelity.get(store.targets) if store.manifest else None
     known = before.model_dump(mode="json") if before else {}
@@ -279,6 +289,7 @@ def copy_command(
         views=some_views.stop if some_views else None,
         only=only or None,
         digest=where.digest,
+        signed_by=where.signed_by,
     )
     say(
         f"{target}: {describe(copied.held)}, sha256:{copied.digest}; {copied.files:,} files, {copied.bytes:,} bytes, "

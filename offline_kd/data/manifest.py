@@ -103,15 +103,20 @@ class SharedStore(Strict):
 
     location: str
     digest: Annotated[str, Field(pattern="^sha256:[0-9a-f]{64}$")]
+    signed_by: str | None = Field(None, description="public key whose signature it must have; beside this file")
 
 
 @dataclass(frozen=True)
 class StoreReference:
-    """Where a store is, whose targets of it are meant ('': the first teacher's), and its sha256 if that was said."""
+    """Where a store is, whose targets of it are meant ('': the first teacher's), and what it must be, if that was said.
+
+    That is its sha256, and the public key (PEM) of who must have signed it.
+    """
 
     location: str
     targets: str
     digest: str | None
+    signed_by: Path | None = None
 
 
 class Manifest(Strict):
@@ -138,7 +143,8 @@ class Manifest(Strict):
             raise RecipeError(
                 f"store '{address}': the recipe wants sha256:{digest}, the manifest says {known.digest}. Correct one."
             )
-        return StoreReference(known.location, targets, known.digest.removeprefix("sha256:"))
+        signed_by = Path(known.signed_by) if known.signed_by else None
+        return StoreReference(known.location, targets, known.digest.removeprefix("sha256:"), signed_by)
 
     def dataset(self, name: str) -> Dataset:
         if name not in self.datasets:
@@ -153,13 +159,21 @@ class Manifest(Strict):
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and check a manifest; raises RecipeError naming the field that is wrong."""
+    """Read and check a manifest; raises RecipeError naming the field that is wrong.
+
+    The keys that stores must be signed by are named relative to the manifest.
+    """
     if not os.path.isfile(path):  # False where a name is too long for a file, too
         raise RecipeError(
             f"{shorten(str(path))}: no such manifest. Run in the folder that holds {MANIFEST_NAME}, "
             "or pass --manifest FILE."
         )
-    return parse(Manifest, read_yaml(path), where=str(path))
+    manifest = parse(Manifest, read_yaml(path), where=str(path))
+    stores = {
+        name: one.model_copy(update={"signed_by": one.signed_by and str(path.parent / one.signed_by)})
+        for name, one in manifest.stores.items()
+    }
+    return manifest.model_copy(update={"stores": stores})
 
 
 def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:

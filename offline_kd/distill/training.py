@@ -32,8 +32,8 @@ from offline_kd.recipe import (
 from offline_kd.store.downloads import DEFAULT_BYTES
 from offline_kd.store.join import proof_of_images
 from offline_kd.store.layout import plan_views_per_group
-from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
+from offline_kd.store.signing import check_signed, open_as_demanded
 from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_groups
@@ -116,9 +116,9 @@ def open_stores(
     opened = []
     for one in wanted:
         where = manifest.store(one.store)
-        opened.append(
-            open_store(where.location, targets=where.targets, digest=where.digest, download_bytes=download_bytes)
-        )
+        opened.append(open_as_demanded(where, download_bytes))
+        if one.signed_by is not None:
+            check_signed(opened[-1], Path(one.signed_by))
     return opened, Ensemble([one.weight for one in wanted], recipe.mix)
 
 

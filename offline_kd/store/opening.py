@@ -5,6 +5,7 @@ Nothing but metadata is read: identity, additions and one manifest, in whose dig
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,16 @@ def group_digests(store: Store) -> dict[str, str]:
     return digests
 
 
+def all_digests(store: Store) -> dict[str, dict[str, int]]:
+    """The digest of a store and those it had before it grew, the latest first; each with its views by addition."""
+    manifest = store.manifest
+    assert manifest is not None
+    raw, created = read_identity(store.place)
+    additions = [read_addition(store.place, name) for name in manifest.views if name]
+    earlier = _before_it_grew(raw, created, additions, manifest)
+    return {manifest.digest: manifest.views} | {digest: views for digest, views, _, _ in earlier}
+
+
 def _belongs(part: str, targets: str, additions: list[Addition]) -> bool:
     return (
         part == targets
@@ -141,16 +152,24 @@ def _as_it_was(
     where: str,
 ) -> tuple[dict[str, int], list[Addition], dict[str, str]]:
     """Views, additions and entries of a grown store when it had that digest."""
-    for views in reversed(manifest.earlier):
-        then = [one for one in additions if one.name in views]
-        names = entry_names(created, parts_of(created, then), views)
-        entries = {name: manifest.entries[name] for name in names if name in manifest.entries}
-        if store_digest(raw, [one.model_dump(mode="json") for one in then], entries) == digest:
+    for found, views, then, entries in _before_it_grew(raw, created, additions, manifest):
+        if found == digest:
             return views, then, entries
     raise StoreMismatch(
         f"{where}: its digest is sha256:{manifest.digest}, wanted is sha256:{digest}. It is another store, or was "
         "captured anew: correct the digest after looking at `offline-kd store info`, or get the right store."
     )
+
+
+def _before_it_grew(
+    raw: dict[str, Any], created: StoreIdentity, additions: list[Addition], manifest: StoreManifest
+) -> Iterator[tuple[str, dict[str, int], list[Addition], dict[str, str]]]:
+    """Digest, views, additions and entries that a store had each time before it grew, the latest first."""
+    for views in reversed(manifest.earlier):
+        then = [one for one in additions if one.name in views]
+        names = entry_names(created, parts_of(created, then), views)
+        entries = {name: manifest.entries[name] for name in names if name in manifest.entries}
+        yield store_digest(raw, [one.model_dump(mode="json") for one in then], entries), views, then, entries
 
 
 def _what_is_missing(place: Place, created: StoreIdentity) -> str:

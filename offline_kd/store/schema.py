@@ -8,6 +8,7 @@
                                     BLOCK-FROM-TO.NAME.json of an addition; templates-DECISIONS.json (`TablesEntry`)
       manifest.json                 by `finish`: sha256 of every ledger entry, store digest, measured fidelity
       README.md, index.html         the card people read
+      signatures/DIGEST/            who signed that digest, if anybody did (signing.py)
       leases/                       who is working on what, while a capture runs
 
 Rows: block b is the b-th image tar of the dataset, sample j of it is row b * rows_per_block + j. A chunk holds one

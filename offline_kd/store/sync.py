@@ -17,10 +17,11 @@ from offline_kd.store.layout import small_files
 from offline_kd.store.leftovers import sweep
 from offline_kd.store.memory import Memory
 from offline_kd.store.objects import ENTRY_BYTES, MANIFEST_BYTES, read_metadata, read_proven
-from offline_kd.store.opening import open_store
+from offline_kd.store.opening import all_digests, open_store
 from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries, stored_object
 from offline_kd.store.schema import Held, StoredObject, StoreManifest
+from offline_kd.store.signing import check_signed, damage, read_signature, signature_names
 from offline_kd.store.writer import holds, manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch, StoreUnreachable
@@ -48,6 +49,7 @@ def copy_store(
     views: int | None = None,
     only: Sequence[str] | None = None,
     digest: str | None = None,
+    signed_by: Path | None = None,
 ) -> Copied:
     """Copy a finished store; the copy has the same digest, and if it is a part its manifest says of what.
 
@@ -56,9 +58,10 @@ def copy_store(
         views: how many views to take, a whole number of groups.
         only: kinds of targets to take, of KINDS; keys, labels and views always come along.
         digest: what the source must be.
+        signed_by: public key whose signature the source must have. Signatures always come along.
 
     Raises:
-        StoreMismatch: the target holds another store, or more than is asked for now.
+        StoreMismatch: the target holds another store, or more than is asked for now; the source lacks that signature.
         StoreCorrupt: a file of the source is damaged.
         StoreUnreachable: a file did not arrive as it was sent.
     """
@@ -73,6 +76,8 @@ def copy_store(
         raise StoreMismatch(f"{store.place}: stores of schema version 1 have no checksums of their small files: cp -r.")
     if store.digest != manifest.digest:
         raise StoreMismatch(f"{store.place}: has grown since it was sha256:{digest}: give the digest that it has now.")
+    if signed_by is not None:
+        check_signed(store, signed_by)
     held = _selection(store, blocks, views, only)
     new_manifest = manifest.model_copy(update={"held": held})
     _refuse_other_store(target, new_manifest, store)
@@ -80,6 +85,7 @@ def copy_store(
     sent = [_send_listed(way, name) for name in small_files(store.additions, store.parts) if name not in CARD_FILES]
     sent += _send_blocks(way, held)
     sent += [_put(target, name, content) for name, content in _card_of_copy(way, new_manifest).items()]
+    sent += [_put(target, name, content) for name, content in _signatures(store).items()]
     _put(target, "manifest.json", manifest_bytes(new_manifest))
     sweep(target)
     return Copied(
@@ -190,6 +196,18 @@ def _card_of_copy(way: Way, manifest: StoreManifest) -> dict[str, bytes]:
             store, place=near, identity=identity, manifest=manifest, downloads=None, memory=Memory()
         )
     return write_card(stores, manifest)
+
+
+def _signatures(store: Store) -> dict[str, bytes]:
+    """The files of every signature of a store, of what it is and of what it was before it grew."""
+    found: dict[str, bytes] = {}
+    for digest in all_digests(store):
+        if problem := damage(store.place, digest):
+            raise StoreCorrupt(f"{store.place}/signatures/{digest}: {problem}. Sign again, or delete it.")
+        files = read_signature(store.place, digest)
+        if files is not None:
+            found |= dict(zip(signature_names(digest), files.values(), strict=True))
+    return found
 
 
 def _selection(store: Store, blocks: range | None, views: int | None, only: Sequence[str] | None) -> Held | None:

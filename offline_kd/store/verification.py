@@ -19,10 +19,11 @@ from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.lookup import problem_of_keys
 from offline_kd.store.objects import read_metadata, read_proven
-from offline_kd.store.opening import open_store
+from offline_kd.store.opening import all_digests, open_store
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import Arrays, PromisedEntry, Store, promised_entries
 from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry, kind_of
+from offline_kd.store.signing import damage, signature_names
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreIncomplete, StoreUnreachable
@@ -87,6 +88,8 @@ def verify(
         return result
     store = replace(store, downloads=None)  # what is verified is what lies there
     _check_files(store, result)
+    digests = list(all_digests(store))
+    result.faults += [Fault(f"signatures/{one}", problem) for one in digests if (problem := damage(place, one))]
     sizes = place.sizes() if can_list(place) else None
     keys: dict[int, NDArray[np.uint64]] = {}  # by block
     tasks = promised_entries(store, store.manifest.held if store.manifest else None)
@@ -111,7 +114,7 @@ def verify(
     if images is not None and not result.faults:
         result.faults += _compare_with(store, images)
     if sizes is not None:
-        known = _known_files(store, tasks)
+        known = _known_files(store, tasks) | {name for one in digests for name in signature_names(one)}
         result.faults += [
             Fault(
                 name, "does not belong to the store; perhaps it is being added to, or that was stopped", is_extra=True
