@@ -91,18 +91,39 @@ def verify(
     digests = list(all_digests(store))
     result.faults += [Fault(f"signatures/{one}", problem) for one in digests if (problem := damage(place, one))]
     sizes = place.sizes() if can_list(place) else None
-    keys: dict[int, NDArray[np.uint64]] = {}  # by block
     tasks = promised_entries(store, store.manifest.held if store.manifest else None)
+    _check_entries(store, tasks, sizes, result, quick)
+    if images is not None and not result.faults:
+        result.faults += _compare_with(store, images)
+    if sizes is not None:
+        known = _known_files(store, tasks) | {name for one in digests for name in signature_names(one)}
+        strange = [name for name in sorted(set(sizes) - known) if not is_leftover(name)]
+        result.faults += [
+            Fault(
+                name, "does not belong to the store; perhaps it is being added to, or that was stopped", is_extra=True
+            )
+            for name in strange
+            if not place.is_remote or place.size(name) is not None  # listings have no checksum
+        ]
+        result.leftovers = sum(is_leftover(name) for name in sizes)
+    return result
+
+
+def _check_entries(
+    store: Store, tasks: Sequence[PromisedEntry], sizes: dict[str, int] | None, result: Verification, quick: bool
+) -> None:
+    """Every ledger entry with its objects, side by side, and that no two rows have one key."""
+    keys: dict[int, NDArray[np.uint64]] = {}  # by block
+
+    def look(task: PromisedEntry) -> tuple[Verification, NDArray[np.uint64] | None]:
+        return _check_entry(store, task, sizes, quick)
+
     with (
         progress("verifying", len(tasks), "blocks") as meter,
-        ThreadPoolExecutor(store.at_once(place.parallel)) as threads,
+        ThreadPoolExecutor(store.at_once(store.place.parallel)) as threads,
     ):
         for start in range(0, len(tasks), AT_ONCE):
             some = tasks[start : start + AT_ONCE]
-
-            def look(task: PromisedEntry) -> tuple[Verification, NDArray[np.uint64] | None]:
-                return _check_entry(store, task, sizes, quick)
-
             for task, (found, key_hash) in zip(some, threads.map(look, some), strict=True):
                 result.faults += found.faults
                 result.objects += found.objects
@@ -111,20 +132,6 @@ def verify(
                     keys[task.block] = key_hash
                 meter.advance()
     result.faults += _used_twice(keys)
-    if images is not None and not result.faults:
-        result.faults += _compare_with(store, images)
-    if sizes is not None:
-        known = _known_files(store, tasks) | {name for one in digests for name in signature_names(one)}
-        result.faults += [
-            Fault(
-                name, "does not belong to the store; perhaps it is being added to, or that was stopped", is_extra=True
-            )
-            for name in sorted(set(sizes) - known)
-            if not is_leftover(name)
-            and (not place.is_remote or place.size(name) is not None)  # listings have no checksum
-        ]
-        result.leftovers = sum(is_leftover(name) for name in sizes)
-    return result
 
 
 def _check_files(store: Store, result: Verification) -> None:
