@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,7 @@ def list_command(manifest_path: Path, data_root: tuple[Path, ...]) -> None:
     manifest, roots = load_manifest(manifest_path), data_roots(data_root)
 
     def is_here(files: list[str]) -> str:
-        return "yes" if all(any((root / file).is_file() for root in roots) for file in files) else "no"
+        return "yes" if all(any(os.path.isfile(root / file) for root in roots) for file in files) else "no"
 
     rows = []
     for name, dataset in manifest.datasets.items():

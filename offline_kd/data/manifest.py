@@ -148,13 +148,13 @@ class Manifest(Strict):
 
     def dataset(self, name: str) -> Dataset:
         if name not in self.datasets:
-            raise RecipeError(f"no dataset '{name}' in the manifest.{did_you_mean(name, self.datasets)}")
+            raise RecipeError(f"no dataset '{shorten(name)}' in the manifest.{did_you_mean(name, self.datasets)}")
         return self.datasets[name]
 
     def split(self, dataset: str, split: str) -> Split:
         splits = self.dataset(dataset).splits
         if split not in splits:
-            raise RecipeError(f"dataset '{dataset}' has no split '{split}'.{did_you_mean(split, splits)}")
+            raise RecipeError(f"dataset '{dataset}' has no split '{shorten(split)}'.{did_you_mean(split, splits)}")
         return splits[split]
 
 
