@@ -12,7 +12,7 @@ import pytest
 from bad_network import BadNetwork, at_random, first_answer_is_corrupt
 from conftest import ROOT, invoke, refused
 from test_remote import run_server
-from test_store_v2 import DIGEST, FIXTURE, STORE
+from test_old_stores import DIGEST, FIXTURE, STORE
 
 import offline_kd.store.places as places_module
 import offline_kd.store.web as web_module

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, invoke, refused
-from test_store_v2 import DIGEST, FIXTURE, STORE
+from test_old_stores import DIGEST, FIXTURE, STORE
 
 from offline_kd.store.card import is_whole_card
 from offline_kd.store.chunks import encode_chunk
