@@ -219,7 +219,7 @@ def try_many(template: Path, monkeypatch: pytest.MonkeyPatch, examples: int) -> 
 
 
 def test_anything_typed_is_a_result_or_one_line(template, monkeypatch):
-    try_many(template, monkeypatch, 40)
+    try_many(template, monkeypatch, 30)
 
 
 @pytest.mark.slow
@@ -237,7 +237,7 @@ TRIED = {
     "a long page": ["report", "run", "--out", LONG],
     "a long key": ["store", "inspect", "store", "--key", LONG, "--out", LONG, *DISTILL[4:]],
     "NUL in a path": [*DISTILL, "--store", "sto\0re", "--out", "new"],
-    "NUL in a recipe's path": [*DISTILL, "--store", "store", "--out", "new", "--set", 'data.root="a\\0b"'],
+    "NUL in a recipe's path": [*DISTILL, "--out", "new", "--set", 'store="a\\0b"'],
     "half a character as key": ["store", "inspect", "store", "--key", "\ud800", "--out", "new.html", *DISTILL[4:]],
     "an empty value": [*DISTILL, "--store", "", "--out", "new"],
     "an empty value, joined": [*DISTILL, "--store=", "--out", "new"],

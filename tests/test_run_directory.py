@@ -133,7 +133,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+QUICK = ("a bit of a weight", "a bit of the sha256", "torn", "another program's")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(one, id=name, marks=() if name in QUICK else pytest.mark.slow) for name, one in DAMAGES.items()],
+)
 def test_a_damaged_checkpoint_does_not_change_the_student(finished, tmp_path, damage):
     """The previous one is used, and said; what is wrong with both is one line."""
     command, run = finished

@@ -72,15 +72,15 @@ def teacher_input(recipe: CaptureRecipe, manifest: Manifest, model: str) -> tupl
     Raises ModelError when the library that knows is not installed.
     """
     wanted, known = recipe.teacher, manifest.teachers.get(recipe.teacher.weights or "")
-    own = input_of(model, wanted.weights)
-    normalisation = (
-        wanted.normalisation
-        or (known.normalisation if known else None)
-        or (own.normalisation if own else recipe.data.normalisation)
-    )
-    if recipe.views.is_exact:
-        return normalisation, None
-    return normalisation, wanted.crop or (known and known.crop) or (own.crop if own else recipe.evaluation_crop)
+    normalisation, crop = wanted.normalisation, wanted.crop
+    if known is not None:
+        normalisation, crop = normalisation or known.normalisation, crop or known.crop
+    needs_crop = not recipe.views.is_exact
+    if normalisation is None or (needs_crop and crop is None):
+        own = input_of(model, wanted.weights)
+        normalisation = normalisation or (own.normalisation if own else recipe.data.normalisation)
+        crop = crop or (own.crop if own else recipe.evaluation_crop)
+    return normalisation, crop if needs_crop else None
 
 
 def gate(
