@@ -145,13 +145,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         per_probe("probe/row", "<i4", -1, "row within the block"),
         per_probe("probe/view", "<i4", -1, "view within the group"),
         per_probe(
-            "probe/pixels",
-            "|u1",
-            0,
-            "what the teacher saw",
-            ("channel", 3),
-            ("height", height),
-            ("width", width),
+            "probe/pixels", "|u1", 0, "what the teacher saw", ("channel", 3), ("height", height), ("width", width)
         ),
     ]
     for name, array in identity.codec.arrays().items():
