@@ -152,7 +152,7 @@ def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
         return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
 
     def joined() -> int:
-        store.kept.clear()
+        store.memory.kept.clear()
         total = 0
         for block in loader:
             total += len(join(store, block, 0, position[: len(block)]).labels)
@@ -166,7 +166,7 @@ def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
         return total
 
     def decoded_joined() -> int:
-        store.kept.clear()
+        store.memory.kept.clear()
         total = 0
         for block in loader:
             choice = join(store, block, 0, position[: len(block)]).view

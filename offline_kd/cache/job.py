@@ -18,6 +18,7 @@ from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.layout import parts_of, plan_views_per_group
+from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, parse_metadata, stored_object
@@ -247,7 +248,7 @@ def describe_capture(
 def current_manifest(place: Place) -> StoreManifest | None:
     """The manifest of an earlier finish, unless there is none that can be read."""
     try:
-        content = place.read("manifest.json")
+        content = read_metadata(place, "manifest.json")
         manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
     except (FileNotFoundError, StoreCorrupt):
         return None

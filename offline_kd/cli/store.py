@@ -100,7 +100,7 @@ def verify_command(
     from offline_kd.cache.fidelity import measure_fidelity
     from offline_kd.cache.teacher import load_teacher
     from offline_kd.data.manifest import data_roots, load_manifest
-    from offline_kd.store.sync import describe
+    from offline_kd.store.serving import describe
     from offline_kd.store.verification import verify
     from offline_kd.support.console import show_table
 
@@ -168,6 +168,8 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
         return
     for fault in result.faults:
         click.echo(printable(f"{fault.file}: {fault.problem}"))
+    for note in result.notes:
+        say(printable(f"{reference}: {note}"))
     found = f"{len(result.faults)} FAULTS" if result.faults else "no fault"
     say(f"{reference}: {result.mode} verification of {result.objects:,} objects, {result.bytes:,} bytes: {found}")
 
@@ -298,7 +300,8 @@ def copy_command(
     manifest_path: Path,
     data_root: tuple[Path, ...],
 ) -> None:
-    from offline_kd.store.sync import copy_store, describe
+    from offline_kd.store.serving import describe
+    from offline_kd.store.sync import copy_store
     from offline_kd.support.console import say
 
     where = known_stores(manifest_path).store(source)

@@ -1,10 +1,13 @@
 """The card of a store, as Markdown and as a page by itself: what a teammate needs to decide whether to use it.
 
-Everything in it comes from the store, and every name in it is escaped: stores are shared.
+Everything in it comes from the checked parts of a store, and every name in it is escaped: stores are shared. Nobody
+copies the page of somebody else: whoever copies a store makes its card anew, with this file.
 """
 
+import hashlib
 import html
 import io
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -13,11 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from offline_kd.store.reader import Store
+from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
-from offline_kd.store.serving import served_terms
+from offline_kd.store.serving import describe, served_terms
+from offline_kd.support.errors import StoreCorrupt
 from offline_kd.support.pages import data_url, render_page
 
+CARD_FILES = ("README.md", "index.html")
+SUM = re.compile(rb"<!-- sha256 of what is above: ([0-9a-f]{64}) -->\n")
 MAX_ROWS, MAX_BLOCKS, MAX_EXAMPLES, MAX_CLASSES_SHOWN = 50_000, 64, 24, 200
 MAX_FLOATS = 2**24  # of logits that are decoded at once
 BINS = 15
@@ -34,7 +40,10 @@ class Answers:
 
 
 def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str, bytes]:
-    """`README.md` and `index.html` of a finished store, from the store as seen for the targets of every teacher."""
+    """`README.md` and `index.html` of a finished store, from the store as seen for the targets of every teacher.
+
+    The same store gives the same bytes on one machine, wherever it lies. A part without logits has no pictures.
+    """
     identity = stores[""].identity
     sections = [
         (
@@ -71,7 +80,19 @@ def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str
             for name, size in sorted(manifest.bytes_by_array.items(), key=lambda one: -one[1])
         ],
     )
-    return {"README.md": "\n".join(markdown).encode(), "index.html": page.encode()}
+    return {"README.md": _with_sum("\n".join(markdown)), "index.html": _with_sum(page)}
+
+
+def _with_sum(text: str) -> bytes:
+    content = text.rstrip("\n").encode() + b"\n"
+    return content + f"<!-- sha256 of what is above: {hashlib.sha256(content).hexdigest()} -->\n".encode()
+
+
+def is_whole_card(content: bytes) -> bool:
+    """Whether no bit of a card was flipped since somebody made it; who that was is another question."""
+    content, last = content[: content.rfind(b"<!--")], content[content.rfind(b"<!--") :]
+    found = SUM.fullmatch(last)
+    return found is not None and hashlib.sha256(content).hexdigest().encode() == found[1]
 
 
 def _title(store: Store, targets: str) -> str:
@@ -87,9 +108,9 @@ def _common(identity: StoreIdentity, manifest: StoreManifest) -> dict[str, str]:
         f"{len(dataset.tars)} tars, {len(dataset.classes)} classes; licence: {dataset.licence or 'not stated'}",
         "views": f"{identity.views.num_views} of {identity.views.num_distinct} per image: "
         f"`{identity.views.model_dump(mode='json')}`",
-        "size": f"{manifest.total_bytes:,} bytes, "
-        f"{manifest.total_bytes / (rows * identity.views.num_views):.1f} per row",
+        "size": f"{manifest.total_bytes:,} bytes, {manifest.total_bytes / (rows * manifest.views['']):.1f} per row",
         "digest": f"`sha256:{manifest.digest}`",
+        **({"this copy holds": describe(manifest.held)} if manifest.held else {}),
         "made with": ", ".join(f"{name} {version}" for name, version in identity.versions.items()),
     }
 
@@ -104,7 +125,8 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
         "serves": ", ".join(served_terms(store)),
         "licence": teacher.licence or "not stated",
     }
-    for name, about in identity.decisions.items():
+    held = store.manifest.held if store.manifest else None
+    for name, about in identity.decisions.items() if held is None or held.has("decisions/") else ():
         figures = store.tables_statistics(name) | (fidelity.decisions.get(name, {}) if fidelity else {})
         facts[f"decisions '{name}'"] = (
             f"`{about.config.model_dump(mode='json')}` on a map of {about.channels} x {about.height} x {about.width}; "
@@ -144,12 +166,17 @@ def read_answers(store: Store) -> Answers:
     for index in range(count):
         number = blocks[index * len(blocks) // count]
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays])
+        _refuse_wild(store, number, arrays)
         # Of many classes a few rows are enough, and all that fit into memory.
         some = max(1, MAX_FLOATS // (identity.views_per_group * identity.num_classes))
         encoded = {name.removeprefix("logits/"): arrays[name][:some] for name in logit_arrays}
         logits = identity.codec.decode_stored(encoded, store.codec_tables, identity.num_classes)
         probabilities = logits.softmax(-1)  # [rows, views, C]
         confidence, predicted = (part.numpy() for part in probabilities.max(-1))
+        if not np.isfinite(confidence).all():
+            raise StoreCorrupt(
+                f"{store.place}: block {number} has logits that are no numbers: run `store verify` on it."
+            )
         label = np.broadcast_to(arrays["label"].astype(np.int64)[:some, None], predicted.shape)
         confidences.append(confidence.flatten())
         corrects.append((predicted == label).flatten())
@@ -165,8 +192,27 @@ def read_answers(store: Store) -> Answers:
     return Answers(np.concatenate(confidences), np.concatenate(corrects), np.concatenate(labels), examples)
 
 
+def _refuse_wild(store: Store, number: int, arrays: Arrays) -> None:
+    """Raise StoreCorrupt for labels and probes that name no class, row or view: the store may be anybody's."""
+    rows, identity = len(arrays["label"]), store.identity
+    for name, end in (
+        ("label", identity.num_classes),
+        ("probe/row", rows),
+        ("probe/view", identity.views_per_group),
+    ):
+        values = arrays[name]
+        if values.min() < 0 or values.max() >= end:
+            raise StoreCorrupt(
+                f"{store.place}: block {number} has {name} from {values.min()} to {values.max()}, must be 0 to "
+                f"{end - 1}: run `offline-kd store verify` on it."
+            )
+
+
 def _pictures(store: Store) -> dict[str, list[tuple[str, str]]]:
-    """Captions and addresses of the example views and of the plots."""
+    """Captions and addresses of the example views and of the plots, where there are logits to make them of."""
+    held = store.manifest.held if store.manifest else None
+    if held and not held.has("logits/"):
+        return {"examples": [], "plots": []}
     answers = read_answers(store)
     about = f"{len(answers.labels):,} stored rows (augmented training images)"
     return {
@@ -223,8 +269,11 @@ def _figure(height: float, columns: int) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with rc_context({"svg.hashsalt": "offline-kd"}):  # else every drawing of the same has other ids
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return data_url(buffer.getvalue(), "image/svg+xml")
 
 

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from offline_kd.store.layout import ArraySpec
 from offline_kd.support.errors import StoreCorrupt
 
+MAX_BLOSC_BLOCK = 2**22  # bytes that are unpacked together, which cost three times as much in each thread
+PIECE_BYTES = 2**20
 ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 
@@ -23,14 +25,16 @@ def encode_chunk(spec: ArraySpec, chunk: NDArray[np.generic]) -> bytes:
 
 def decode_chunk(spec: ArraySpec, content: bytes, where: str) -> NDArray[np.generic]:
     """The chunk in an object; raises StoreCorrupt when the object is not one."""
-    packed, crc = content[:-4], int.from_bytes(content[-4:], "little")
+    packed, crc = memoryview(content)[:-4], int.from_bytes(content[-4:], "little")
     problem = ""
     if len(content) < 16:
         problem = f"{len(content)} bytes are no object of a store"
-    elif (found := google_crc32c.value(packed)) != crc:
+    elif (found := _crc(content)) != crc:
         problem = f"its crc32c is {found:08x}, written was {crc:08x}"
     elif (declared := _unpacked_bytes(spec, packed)) != spec.chunk_bytes:
         problem = f"it unpacks to {declared} bytes, its chunk has {spec.chunk_bytes:,}"
+    elif np.dtype(spec.dtype).itemsize > 1 and int.from_bytes(packed[8:12], "little") > MAX_BLOSC_BLOCK:
+        problem = f"its parts unpack to more than {MAX_BLOSC_BLOCK:,} bytes each"
     else:
         try:
             chunk = np.empty(spec.chunks, dtype=spec.dtype)
@@ -41,13 +45,26 @@ def decode_chunk(spec: ArraySpec, content: bytes, where: str) -> NDArray[np.gene
     raise StoreCorrupt(f"{where}: {problem}. Copy the store again, or `offline-kd store repair` it.")
 
 
+def _crc(content: bytes) -> int:
+    """Of all but the last four bytes, by pieces: a second copy of the whole would be one too many."""
+    crc, end = 0, len(content) - 4
+    for start in range(0, end, PIECE_BYTES):
+        crc = google_crc32c.extend(crc, content[start : min(start + PIECE_BYTES, end)])
+    return crc
+
+
+def most_object_bytes(spec: ArraySpec) -> int:
+    """What an object of this array can have at most: a little more than its chunk, when nothing can be packed."""
+    return spec.chunk_bytes + spec.chunk_bytes // 128 + 1024
+
+
 def _packer(spec: ArraySpec) -> numcodecs.abc.Codec:
     if np.dtype(spec.dtype).itemsize == 1:
         return numcodecs.Zstd(level=1)
     return numcodecs.Blosc(cname="zstd", clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
 
 
-def _unpacked_bytes(spec: ArraySpec, packed: bytes) -> int | None:
+def _unpacked_bytes(spec: ArraySpec, packed: memoryview) -> int | None:
     """What the header of a blosc buffer or a zstd frame says of the size of its content."""
     if np.dtype(spec.dtype).itemsize > 1:
         return int.from_bytes(packed[4:8], "little")

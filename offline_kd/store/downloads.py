@@ -9,7 +9,6 @@ import contextlib
 import os
 import threading
 from pathlib import Path
-from typing import Any
 
 from offline_kd.support.files import write_atomically
 
@@ -31,15 +30,15 @@ class Downloads:
         self.written = 0  # bytes, since they were counted
         self.lock = threading.Lock()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "limit": self.limit}
+    def __reduce__(self) -> tuple[type["Downloads"], tuple[Path, int]]:
+        return Downloads, (self.folder, self.limit)  # a lock does not travel to another process
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def get(self, sha256: str) -> bytes | None:
+    def get(self, sha256: str, limit: int) -> bytes | None:
+        """The object of that name, unless it is not here or has more than `limit` bytes."""
         file = self.folder / sha256
         try:
+            if file.stat().st_size > limit:
+                return None
             content = file.read_bytes()
             os.utime(file)
         except OSError:

@@ -2,8 +2,7 @@
 
 from offline_kd.store.opening import group_digests
 from offline_kd.store.reader import Store
-from offline_kd.store.serving import served_terms
-from offline_kd.store.sync import describe
+from offline_kd.store.serving import describe, served_terms
 
 
 def store_info(store: Store) -> dict[str, object]:

@@ -24,7 +24,8 @@ from offline_kd.views.kind import ViewSpec
 PROBES_PER_GROUP = 4
 NO_KEY = 2**64 - 1
 MIN_OBJECT_BYTES = 256 * 1024  # below this a request costs more than its bytes
-MAX_CHUNK_BYTES = 2**31 - 2**16  # what one object may hold, decoded: the limit of blosc
+MAX_BLOCK_BYTES = 2**27  # of all arrays of one block and view group, decoded: what one read takes
+MAX_TABLE_BYTES = 2**28  # of one table, such as how 8,000 sub-classes are seen as each other
 
 
 @dataclass(frozen=True)
@@ -218,11 +219,19 @@ def _tables(codec: AnyCodec | None, decisions: Iterable[str]) -> list[str]:
 def check_bounds(where: str, parts: Mapping[str, Part]) -> None:
     """Raise StoreCorrupt for objects too large to be read: metadata is not trusted with memory."""
     for part in parts.values():
-        for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]:
-            if spec.chunk_bytes > MAX_CHUNK_BYTES:
+        size = sum(spec.chunk_bytes for spec in part.specs)
+        if size > MAX_BLOCK_BYTES:
+            largest = max(part.specs, key=lambda spec: spec.chunk_bytes)
+            raise StoreCorrupt(
+                f"{where}: declares objects of {size:,} bytes for one block and view group (chunks {largest.chunks} of "
+                f"{largest.path}), more than the {MAX_BLOCK_BYTES:,} that they may have. Smaller tars, or a smaller "
+                "capture.views_per_group, make smaller ones."
+            )
+        for spec in (spec for specs in part.tables.values() for spec in specs):
+            if spec.chunk_bytes > MAX_TABLE_BYTES:
                 raise StoreCorrupt(
-                    f"{where}: declares objects of {spec.chunk_bytes:,} bytes for {spec.path} (chunks {spec.chunks}), "
-                    f"more than the {MAX_CHUNK_BYTES:,} that one may have. This is no store of ours, or a damaged one."
+                    f"{where}: declares {spec.chunk_bytes:,} bytes for {spec.path}, more than the {MAX_TABLE_BYTES:,} "
+                    "that a table may have. Fewer templates or sub-classes make smaller ones."
                 )
 
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from offline_kd.store.downloads import DEFAULT_BYTES, Downloads, cache_folder
 from offline_kd.store.layout import check_bounds, entry_names, parts_of
+from offline_kd.store.objects import REPAIR, read_metadata
 from offline_kd.store.places import Place, can_list, place_at
-from offline_kd.store.reader import MAX_METADATA_BYTES, REPAIR, Store, checked, parse_metadata, read_json
+from offline_kd.store.reader import Store, checked, parse_metadata, read_json
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
     Addition,
@@ -25,6 +26,9 @@ from offline_kd.store.schema import (
 )
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
 from offline_kd.support.strict import fingerprint
+
+MAX_LISTED = 2**20  # blocks of an unfinished store that are looked for, to say what is missing
+MAX_PARTS = 100  # additions of one store
 
 
 def open_store(
@@ -48,7 +52,7 @@ def open_store(
     raw, created = read_identity(place)
     check_bounds(f"{place}/store.json", parts_of(created))
     try:
-        content = place.read("manifest.json", MAX_METADATA_BYTES)
+        content = read_metadata(place, "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
         raise StoreIncomplete(f"{place}: not finished: {_what_is_missing(place, created)}") from None
     if raw["schema_version"] == 1:
@@ -56,8 +60,8 @@ def open_store(
         parsed = manifest.entries
     else:
         manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
-        additions = [read_addition(place, name) for name in manifest.views if name]
         _check_counts(created, manifest, f"{place}/manifest.json")
+        additions = [read_addition(place, name) for name in manifest.views if name]
         parsed = manifest.entries
         found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
     if found != manifest.digest:
@@ -90,6 +94,8 @@ def open_store(
 
 def _check_counts(created: StoreIdentity, manifest: StoreManifest, where: str) -> None:
     """Counts that cannot be true must not cost memory or time."""
+    if len(manifest.views) > MAX_PARTS:
+        raise StoreCorrupt(f"{where}: lists {len(manifest.views):,} additions, more than {MAX_PARTS:,}: {REPAIR}")
     held = manifest.held
     most, blocks = created.views.num_distinct, created.num_blocks
     views_are_wrong = any(
@@ -149,8 +155,12 @@ def _as_it_was(
 
 
 def _what_is_missing(place: Place, created: StoreIdentity) -> str:
+    total = created.num_blocks * -(-created.views.num_views // created.views_per_group)
+    if total > MAX_LISTED:
+        return (
+            f"there is no manifest.json, and {total:,} blocks are planned. Run the same `cache-teacher` command again."
+        )
     missing = missing_entries(place, created, [], {"": created.views.num_views})
-    total = created.num_blocks * len(created.groups)
     return (
         f"{len(missing)} of {total} blocks are missing"
         f"{f', the first is ledger/{missing[0]}' if missing else ', only manifest.json'}. "
@@ -162,7 +172,7 @@ def read_identity(place: Place) -> tuple[dict[str, Any], StoreIdentity]:
     """`store.json`, as JSON and checked; raises StoreError when there is none or when a newer version wrote it."""
     where = f"{place}/store.json"
     try:
-        content = place.read("store.json", MAX_METADATA_BYTES)
+        content = read_metadata(place, "store.json")
     except (FileNotFoundError, NotADirectoryError):
         raise StoreError(
             f"{place}: no teacher store there (no store.json). Make one with `offline-kd cache-teacher`."
@@ -185,7 +195,7 @@ def read_addition(place: Place, name: str) -> Addition:
     if not name.replace("_", "").replace("-", "").isalnum():
         raise StoreCorrupt(f"{place}/manifest.json: '{name[:100]}' is no name of an addition. Copy the store again.")
     try:
-        addition = parse_metadata(Addition, place.read(file, MAX_METADATA_BYTES), f"{place}/{file}")
+        addition = parse_metadata(Addition, read_metadata(place, file), f"{place}/{file}")
     except FileNotFoundError:
         raise StoreIncomplete(
             f"{place}/{file}: missing, though manifest.json lists it: copy the store again."

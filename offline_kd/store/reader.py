@@ -6,8 +6,8 @@ against its entry, each time it is read, and the bytes that were hashed are the 
 
 import hashlib
 import json
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.chunks import decode_chunk, most_object_bytes
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.downloads import Downloads
 from offline_kd.store.layout import ArraySpec, Part, parts_of
+from offline_kd.store.memory import Memory
+from offline_kd.store.objects import ENTRY_BYTES, REPAIR, read_proven
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.schema import (
     Addition,
@@ -37,12 +39,11 @@ from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreIncomplete
 from offline_kd.support.strict import M, parse
 from offline_kd.views.epochs import view_groups
 
-KEEP_BYTES = 2**28  # of decoded arrays, in each process
-MAX_METADATA_BYTES = 2**28
+READ_BYTES = 2**28  # of objects that are held at once, stored and decoded
+MAX_VALUES = 2**18, 32  # in a JSON file: so many, or one for so many bytes
 IN_PART = 100  # blocks whose objects are looked for between two updates of the progress bar
 
 Arrays = dict[str, NDArray[np.generic]]
-REPAIR = "run `offline-kd store repair`, or copy the store again."
 
 
 @dataclass(frozen=True)
@@ -61,18 +62,11 @@ class Store:
     digest: str
     manifest: StoreManifest | None = None
     downloads: Downloads | None = field(default=None, repr=False)
-    parsed: dict[str, LedgerEntry | TablesEntry] = field(default_factory=dict, repr=False)
-    kept: dict[tuple[int, int, str], NDArray[np.generic]] = field(default_factory=dict, repr=False)
-    coming: dict[tuple[int, int, str], Future[bytes]] = field(default_factory=dict, repr=False)
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: without what was read, and without threads."""
-        names = self.__dataclass_fields__
-        return {name: value for name, value in self.__dict__.items() if name in names} | {
-            "parsed": {},
-            "kept": {},
-            "coming": {},
-        }
+        """For worker processes: without what follows from the fields, and without threads."""
+        return {name: value for name, value in self.__dict__.items() if name in self.__dataclass_fields__}
 
     @cached_property
     def parts(self) -> dict[str, Part]:
@@ -115,23 +109,42 @@ class Store:
 
         Raises StoreCorrupt when two rows have one key hash.
         """
-        rows_per_block = self.identity.rows_per_block
-        by_block = self._map(lambda block: self._read_one(block, 0, "key_hash").astype(np.uint64), self.blocks)
-        rows = [
-            block * rows_per_block + np.arange(len(hashes)) for block, hashes in zip(self.blocks, by_block, strict=True)
-        ]
-        all_hashes, all_rows = np.concatenate(by_block), np.concatenate(rows)
-        order = np.argsort(all_hashes, kind="stable")
-        all_hashes, all_rows = all_hashes[order], all_rows[order]
-        twice = np.flatnonzero(all_hashes[1:] == all_hashes[:-1])
+
+        def of_block(block: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+            hashes = self._read_one(block, 0, "key_hash").astype(np.uint64)
+            # Alone first: a block that unpacks to millions of equal keys must not be one of many in memory.
+            return self._in_order(hashes, block * self.identity.rows_per_block + np.arange(len(hashes)))
+
+        found: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
+        at_once = self.at_once(IN_PART)
+        for start in range(0, len(self.blocks), at_once):
+            found += self._map(of_block, self.blocks[start : start + at_once])
+        return self._in_order(np.concatenate([one for one, _ in found]), np.concatenate([one for _, one in found]))
+
+    def _in_order(
+        self, hashes: NDArray[np.uint64], rows: NDArray[np.int64]
+    ) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        order = np.argsort(hashes, kind="stable")
+        hashes, rows = hashes[order], rows[order]
+        twice = np.flatnonzero(hashes[1:] == hashes[:-1])
         if len(twice):
-            first, second = all_rows[twice[0]], all_rows[twice[0] + 1]
+            first, second = rows[twice[0]], rows[twice[0] + 1]
+            tars, per_block = self.identity.dataset.tars, self.identity.rows_per_block
             raise StoreCorrupt(
                 f"{self.place}: rows {first} and {second} have one key hash: a key is used twice in the dataset "
-                f"(tars {self.identity.dataset.tars[first // rows_per_block].file} and "
-                f"{self.identity.dataset.tars[second // rows_per_block].file}). Repack it and capture again."
+                f"(tars {tars[first // per_block].file} and {tars[second // per_block].file}). Repack it and capture "
+                "again."
             )
-        return all_hashes, all_rows
+        return hashes, rows
+
+    def at_once(self, most: int) -> int:
+        """How many of the largest objects may be held at once, stored and decoded: `most`, if they are small."""
+        largest = max(
+            spec.chunk_bytes
+            for part in self.parts.values()
+            for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]
+        )
+        return max(1, min(most, READ_BYTES // (2 * largest)))
 
     def _map(self, work: Any, items: Iterable[Any]) -> list[Any]:
         """`work` on every item, side by side where a request takes long."""
@@ -148,32 +161,33 @@ class Store:
     def _read_one(self, block: int, group: int, name: str) -> NDArray[np.generic]:
         part, spec = self.arrays[name]
         place = (block, -1 if spec.extent == "block" else group, name)
-        if place in self.kept:
-            return self.kept[place]
-        future = self.coming.pop(place, None)
-        content = future.result() if future else self._content(block, group, name)
+        kept = self.memory.kept.get(place)
+        if kept is not None:
+            return kept
+        coming = self.memory.coming.pop(place, None)
+        content = coming[0].result() if coming else self._content(block, group, name)
         entry = self.entry(part.name, block, group)
         chunk = decode_chunk(spec, content, f"{self.place}/targets.zarr/{spec.object_key(block, group)}")
         array = chunk[0, 0] if name.startswith("probe/") else chunk[: entry.rows]
-        # Small stores are read once: a later epoch takes what was verified then.
-        if sum(one.nbytes for one in list(self.kept.values())) + array.nbytes <= KEEP_BYTES:
-            self.kept[place] = array
+        self.memory.keep(place, array, chunk.nbytes)
         return array
 
     def _content(self, block: int, group: int, name: str) -> bytes:
         part, spec = self.arrays[name]
-        return self.verified(self.entry(part.name, block, group), spec.object_key(block, group), name)
+        return self.verified(self.entry(part.name, block, group), spec, block, group)
 
     def fetch_ahead(self, block: int, group: int, names: Iterable[str]) -> None:
-        """Begin to fetch what `read` with the same arguments will want; errors come out there.
+        """Begin to fetch what `read` with the same arguments will want, while it fits; errors come out there.
 
         Bytes only: a second thread that runs torch operations makes those of the first slower by a third on two cores,
         because OpenMP's threads then sleep, instead of waiting for the next operation.
         """
         for name in names:
-            place = (block, -1 if self.arrays[name][1].extent == "block" else group, name)
-            if place not in self.kept and place not in self.coming:
-                self.coming[place] = self._threads.submit(self._content, block, group, name)
+            spec, memory = self.arrays[name][1], self.memory
+            place = (block, -1 if spec.extent == "block" else group, name)
+            known = place in memory.kept or place in memory.coming
+            if not known and memory.has_room_ahead(spec.chunk_bytes):
+                memory.coming[place] = self._threads.submit(self._content, block, group, name), spec.chunk_bytes
 
     def read_tables(self, name: str) -> Arrays:
         """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names."""
@@ -185,9 +199,8 @@ class Store:
         entry = self.tables_entry(part.name, name)
         arrays: Arrays = {}
         for spec in part.tables[name]:
-            key = spec.object_key(0, 0)
-            content = self.verified(entry, key, spec.name)
-            arrays[spec.name.rsplit("/", 1)[-1]] = decode_chunk(spec, content, f"{self.place}/targets.zarr/{key}")
+            where = f"{self.place}/targets.zarr/{spec.object_key(0, 0)}"
+            arrays[spec.name.rsplit("/", 1)[-1]] = decode_chunk(spec, self.verified(entry, spec, 0, 0), where)
         return arrays
 
     def tables_statistics(self, name: str) -> dict[str, float]:
@@ -218,70 +231,58 @@ class Store:
         return self._entry(tables_ledger_name(name, part), TablesEntry)
 
     def _entry(self, name: str, model: type[M]) -> M:
-        if name not in self.parsed:
+        found: Any = self.memory.parsed.get(name)
+        if found is None:
             if name not in self.entries:
                 raise StoreIncomplete(f"{self.place}: manifest.json lacks the entry {name}: {REPAIR}")
-            file, expected = f"ledger/{name}", self.entries[name]
-            fetched = self._fetch(file, expected)
-            if fetched is None:
-                raise StoreIncomplete(f"{self.place}/{file}: missing, though manifest.json lists it: {REPAIR}")
-            content, found = fetched
-            if found != expected:
-                raise StoreCorrupt(f"{self.place}/{file}: sha256 {found}, manifest.json says {expected}: {REPAIR}")
-            entry: Any = parse_metadata(model, content, f"{self.place}/{file}")
-            if entry.file_name != name:
-                raise StoreCorrupt(f"{self.place}/{file}: speaks of {entry.file_name}: {REPAIR}")
-            self.parsed[name] = entry
-        found_entry = self.parsed[name]
-        assert isinstance(found_entry, model)
-        return found_entry
+            file = f"ledger/{name}"
+            try:
+                content = read_proven(self.place, file, self.entries[name], limit=ENTRY_BYTES, downloads=self.downloads)
+            except (FileNotFoundError, NotADirectoryError):
+                raise StoreIncomplete(
+                    f"{self.place}/{file}: missing, though manifest.json lists it: {REPAIR}"
+                ) from None
+            found = parse_metadata(model, content, f"{self.place}/{file}")
+            if found.file_name != name:
+                raise StoreCorrupt(f"{self.place}/{file}: speaks of {found.file_name}: {REPAIR}")
+            self.memory.remember(name, found, len(content))
+        assert isinstance(found, model)
+        return found
 
-    def verified(self, entry: LedgerEntry | TablesEntry, key: str, array: str) -> bytes:
-        """The content of an object that an entry vouches for, after checking that it is what was committed."""
+    def verified(self, entry: LedgerEntry | TablesEntry, spec: ArraySpec, block: int, group: int) -> bytes:
+        """The content of the object that holds a block of an array, after checking that it is what was committed."""
         held = self.manifest.held if self.manifest else None
-        if held and not held.has(array):
-            raise StoreIncomplete(f"{self.place}: this copy holds {held.arrays} only, not {array}. Pull that too.")
-        expected = entry.objects.get(key)
-        fetched = self._fetch(f"targets.zarr/{key}", expected.sha256 if expected else "")
-        if fetched is None:
-            self.compare(entry, key, None)
-        assert fetched is not None
-        content, found = fetched
-        self.compare(entry, key, len(content), found)
-        return content
-
-    def _fetch(self, name: str, sha256: str) -> tuple[bytes, str] | None:
-        """A file from the store, or from the downloads of a remote one, and its sha256; None if it is missing.
-
-        Hashed once, wherever it comes from: callers compare what is returned here.
-        """
-        if self.downloads is not None and sha256:
-            kept = self.downloads.get(sha256)
-            if kept is not None and hashlib.sha256(kept).hexdigest() == sha256:
-                return kept, sha256
+        if held and not held.has(spec.name):
+            raise StoreIncomplete(f"{self.place}: this copy holds {held.arrays} only, not {spec.name}. Pull that too.")
+        key = spec.object_key(block, group)
+        expected = self.vouched(entry, spec, key)
         try:
-            content = self.place.read(name)
+            return read_proven(
+                self.place,
+                f"targets.zarr/{key}",
+                expected.sha256,
+                size=expected.bytes,
+                limit=expected.bytes,
+                downloads=self.downloads,
+            )
         except (FileNotFoundError, NotADirectoryError):
-            return None
-        found = hashlib.sha256(content).hexdigest()
-        if self.downloads is not None and found == sha256:
-            self.downloads.put(sha256, content)
-        return content, found
+            raise StoreIncomplete(
+                f"{self.place}/targets.zarr/{key}: missing, though {entry.file_name} was committed: {REPAIR}"
+            ) from None
 
-    def compare(
-        self, entry: LedgerEntry | TablesEntry, key: str, found_bytes: int | None, found_sha256: str | None = None
-    ) -> None:
-        """Raise StoreIncomplete or StoreCorrupt when an object is not what the ledger vouches for."""
+    def vouched(self, entry: LedgerEntry | TablesEntry, spec: ArraySpec, key: str) -> StoredObject:
+        """What an entry says of an object; raises StoreCorrupt when it says nothing, or what cannot be."""
         expected = entry.objects.get(key)
-        where = f"{self.place}/targets.zarr/{key}"
         if expected is None:
-            raise StoreCorrupt(f"{where}: the ledger entry {entry.file_name} does not vouch for it: {REPAIR}")
-        if found_bytes is None:
-            raise StoreIncomplete(f"{where}: missing, though {entry.file_name} was committed: {REPAIR}")
-        if found_bytes != expected.bytes:
-            raise StoreCorrupt(f"{where}: {found_bytes:,} bytes, committed were {expected.bytes:,}: {REPAIR}")
-        if found_sha256 not in (None, expected.sha256):
-            raise StoreCorrupt(f"{where}: sha256 {found_sha256}, committed was {expected.sha256}: {REPAIR}")
+            raise StoreCorrupt(
+                f"{self.place}/targets.zarr/{key}: the ledger entry {entry.file_name} does not vouch for it: {REPAIR}"
+            )
+        if expected.bytes > most_object_bytes(spec):
+            raise StoreCorrupt(
+                f"{self.place}/ledger/{entry.file_name}: says that {key} has {expected.bytes:,} bytes, a chunk of "
+                f"{spec.chunk_bytes:,} never takes more than {most_object_bytes(spec):,}: {REPAIR}"
+            )
+        return expected
 
     def check_sizes(self) -> None:
         """Make sure, by listing and without reading, that every object of these targets is there with its size.
@@ -304,8 +305,20 @@ class Store:
                     for part, spec in specs:
                         if part.name == name:
                             key = spec.object_key(block, group)
-                            self.compare(entry, key, sizes.get(f"targets.zarr/{key}"))
+                            self.check_size(entry, self.vouched(entry, spec, key), key, sizes)
                 meter.advance(len(some))
+
+    def check_size(
+        self, entry: LedgerEntry | TablesEntry, expected: StoredObject, key: str, sizes: Mapping[str, int]
+    ) -> None:
+        """Compare an object's size with what its entry says, by what listing the store gave."""
+        where, found = f"{self.place}/targets.zarr/{key}", sizes.get(f"targets.zarr/{key}")
+        if found != expected.bytes and self.place.is_remote:
+            found = self.place.size(f"targets.zarr/{key}")  # listings have no checksum
+        if found is None:
+            raise StoreIncomplete(f"{where}: missing, though {entry.file_name} was committed: {REPAIR}")
+        if found != expected.bytes:
+            raise StoreCorrupt(f"{where}: {found:,} bytes, committed were {expected.bytes:,}: {REPAIR}")
 
 
 @dataclass(frozen=True)
@@ -330,11 +343,11 @@ def promised_entries(store: Store, held: Held | None) -> list[PromisedEntry]:
     created, promised = store.created, []
     blocks = range(held.first_block, held.end_block) if held else range(created.num_blocks)
     for part in store.parts.values():
-        if held is None or held.has("decisions/"):
-            promised += [
-                PromisedEntry(tables_ledger_name(name, part.name), part.name, name, 0, 0, specs)
-                for name, specs in part.tables.items()
-            ]
+        promised += [
+            PromisedEntry(tables_ledger_name(name, part.name), part.name, name, 0, 0, specs)
+            for name, specs in part.tables.items()
+            if held is None or held.has("logits/" if name == CODEC_TABLES else "decisions/")
+        ]
         specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
         num_views = store.manifest.views[part.name]
         wanted = min(num_views, held.views) if held else num_views
@@ -357,6 +370,13 @@ def parse_metadata(model: type[M], content: bytes, where: str) -> M:
 
 
 def read_json(content: bytes, where: str) -> Any:
+    """Metadata from JSON; raises StoreCorrupt for what is none, or would take many times its size in memory."""
+    values, most = sum(map(content.count, (b",", b"[", b"{"))), max(MAX_VALUES[0], len(content) // MAX_VALUES[1])
+    if values > most:
+        raise StoreCorrupt(
+            f"{where}: {len(content):,} bytes with {values:,} values, more than {most:,}: no metadata of ours. Restore "
+            "the file, or copy the store again."
+        )
     try:
         return json.loads(content)
     except (ValueError, UnicodeDecodeError, RecursionError) as error:

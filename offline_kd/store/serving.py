@@ -1,4 +1,4 @@
-"""Which objectives a store can serve: what its codec has kept against what each needs."""
+"""Which objectives a store can serve: what its codec has kept against what each needs; and which part of one it is."""
 
 from dataclasses import replace
 
@@ -7,6 +7,7 @@ from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.needs import Needs
 from offline_kd.store.codecs.topk import TAIL_TEMPERATURES
 from offline_kd.store.reader import Store
+from offline_kd.store.schema import Held
 
 
 def served_terms(store: Store) -> list[str]:
@@ -32,3 +33,11 @@ def _serves_at_some_temperature(store: Store, needs: Needs) -> bool:
     if needs.tail_temperature is None:
         return not store.identity.codec.serves(needs)
     return any(not store.identity.codec.serves(replace(needs, tail_temperature=t)) for t in TAIL_TEMPERATURES)
+
+
+def describe(held: Held | None) -> str:
+    """What a copy holds, in words."""
+    if held is None:
+        return "all of it"
+    kinds = "" if held.arrays is None else f", {' and '.join(held.arrays) or 'no targets'} only"
+    return f"blocks {held.first_block}:{held.end_block}, views 0:{held.views}{kinds}"

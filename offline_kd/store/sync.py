@@ -2,24 +2,30 @@
 
 Every file is checked before it is sent and read back where it arrived. What is there already and right is not sent
 again, so a copy that was interrupted goes on. manifest.json comes last: until then nothing opens.
+
+The card is not copied: it is made here, from what was checked. A page of somebody else opens in no browser of ours.
 """
 
-import hashlib
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from offline_kd.store.card import CARD_FILES, write_card
 from offline_kd.store.layout import small_files
+from offline_kd.store.memory import Memory
+from offline_kd.store.objects import ENTRY_BYTES, MANIFEST_BYTES, read_metadata, read_proven
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list, place_at
-from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries
+from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries, stored_object
 from offline_kd.store.schema import Held, StoredObject, StoreManifest
-from offline_kd.store.writer import manifest_bytes
+from offline_kd.store.writer import holds, manifest_bytes
 from offline_kd.support.console import progress
-from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch
+from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch, StoreUnreachable
 
 KINDS = ("logits", "decisions")
+PUTS = 2  # of a file that did not arrive as it was sent
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,8 @@ def copy_store(
 
     Raises:
         StoreMismatch: the target holds another store, or more than is asked for now.
-        StoreCorrupt: a file of the source is damaged, or did not arrive as it was sent.
+        StoreCorrupt: a file of the source is damaged.
+        StoreUnreachable: a file did not arrive as it was sent.
     """
     target = target if not isinstance(target, str | Path) else place_at(target)
     if not can_list(target):
@@ -68,79 +75,119 @@ def copy_store(
     held = _selection(store, blocks, views, only)
     new_manifest = manifest.model_copy(update={"held": held})
     _refuse_other_store(target, new_manifest, store)
-    small = [(name, manifest.files.get(name)) for name in small_files(store.additions, store.parts)]
-    counts = {"files": 0, "bytes": 0, "already_there": 0}
-    of_block: dict[tuple[str, str, int], list[PromisedEntry]] = {}
-    for one in promised_entries(store, held):
-        of_block.setdefault((one.part, one.decisions, one.block), []).append(one)
-    entries = list(of_block.values())
-    there = target.sizes()
+    way = Way(store, target, target.sizes())
+    sent = [_send_listed(way, name) for name in small_files(store.additions, store.parts) if name not in CARD_FILES]
+    sent += _send_blocks(way, held)
+    sent += [_put(target, name, content) for name, content in _card_of_copy(way, new_manifest).items()]
+    _put(target, "manifest.json", manifest_bytes(new_manifest))
+    return Copied(
+        manifest.digest,
+        files=len(sent),
+        bytes=sum(one.bytes for one in sent),
+        already_there=sum(one.was_there for one in sent),
+        held=held,
+    )
 
-    def send(name: str, expected: StoredObject) -> tuple[int, bool]:
-        """Bring one file over; returns its size and whether it was there already."""
-        if there.get(name) == expected.bytes and _is(target.read(name), expected):
-            return expected.bytes, True
-        try:
-            content = store.place.read(name)
-        except (FileNotFoundError, NotADirectoryError):
-            raise StoreCorrupt(f"{store.place}/{name}: missing. Run `offline-kd store verify` on it.") from None
-        if not _is(content, expected):
-            raise StoreCorrupt(
-                f"{store.place}/{name}: {len(content):,} bytes with sha256 {hashlib.sha256(content).hexdigest()}, "
-                f"committed were {expected.bytes:,} with {expected.sha256}. Nothing that opens was written to "
-                f"{target}: repair the source, or copy from another place."
-            )
+
+@dataclass(frozen=True)
+class Way:
+    """From where to where, and what was there before, by name and size."""
+
+    store: Store
+    target: Place
+    there: dict[str, int]
+
+
+class Sent(NamedTuple):
+    """A file that is now at the target."""
+
+    bytes: int
+    was_there: bool
+
+
+def _send_listed(way: Way, name: str) -> Sent:
+    """A file that manifest.json vouches for."""
+    manifest = way.store.manifest
+    if manifest is None or name not in manifest.files:
+        raise StoreCorrupt(f"{way.store.place}/manifest.json: does not list {name}. Run `store verify` on it.")
+    return _send(way, name, manifest.files[name], MANIFEST_BYTES)
+
+
+def _send(way: Way, name: str, expected: StoredObject, limit: int) -> Sent:
+    """Bring one file over, unless it is there."""
+    source, target = way.store.place, way.target
+    if way.there.get(name) == expected.bytes and holds(target, name, expected):
+        return Sent(expected.bytes, was_there=True)
+    try:
+        content = read_proven(source, name, expected.sha256, size=expected.bytes, limit=limit)
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreCorrupt(f"{source}/{name}: missing. Run `offline-kd store verify` on it.") from None
+    except StoreCorrupt as error:
+        raise StoreCorrupt(f"{error} Nothing that opens was written to {target}.") from error
+    return _put(target, name, content)
+
+
+def _put(target: Place, name: str, content: bytes) -> Sent:
+    """Write a file and read it back; raises StoreUnreachable when it does not arrive as it was sent."""
+    for _ in range(PUTS if target.is_remote else 1):
         target.put(name, content)
-        if not _is(target.read(name), expected):
-            raise StoreCorrupt(f"{target}/{name}: did not arrive as it was sent. Run the same command again.")
-        return expected.bytes, False
+        if holds(target, name, stored_object(content)):
+            return Sent(len(content), was_there=False)
+    raise StoreUnreachable(
+        f"{target}/{name}: did not arrive as it was sent. Check disk and network, and run the same command again."
+    )
 
-    def send_entries(some: list[PromisedEntry]) -> list[tuple[int, bool]]:
-        """The entries of one block, one after the other: objects first, then the entry that vouches for them."""
-        done: dict[str, tuple[int, bool]] = {}
-        for one in some:
-            entry = store.tables_entry(one.part, one.decisions) if one.decisions else store.ledger_entry(one.name)
-            if missing := set(one.keys) - set(entry.objects):
-                raise StoreCorrupt(f"{store.place}/ledger/{one.name}: does not vouch for {min(missing)}. Verify it.")
-            for key in sorted(set(one.keys) - set(done)):
-                done[key] = send(f"targets.zarr/{key}", entry.objects[key])
-            content = store.place.read(f"ledger/{one.name}")
-            file = f"ledger/{one.name}"
-            done[file] = send(file, StoredObject(bytes=len(content), sha256=store.entries[one.name]))
-        return list(done.values())
 
-    def count(results: Sequence[tuple[int, bool]]) -> None:
-        for size, was_there in results:
-            counts["files"] += 1
-            counts["bytes"] += size
-            counts["already_there"] += was_there
+def _send_block(way: Way, some: Sequence[PromisedEntry]) -> list[Sent]:
+    """The entries of one block, one after the other: objects first, then the entry that vouches for them."""
+    store, done = way.store, dict[str, Sent]()
+    for one in some:
+        entry = store.tables_entry(one.part, one.decisions) if one.decisions else store.ledger_entry(one.name)
+        for spec, key in zip(one.specs, one.keys, strict=True):
+            if key not in done:
+                expected = store.vouched(entry, spec, key)
+                done[key] = _send(way, f"targets.zarr/{key}", expected, expected.bytes)
+        file = f"ledger/{one.name}"
+        content = read_proven(store.place, file, store.entries[one.name], limit=ENTRY_BYTES)
+        done[file] = _send(way, file, stored_object(content), ENTRY_BYTES)
+    return list(done.values())
 
-    title = f"{store.place} -> {target}"
-    workers = max(store.place.parallel, target.parallel)
-    with progress(title, len(entries), "blocks") as meter, ThreadPoolExecutor(workers) as threads:
-        for name, expected in small:
-            if expected is None:
-                raise StoreCorrupt(f"{store.place}/manifest.json: does not list {name}. Run `store verify` on it.")
-            count([send(name, expected)])
-        waiting: set[Future[list[tuple[int, bool]]]] = set()
+
+def _send_blocks(way: Way, held: Held | None) -> list[Sent]:
+    """All blocks that the copy will hold, side by side."""
+    of_block: dict[tuple[str, str, int], list[PromisedEntry]] = {}
+    for one in promised_entries(way.store, held):
+        of_block.setdefault((one.part, one.decisions, one.block), []).append(one)
+    workers = way.store.at_once(max(way.store.place.parallel, way.target.parallel))
+    title, sent = f"{way.store.place} -> {way.target}", list[Sent]()
+    with progress(title, len(of_block), "blocks") as meter, ThreadPoolExecutor(workers) as threads:
+        waiting: set[Future[list[Sent]]] = set()
         try:
-            for task in [*entries, None]:
-                while waiting and (task is None or len(waiting) >= 2 * workers):
+            for entries in [*of_block.values(), None]:
+                while waiting and (entries is None or len(waiting) >= 2 * workers):
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in finished:
-                        count(future.result())
+                        sent += future.result()
                         meter.advance()
-                if task is not None:
-                    waiting.add(threads.submit(send_entries, task))
+                if entries is not None:
+                    waiting.add(threads.submit(_send_block, way, entries))
         finally:
             for future in waiting:
                 future.cancel()
-    target.put("manifest.json", manifest_bytes(new_manifest))
-    return Copied(manifest.digest, counts["files"], counts["bytes"], counts["already_there"], held)
+    return sent
 
 
-def _is(content: bytes, expected: StoredObject) -> bool:
-    return len(content) == expected.bytes and hashlib.sha256(content).hexdigest() == expected.sha256
+def _card_of_copy(way: Way, manifest: StoreManifest) -> dict[str, bytes]:
+    """README.md and index.html, made of what has just been checked, on the side that is nearer."""
+    near, stores = way.store.place if way.target.is_remote else way.target, dict[str, Store]()
+    for targets in sorted({part.targets for part in way.store.parts.values()}):
+        store = way.store if targets == way.store.targets else open_store(way.store.place, targets=targets)
+        views = min([store.identity.views.num_views, *([manifest.held.views] if manifest.held else [])])
+        identity = store.identity.model_copy(update={"views": store.identity.views.with_count(views)})
+        stores[targets] = replace(
+            store, place=near, identity=identity, manifest=manifest, downloads=None, memory=Memory()
+        )
+    return write_card(stores, manifest)
 
 
 def _selection(store: Store, blocks: range | None, views: int | None, only: Sequence[str] | None) -> Held | None:
@@ -177,7 +224,7 @@ def _selection(store: Store, blocks: range | None, views: int | None, only: Sequ
 def _refuse_other_store(target: Place, manifest: StoreManifest, store: Store) -> None:
     """A place that holds another store, or another part, is not written over."""
     try:
-        content = target.read("manifest.json")
+        content = read_metadata(target, "manifest.json")
     except (FileNotFoundError, NotADirectoryError):
         content = b""
     if content:
@@ -192,14 +239,5 @@ def _refuse_other_store(target: Place, manifest: StoreManifest, store: Store) ->
                 f"(part: {manifest.held}). Give another place, or delete it."
             )
     elif target.size("store.json") is not None:
-        found, here = target.read("store.json"), store.place.read("store.json")
-        if found != here:
+        if read_metadata(target, "store.json") != read_metadata(store.place, "store.json"):
             raise StoreMismatch(f"{target}: holds the beginning of another store. Give another place, or delete it.")
-
-
-def describe(held: Held | None) -> str:
-    """What a copy holds, in words."""
-    if held is None:
-        return "all of it"
-    kinds = "" if held.arrays is None else f", {' and '.join(held.arrays) or 'no targets'} only"
-    return f"blocks {held.first_block}:{held.end_block}, views 0:{held.views}{kinds}"

@@ -1,6 +1,5 @@
 """Prove a store, and name every place where it is not what was committed."""
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,20 +10,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock
+from offline_kd.store.card import CARD_FILES, is_whole_card
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
 from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
+from offline_kd.store.objects import read_metadata, read_proven
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list
-from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
+from offline_kd.store.reader import PromisedEntry, Store, promised_entries
 from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
-from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreError
+from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreIncomplete, StoreUnreachable
 
 AT_ONCE = 64  # ledger entries that are looked at together
-FINISHED_FILES = ("manifest.json", "README.md", "index.html")
+FINISHED_FILES = ("manifest.json", *CARD_FILES)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Verification:
     objects: int = 0
     bytes: int = 0
     faults: list[Fault] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what is no fault, but should be known
 
 
 def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBlock] | None = None) -> Verification:
@@ -56,11 +58,14 @@ def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBl
     Args:
         images: gives the image block of a number, to compare keys, image bytes, labels and probe pixels with.
 
-    Never raises for a damaged store: what cannot be opened is a fault of its own.
+    Never raises for a damaged store: what cannot be opened is a fault of its own. Raises StoreUnreachable when a
+    network does not let it be seen, which is no fault of the store.
     """
     result = Verification("quick" if quick else "full")
     try:
         store = open_store(place, download_bytes=0)
+    except StoreUnreachable:
+        raise
     except OfflineKDError as error:
         result.faults.append(Fault("manifest.json", str(error)))
         return result
@@ -69,7 +74,10 @@ def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBl
     sizes = place.sizes() if can_list(place) else None
     keys: dict[int, NDArray[np.uint64]] = {}  # by block
     tasks = promised_entries(store, store.manifest.held if store.manifest else None)
-    with progress("verifying", len(tasks), "blocks") as meter, ThreadPoolExecutor(place.parallel) as threads:
+    with (
+        progress("verifying", len(tasks), "blocks") as meter,
+        ThreadPoolExecutor(store.at_once(place.parallel)) as threads,
+    ):
         for start in range(0, len(tasks), AT_ONCE):
             some = tasks[start : start + AT_ONCE]
 
@@ -91,6 +99,7 @@ def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBl
         result.faults += [
             Fault(name, "does not belong to the store; perhaps a writer is at work, or was stopped", is_extra=True)
             for name in sorted(set(sizes) - known)
+            if not place.is_remote or place.size(name) is not None  # listings have no checksum
         ]
     return result
 
@@ -101,21 +110,39 @@ def _check_files(store: Store, result: Verification) -> None:
     assert manifest is not None
     if manifest.schema_version == 1:
         return  # that version listed none
-    content = place.read("manifest.json", MAX_METADATA_BYTES)
+    content = read_metadata(place, "manifest.json")
     if manifest_bytes(manifest) != content:
         result.faults.append(Fault("manifest.json", "is not what `finish` wrote: a byte of it was changed"))
     expected = [name for name in small_files(store.additions, store.parts) if name in manifest.files]
     absent = [name for name in small_files(store.additions, store.parts) if name not in manifest.files]
     result.faults += [Fault("manifest.json", f"does not list {name}") for name in absent]
     for name in expected:
-        try:
-            found: bytes | None = place.read(name, MAX_METADATA_BYTES)
-        except (FileNotFoundError, StoreError):
-            found = None
-        problem = _difference(manifest.files[name], None if found is None else len(found), found)
-        if problem:
+        problem = _problem_of_file(place, name, manifest.files[name])
+        if problem and name in CARD_FILES and _is_card_of_a_copy(place, name):
+            result.notes.append(
+                f"{name}: was made by a copy, from checked metadata; manifest.json does not vouch for it"
+            )
+        elif problem:
             result.faults.append(Fault(name, problem))
     result.bytes += sum(manifest.files[name].bytes for name in expected) + len(content)
+
+
+def _problem_of_file(place: Place, name: str, expected: StoredObject) -> str:
+    """How a file is not what was committed; '' if it is."""
+    try:
+        read_proven(place, name, expected.sha256, size=expected.bytes)
+    except (FileNotFoundError, NotADirectoryError):
+        return "missing"
+    except StoreCorrupt as error:
+        return str(error)
+    return ""
+
+
+def _is_card_of_a_copy(place: Place, name: str) -> bool:
+    try:
+        return is_whole_card(read_metadata(place, name))
+    except (FileNotFoundError, NotADirectoryError, StoreCorrupt):
+        return False
 
 
 def _known_files(store: Store, tasks: Sequence[PromisedEntry]) -> set[str]:
@@ -125,16 +152,6 @@ def _known_files(store: Store, tasks: Sequence[PromisedEntry]) -> set[str]:
         | {"manifest.json", *small_files(store.additions, store.parts)}
         | {f"ledger/{task.name}" for task in tasks}
     )
-
-
-def _difference(expected: StoredObject, size: int | None, content: bytes | None) -> str:
-    if size is None:
-        return "missing"
-    if size != expected.bytes:
-        return f"{size:,} bytes, committed were {expected.bytes:,}"
-    if content is not None and (found := hashlib.sha256(content).hexdigest()) != expected.sha256:
-        return f"sha256 {found}, committed was {expected.sha256}"
-    return ""
 
 
 def _check_entry(
@@ -147,43 +164,36 @@ def _check_entry(
         entry: LedgerEntry | TablesEntry = (
             store.tables_entry(task.part, task.decisions) if task.decisions else _block_entry(store, task)
         )
-    except StoreError as error:
+    except (StoreCorrupt, StoreIncomplete) as error:
         found.faults.append(Fault(f"ledger/{task.name}", str(error), task.name))
         return found, key_hash
     for spec in task.specs:
         key = spec.object_key(task.block, task.group)
         name = f"targets.zarr/{key}"
-        expected = entry.objects.get(key)
-        if expected is None:
-            found.faults.append(Fault(name, f"ledger/{task.name} does not vouch for it", task.name))
-            continue
-        content: bytes | None = None
-        if quick and sizes is not None:
-            size = sizes.get(name)
-        else:
-            try:
-                content = store.place.read(name)
-            except (FileNotFoundError, NotADirectoryError):
-                content = None
-            except StoreError as error:
-                found.faults.append(Fault(name, str(error), task.name))
-                continue
-            size = None if content is None else len(content)
-        problem = _difference(expected, size, content)
-        if not problem and content is not None and not quick:
-            try:
-                chunk = decode_chunk(spec, content, name)
-            except StoreCorrupt as error:
-                problem = str(error)
-            else:
-                count = entry.rows if isinstance(entry, LedgerEntry) else 0
-                problem = "" if task.decisions else _content_problem(store, task, spec, chunk, count)
-                if spec.name == "key_hash":
-                    key_hash = chunk[:count].astype(np.uint64)
-        if problem:
-            found.faults.append(Fault(name, problem, task.name))
         found.objects += 1
-        found.bytes += size or 0
+        try:
+            expected = store.vouched(entry, spec, key)
+            if quick and sizes is not None:
+                store.check_size(entry, expected, key, sizes)
+            else:
+                content = store.verified(entry, spec, task.block, task.group)
+                if not quick:
+                    chunk = decode_chunk(spec, content, name)
+                    count = entry.rows if isinstance(entry, LedgerEntry) else 0
+                    if problem := "" if task.decisions else _content_problem(store, task, spec, chunk, count):
+                        found.faults.append(Fault(name, problem, task.name))
+                    if spec.name == "key_hash":
+                        key_hash = np.unique(chunk[:count].astype(np.uint64))
+                        if len(key_hash) < count:
+                            found.faults += [
+                                Fault(
+                                    f"block {task.block}",
+                                    f"shares a key with block {task.block}: pack the dataset anew",
+                                )
+                            ]
+            found.bytes += expected.bytes
+        except (StoreCorrupt, StoreIncomplete) as error:
+            found.faults.append(Fault(name, str(error), task.name))
     return found, key_hash
 
 
@@ -279,6 +289,8 @@ def _compare_with(store: Store, images: Callable[[int], ImageBlock]) -> list[Fau
                 block = as_stored(store, images(number))
                 for group in range(len(store.identity.groups)):
                     join(store, block, group, np.zeros(len(block), dtype=np.int64))
+            except StoreUnreachable:
+                raise
             except OfflineKDError as error:
                 faults.append(Fault(f"block {number}", str(error)))
             meter.advance()
@@ -306,5 +318,11 @@ def take_back(place: Place, faults: Sequence[Fault], remove_extra: bool) -> list
 
 def faults_as_json(result: Verification) -> str:
     faults = [{"file": one.file, "problem": one.problem, "block": one.entry} for one in result.faults]
-    about = {"mode": result.mode, "objects": result.objects, "bytes": result.bytes, "faults": faults}
+    about = {
+        "mode": result.mode,
+        "objects": result.objects,
+        "bytes": result.bytes,
+        "faults": faults,
+        "notes": result.notes,
+    }
     return json.dumps(about, indent=2)

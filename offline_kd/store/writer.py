@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.store.chunks import decode_chunk, encode_chunk
-from offline_kd.store.layout import ArraySpec, Part, parts_of, zarr_metadata
+from offline_kd.store.layout import ArraySpec, Part, check_bounds, parts_of, zarr_metadata
+from offline_kd.store.objects import read_metadata, read_proven
 from offline_kd.store.opening import read_identity
 from offline_kd.store.places import Folder, Place
 from offline_kd.store.reader import Arrays, parse_metadata, stored_object
@@ -46,6 +47,7 @@ def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
 
     Raises StoreMismatch naming the first field that differs.
     """
+    check_bounds(f"{place}/store.json", parts_of(identity))
     if not place.create("store.json", _json(identity.model_dump(mode="json"))):
         raw, existing = read_identity(place)
         if raw["schema_version"] != SCHEMA_VERSION:
@@ -102,7 +104,7 @@ def create_addition(place: Place, identity: StoreIdentity, addition: Addition) -
     """Announce an addition, or make sure that the one of that name is the same; returns the one that is there."""
     name = f"additions/{addition.name}.json"
     if not place.create(name, _json(addition.model_dump(mode="json"))):
-        existing = parse_metadata(Addition, place.read(name), f"{place}/{name}")
+        existing = parse_metadata(Addition, read_metadata(place, name), f"{place}/{name}")
         if difference := first_difference(existing, addition):
             raise StoreMismatch(
                 f"{place}: has another addition '{addition.name}': {difference}. Give the recipe another name."
@@ -116,7 +118,7 @@ def committed_tables(place: Place, part: str, name: str) -> TablesEntry | None:
     """The ledger entry of the templates behind decisions, if they were committed."""
     file = f"ledger/{tables_ledger_name(name, part)}"
     try:
-        return parse_metadata(TablesEntry, place.read(file), f"{place}/{file}")
+        return parse_metadata(TablesEntry, read_metadata(place, file), f"{place}/{file}")
     except FileNotFoundError:
         return None
 
@@ -186,7 +188,7 @@ def _vouch(place: Place, entry: E) -> E:
     nothing = {"left_out"} if not (isinstance(entry, LedgerEntry) and entry.left_out) else None
     if place.create(file, (entry.model_dump_json(indent=1, exclude=nothing) + "\n").encode()):
         return entry
-    return parse_metadata(type(entry), place.read(file), f"{place}/{file}")
+    return parse_metadata(type(entry), read_metadata(place, file), f"{place}/{file}")
 
 
 def _write_objects(
@@ -205,9 +207,9 @@ def _write_objects(
         inside = chunk[0, 0] if spec.name.startswith("probe/") else chunk
         inside[tuple(slice(size) for size in values.shape)] = values
         content = encode_chunk(spec, chunk)
-        key = spec.object_key(block, group)
+        key, written = spec.object_key(block, group), stored_object(content)
         name = f"targets.zarr/{key}"
-        if not place.create(name, content) and place.read(name) != content:
+        if not place.create(name, content) and not holds(place, name, written):
             # Left by a writer that died, or being written by one that is slow.
             if not still_mine():
                 raise StoreError(
@@ -215,14 +217,22 @@ def _write_objects(
                     "in time. Nothing is lost: run the same command again."
                 )
             place.put(name, content)
-        found = place.read(name)
-        if found != content or not _same(decode_chunk(spec, found, f"{place}/{name}"), chunk):
+        if not holds(place, name, written) or not _same(decode_chunk(spec, content, f"{place}/{name}"), chunk):
             raise StoreCorrupt(
                 f"{place}/{name}: what was read back is not what was written. "
                 "Check the disk and run the same command again: the block was not committed."
             )
-        objects[key] = stored_object(content)
+        objects[key] = written
     return objects
+
+
+def holds(place: Place, name: str, written: StoredObject) -> bool:
+    """Whether this is what lies there; raises StoreUnreachable when a network does not let it be seen."""
+    try:
+        read_proven(place, name, written.sha256, size=written.bytes, limit=written.bytes)
+    except StoreCorrupt:
+        return False
+    return True
 
 
 def _same(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:
@@ -233,7 +243,7 @@ def read_ledger(place: Place, names: Sequence[str]) -> dict[str, bytes]:
     """The content of ledger entries by file name; raises StoreCorrupt for one that is not readable."""
     contents = {}
     for name in names:
-        contents[name] = place.read(f"ledger/{name}")
+        contents[name] = read_metadata(place, f"ledger/{name}")
         entry = parse_entry(name, contents[name], f"{place}/ledger/{name}")
         if entry.file_name != name:
             raise StoreCorrupt(f"{place}/ledger/{name}: speaks of {entry.file_name}. Restore or delete it.")

@@ -8,6 +8,7 @@
     ├── TrainingError         a run that diverged, or a run directory of another run
     └── StoreError            a teacher store that cannot be used
         ├── StoreIncomplete   blocks or files are missing
+        ├── StoreUnreachable  a server or the way to it failed, which says nothing of what is stored there
         ├── StoreMismatch     it belongs to other data, another teacher or another recipe
         └── StoreCorrupt      its content is not what was committed
 
@@ -48,6 +49,10 @@ class StoreError(OfflineKDError):
 
 
 class StoreIncomplete(StoreError):
+    pass
+
+
+class StoreUnreachable(StoreError):
     pass
 
 

@@ -45,7 +45,9 @@ def _flush(path: Path) -> None:
 def _write_partial(file: Path, content: str | bytes) -> Path:
     partial = file.with_name(f"{file.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.unlink(missing_ok=True)  # of a process with this number that died, or a link to somewhere else
+        with partial.open("xb") as writing:
+            writing.write(content.encode() if isinstance(content, str) else content)
         _flush(partial)
     except OSError:
         partial.unlink(missing_ok=True)  # a full disk should not be filled further

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -11,6 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from offline_kd.support.errors import RecipeError, did_you_mean
 
 M = TypeVar("M", bound=BaseModel)
+MAX_PROBLEMS = 1000
+_SHORT = reprlib.Repr()  # what is wrong may be as long as the file
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+_SHORT.maxdict = _SHORT.maxlist = 20
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
@@ -37,18 +42,20 @@ def parse(model: type[M], content: object, *, where: str) -> M:
 
 
 def _first_problem(model: type[BaseModel], error: ValidationError) -> str:
+    if error.error_count() > MAX_PROBLEMS:  # to list millions would cost more memory than what they are about
+        return f"{error.error_count():,} fields are missing, unknown or wrong"
     # A misspelt field leads to a missing one: name the misspelling first.
     problem = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     location = problem["loc"]
-    field = ".".join(str(part) for part in location) or "the file"
+    field = ".".join(f"{part}"[:100] for part in location) or "the file"
     if problem["type"] == "extra_forbidden":
-        name = str(location[-1])
+        name = f"{location[-1]}"[:100]
         return f"unknown field '{field}'.{did_you_mean(name, _field_names(model.model_json_schema()) - {name})}"
     if problem["type"] == "union_tag_invalid":
         tag, expected = problem["ctx"]["tag"], problem["ctx"]["expected_tags"].replace("'", "").split(", ")
         return f"'{field}': unknown name '{tag}'.{did_you_mean(tag, expected)}"
     more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-    shown = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    shown = "" if problem["type"] == "missing" else f", got {_SHORT.repr(problem['input'])}"
     return f"'{field}': {problem['msg']}{shown}{more}"
 
 
