@@ -8,6 +8,8 @@ the number of requests so far. latency: seconds before each answer. fail_every: 
 with 500.
 """
 
+import hashlib
+import io
 import json
 import sys
 import threading
@@ -44,6 +46,13 @@ class Moody:
 
         if every("fail_every", number):
             start_response("503 Slow Down", [("Content-Length", "0")])
+            return [b""]
+        # As real ones do, refuse a body that is not the one that was signed.
+        sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"] = io.BytesIO(sent)
+        signed = environ.get("HTTP_X_AMZ_CONTENT_SHA256", "")
+        if len(signed) == 64 and hashlib.sha256(sent).hexdigest() != signed:
+            start_response("400 XAmzContentSHA256Mismatch", [("Content-Length", "0")])
             return [b""]
         body = list(self.application(environ, start_response))
         if method == "GET" and every("cut_every", of_method) and sum(map(len, body)) > 1:

@@ -285,7 +285,7 @@ def test_only_one_of_two_creators_wins(s3, tmp_path):
         assert place.size("x/1") == 1
         with pytest.raises(FileNotFoundError):
             place.read("x/0")
-        with pytest.raises(StoreError, match="no file of a store has more than 0"):
+        with pytest.raises(StoreError, match="no more than 0 can be right"):
             place.read("x/1", limit=0)
 
 

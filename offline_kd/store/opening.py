@@ -60,8 +60,12 @@ def open_store(
         parsed = manifest.entries
     else:
         manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
-        _check_counts(created, manifest, f"{place}/manifest.json")
+        if len(manifest.views) > MAX_PARTS:
+            raise StoreCorrupt(
+                f"{place}/manifest.json: lists {len(manifest.views):,} additions, more than {MAX_PARTS}: {REPAIR}"
+            )
         additions = [read_addition(place, name) for name in manifest.views if name]
+        _check_counts(created, manifest, f"{place}/manifest.json")
         parsed = manifest.entries
         found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
     if found != manifest.digest:
@@ -94,8 +98,6 @@ def open_store(
 
 def _check_counts(created: StoreIdentity, manifest: StoreManifest, where: str) -> None:
     """Counts that cannot be true must not cost memory or time."""
-    if len(manifest.views) > MAX_PARTS:
-        raise StoreCorrupt(f"{where}: lists {len(manifest.views):,} additions, more than {MAX_PARTS:,}: {REPAIR}")
     held = manifest.held
     most, blocks = created.views.num_distinct, created.num_blocks
     views_are_wrong = any(

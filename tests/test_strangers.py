@@ -1,0 +1,347 @@
+"""Stores from strangers: no link in them is followed, no page of theirs is shown, and no memory is theirs to take."""
+
+import base64
+import functools
+import hashlib
+import http.server
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, invoke, refused
+from test_store_v2 import DIGEST, FIXTURE, STORE
+
+from offline_kd.store.card import is_whole_card
+from offline_kd.store.chunks import encode_chunk
+from offline_kd.store.layout import parts_of
+from offline_kd.store.opening import open_store
+from offline_kd.store.places import Folder, place_at
+from offline_kd.store.reader import stored_object
+from offline_kd.store.schema import Addition, StoreIdentity, StoreManifest, store_digest
+from offline_kd.store.sync import copy_store
+from offline_kd.store.verification import verify
+from offline_kd.store.writer import manifest_bytes
+from offline_kd.support.errors import StoreCorrupt, StoreError
+from offline_kd.support.pages import render_page
+
+GIGABYTE = 10**9
+
+
+@pytest.fixture
+def stranger(tmp_path) -> Path:
+    return Path(shutil.copytree(STORE, tmp_path / "stranger"))
+
+
+def vouch(path: Path) -> None:
+    """Make ledger and manifest vouch for what lies there."""
+    manifest = StoreManifest.model_validate_json((path / "manifest.json").read_text())
+    for name in manifest.entries:
+        entry = json.loads((path / "ledger" / name).read_text())
+        for key in entry["objects"]:
+            content = (path / "targets.zarr" / key).read_bytes()
+            entry["objects"][key] = stored_object(content).model_dump()
+        (path / "ledger" / name).write_text(json.dumps(entry))
+    entries = {name: hashlib.sha256((path / "ledger" / name).read_bytes()).hexdigest() for name in manifest.entries}
+    files = {name: stored_object((path / name).read_bytes()) for name in manifest.files}
+    raw = json.loads((path / "store.json").read_text())
+    added = [json.loads(file.read_text()) for file in (path / "additions").iterdir()]
+    update = {"entries": entries, "files": files, "digest": store_digest(raw, added, entries)}
+    (path / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update=update)))
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------
+
+
+def link_away(path: Path, name: str, outside: Path) -> Path:
+    """Move a file or folder of a store out of it, and leave a link to it."""
+    elsewhere = outside / name.replace("/", "-")
+    outside.mkdir(exist_ok=True)
+    shutil.move(path / name, elsewhere)
+    (path / name).symlink_to(elsewhere)
+    return elsewhere
+
+
+def state_of(path: Path) -> dict[str, tuple[int, bytes]]:
+    return {
+        str(file.relative_to(path)): (file.stat().st_mtime_ns, file.read_bytes())
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+LINKED = ["targets.zarr/logits/code", "targets.zarr", "ledger", "manifest.json", "store.json", "targets.zarr/label/c/0"]
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_no_command_follows_a_link_inside_a_store(name, stranger, tmp_path, where):
+    if name != "targets.zarr/label/c/0":
+        (stranger / "targets.zarr/label/c/0").write_bytes(b"damaged")  # a reason to write there
+    link_away(stranger, name, tmp_path / "outside")
+    before = state_of(tmp_path / "outside")
+    recipe = (FIXTURE / "recipe.yaml", "--set", f"teacher.weights={FIXTURE / 'first.safetensors'}", "--device", "cpu")
+    faults = json.loads(invoke("store", "verify", stranger, "--json").stdout)["faults"]
+    assert any("is a link" in fault["problem"] for fault in faults), faults
+    for command in (
+        ("store", "push", stranger, tmp_path / "pushed"),
+        ("store", "pull", STORE, stranger),
+        ("store", "repair", stranger, *recipe, *where),
+        ("cache-teacher", *recipe[:1], "--store", stranger, *recipe[1:], *where),
+    ):
+        if name == "manifest.json" and command[0] == "cache-teacher":
+            continue  # a manifest that cannot be read is written anew: the link is replaced
+        assert "is a link" in refused(*command), command
+    assert state_of(tmp_path / "outside") == before
+    assert not (tmp_path / "pushed" / "manifest.json").exists()
+
+
+def test_a_store_may_lie_behind_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(STORE)
+    assert open_store(tmp_path / "link").digest == DIGEST
+    assert verify(Folder(tmp_path / "link")).faults == []
+
+
+def test_writing_replaces_a_link_that_was_left_for_it_and_deleting_removes_the_link(tmp_path):
+    outside, place = tmp_path / "outside", Folder(tmp_path / "store")
+    outside.write_text("mine")
+    place.put("a", b"1")
+    (tmp_path / "store" / "b").symlink_to(outside)
+    partial = f"a.{os.getpid()}-{threading.get_ident()}.partial"  # what a writer writes before it renames
+    (tmp_path / "store" / partial).symlink_to(outside)
+    place.put("a", b"2")
+    for work in (place.read, place.size, lambda name: place.put(name, b"3"), lambda name: place.create(name, b"3")):
+        with pytest.raises(StoreCorrupt, match="is a link"):
+            work("b")
+    with pytest.raises(StoreCorrupt, match="is a link"):
+        place.put("../a", b"3")
+    place.delete("b")
+    assert outside.read_text() == "mine"
+    assert place.sizes() == {"a": 1}
+
+
+def test_an_empty_location_is_refused(recipe_file, where, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert "location is empty" in refused("cache-teacher", recipe_file, "--store", "", *where)
+    assert "location is empty" in refused("store", "pull", STORE, "")
+    assert "location is empty" in refused("store", "info", "")
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(StoreError, match="location is empty"):
+        place_at("")
+
+
+# ---- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_stranger_is_not_copied(stranger, tmp_path):
+    for name in ("index.html", "README.md"):
+        (stranger / name).write_text("<script>alert(1)</script>")
+    vouch(stranger)
+    assert verify(Folder(stranger)).faults == []
+    assert invoke("store", "pull", stranger, tmp_path / "pulled").exit_code == 0
+    copies = {name: (tmp_path / "pulled" / name).read_bytes() for name in ("index.html", "README.md")}
+    assert all(b"alert(1)" not in content and b"networks:small" in content for content in copies.values())
+    assert copies["index.html"].count(b"data:image/png") > 4
+    assert (tmp_path / "pulled/manifest.json").read_bytes() == (stranger / "manifest.json").read_bytes()
+    found = verify(Folder(tmp_path / "pulled"))
+    assert found.faults == []
+    assert [note.split(":")[0] for note in found.notes] == ["README.md", "index.html"]
+    assert "index.html: was made by a copy" in invoke("store", "verify", tmp_path / "pulled").stderr
+    # A copy's card is not vouched for, but a flipped bit in it shows.
+    for name, content in copies.items():
+        assert is_whole_card(content)
+        changed = bytearray(content)
+        changed[len(changed) // 3] ^= 1
+        (tmp_path / "pulled" / name).write_bytes(changed)
+        assert name in {fault.file for fault in verify(Folder(tmp_path / "pulled")).faults}
+
+
+def test_a_part_has_a_card_of_what_it_holds(tmp_path):
+    copy_store(STORE, tmp_path / "part", only=["decisions"], views=1)
+    page = (tmp_path / "part" / "index.html").read_text()
+    assert "views 0:1, decisions only" in page
+    assert verify(Folder(tmp_path / "part")).faults == []
+    copy_store(STORE, tmp_path / "logits", only=["logits"])
+    found = open_store(tmp_path / "logits").read_tables("codec")  # which the logits cannot be decoded without
+    assert found["mean"].shape == (10,)
+
+
+def test_labels_and_probes_that_cannot_be_are_no_traceback_in_a_card(stranger, tmp_path):
+    parts = parts_of(StoreIdentity.model_validate_json((stranger / "store.json").read_text()))
+    for name in ("label", "probe/row", "probe/view"):
+        path = Path(shutil.copytree(stranger, tmp_path / name.replace("/", "-")))
+        spec = next(spec for spec in parts[""].specs if spec.name == name)
+        wild = encode_chunk(spec, np.full(spec.chunks, 99_999, dtype=spec.dtype))
+        (path / "targets.zarr" / spec.object_key(0, 0)).write_bytes(wild)
+        vouch(path)
+        assert f"has {name} from 99999 to 99999" in refused("store", "pull", path, tmp_path / "pulled")
+
+
+def test_pages_allow_nothing_but_their_own_style_sheet(tmp_path):
+    nothing = {"views": [], "maps": [], "about": "", "digest": ""}
+    view = {"pictures": [("a", "data:,")], "caption": "c", "likeliest": [("cat", "50.0")]}
+    maps = [
+        {"name": "n", "module": "m", "count": "1", "grid": "1 x 1", "templates": [
+            {"colour": "rgb(1, 2, 3)", "number": 1, "patches": [], "vectors": "1"}
+        ]}
+    ]  # fmt: skip
+    pages = {
+        "report": render_page("report", title="t", notes=[], columns=["a"], rows=[["1"]], pictures=[]),
+        "sample": render_page("sample", title="t", **(nothing | {"views": [view], "maps": maps})),
+        "card": (_made_here(tmp_path)).decode(),
+    }
+    for name, page in pages.items():
+        policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+        assert "default-src 'none'" in policy, name
+        assert "unsafe" not in policy
+        assert "form-action 'none'" in policy
+        style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'" in policy
+        assert not re.search(r"<[^>]* style=", page), name
+        assert "<script" not in page
+
+
+def _made_here(folder: Path) -> bytes:
+    copy_store(STORE, folder / "copy")
+    return (folder / "copy" / "index.html").read_bytes()
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+CHILD = """
+import json, resource, sys
+from pathlib import Path
+from offline_kd.store.opening import open_store
+from offline_kd.store.places import place_at
+from offline_kd.store.verification import verify
+from offline_kd.support.errors import OfflineKDError, StoreError
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+found = {"before": peak()}
+for name, location in json.loads(sys.argv[1]).items():
+    said = []
+    def opened():
+        store = open_store(location, download_bytes=0)
+        store.check_sizes()
+        for part in ("codec", "last"):
+            store.read_tables(part)
+        store.read(0, 0, list(store.arrays))
+        store.read(0, 1, list(store.arrays))
+        store.row_index
+    def verified():
+        faults = verify(place_at(location)).faults
+        said.append(f"{len(faults)} faults")
+    for work in (opened, verified):
+        try:
+            work()
+            said.append("done")
+        except OfflineKDError as error:
+            said.append(str(error)[:300])
+    found[name] = [peak(), *said]
+print(json.dumps(found))
+"""
+
+
+def hostile_stores(folder: Path) -> dict[str, str]:
+    """Stores that would take gigabytes of whoever believes them, by what they do."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(STORE, folder / name))
+
+    stores = {}
+    for name in (
+        "store.json",
+        "manifest.json",
+        "additions/second.json",
+        "ledger/000000-00000-00001.json",
+        "targets.zarr/logits/code/c/0/0/0",
+        "index.html",
+    ):
+        stores[f"sparse {name}"] = path = copy(f"sparse-{name.replace('/', '-')}")
+        os.truncate(path / name, 2**32)
+    many = 2**25 // 8
+    for name, content in {
+        "lists": b'{"views": [' + b"[]," * (2**25 // 3 - 10) + b"[]]}",
+        "wide": ('{"digest": "' + "\U0001f600" + "a" * (2**25 - 40) + '"}').encode(),
+        "wrong": b'{"entries": {' + b",".join(b'"%07d":%d' % (n, n) for n in range(many // 3)) + b"}}",
+    }.items():
+        stores[f"manifest of {name}"] = path = copy(f"manifest-{name}")
+        (path / "manifest.json").write_bytes(content)
+    stores["tars"] = path = copy("tars")
+    identity = json.loads((path / "store.json").read_text())
+    identity["dataset"]["tars"] = [{"file": f"{n}", "count": 1} for n in range(150_000)]
+    (path / "store.json").write_text(json.dumps(identity))
+    stores["stated size"] = path = copy("stated")
+    entry = path / "ledger/000000-00000-00001.json"
+    content = json.loads(entry.read_text())
+    content["objects"]["logits/code/c/0/0/0"]["bytes"] = 2**32
+    entry.write_text(json.dumps(content))
+    os.truncate(path / "targets.zarr/logits/code/c/0/0/0", 2**32)
+    manifest = StoreManifest.model_validate_json((path / "manifest.json").read_text())
+    entries = manifest.entries | {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest()}
+    raw, added = (json.loads((path / name).read_text()) for name in ("store.json", "additions/second.json"))
+    update = {"entries": entries, "digest": store_digest(raw, [added], entries)}
+    (path / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update=update)))
+    stores["bomb of rows"] = bomb(copy("rows"), lambda c: c.update(rows_per_block=600_000))
+    stores["bomb of pixels"] = bomb(copy("pixels"), lambda c: c["dataset"].update(height=3000, width=3000))
+    return {name: str(path) for name, path in stores.items()}
+
+
+def bomb(path: Path, change) -> Path:
+    """Objects that unpack to hundreds of megabytes of zeros, each vouched for."""
+    raw = json.loads((path / "store.json").read_text())
+    change(raw)
+    (path / "store.json").write_text(json.dumps(raw))
+    additions = [Addition.model_validate_json(file.read_text()) for file in (path / "additions").iterdir()]
+    for part in parts_of(StoreIdentity.model_validate(raw), additions).values():
+        for spec in part.specs:
+            content = encode_chunk(spec, np.zeros(spec.chunks, dtype=spec.dtype))
+            for group in (0, 1):
+                (path / "targets.zarr" / spec.object_key(0, group)).write_bytes(content)
+    vouch(path)
+    return path
+
+
+class TooMuch(http.server.SimpleHTTPRequestHandler):
+    """Metadata as it is, and gigabytes for every object."""
+
+    def do_GET(self) -> None:
+        if "/c/" not in self.path:
+            super().do_GET()
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(2**32))
+        self.end_headers()
+        try:
+            for _ in range(2**12):
+                self.wfile.write(bytes(2**20))
+        except OSError:
+            pass
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+def test_opening_and_reading_hostile_stores_stays_below_a_gigabyte(tmp_path):
+    stores = hostile_stores(tmp_path)
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(TooMuch, directory=str(STORE)))
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    stores["web"] = f"http://127.0.0.1:{web.server_port}"
+    command = [sys.executable, "-c", CHILD, json.dumps(stores)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    web.shutdown()
+    web.server_close()
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    before = found.pop("before")
+    peaks = {name: (peak - before) // 2**20 for name, (peak, *_) in found.items()}
+    assert max(peak for peak, *_ in found.values()) < GIGABYTE, peaks
+    assert not [name for name, (_, *said) in found.items() if said == ["done", "0 faults", "done"]], found
