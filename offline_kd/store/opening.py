@@ -60,11 +60,7 @@ def open_store(
         parsed = manifest.entries
     else:
         manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
-        if len(manifest.views) > MAX_PARTS:
-            raise StoreCorrupt(
-                f"{place}/manifest.json: lists {len(manifest.views):,} additions, more than {MAX_PARTS}: {REPAIR}"
-            )
-        additions = [read_addition(place, name) for name in manifest.views if name]
+        additions = _read_additions(place, manifest)
         _check_counts(created, manifest, f"{place}/manifest.json")
         parsed = manifest.entries
         found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
@@ -205,6 +201,14 @@ def read_addition(place: Place, name: str) -> Addition:
     if addition.name != name:
         raise StoreCorrupt(f"{place}/{file}: speaks of '{addition.name}': copy the store again.")
     return addition
+
+
+def _read_additions(place: Place, manifest: StoreManifest) -> list[Addition]:
+    if len(manifest.views) > MAX_PARTS:
+        raise StoreCorrupt(
+            f"{place}/manifest.json: lists {len(manifest.views):,} additions, more than {MAX_PARTS}: {REPAIR}"
+        )
+    return [read_addition(place, name) for name in manifest.views if name]
 
 
 def missing_entries(

@@ -40,7 +40,7 @@ from offline_kd.support.strict import M, parse
 from offline_kd.views.epochs import view_groups
 
 READ_BYTES = 2**28  # of objects that are held at once, stored and decoded
-MAX_VALUES = 2**18, 32  # in a JSON file: so many, or one for so many bytes
+MAX_VALUES = 2**18, 64  # in a JSON file: so many, or one for so many bytes
 IN_PART = 100  # blocks whose objects are looked for between two updates of the progress bar
 
 Arrays = dict[str, NDArray[np.generic]]
