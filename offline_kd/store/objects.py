@@ -12,7 +12,8 @@ from offline_kd.support.errors import StoreCorrupt, StoreUnreachable
 
 REPAIR = "run `offline-kd store repair`, or copy the store again."
 IDENTITY_BYTES = 2**23  # store.json: 40,000 tars and more
-MANIFEST_BYTES = 2**25  # manifest.json: 300,000 ledger entries; and what it lists beside the ledger, such as the card
+MANIFEST_BYTES = 3 * 2**23  # manifest.json: 240,000 ledger entries; what it lists beside the ledger is smaller
+CARD_BYTES = 2**26  # README.md and index.html with the pictures of many teachers
 ENTRY_BYTES = 2**22  # a ledger entry: thousands of bad images that are named in it
 ADDITION_BYTES = 2**17
 READS = 2  # of what has a sha256, where a network lies between
@@ -25,6 +26,8 @@ def metadata_limit(name: str) -> int:
         return ENTRY_BYTES
     if name.startswith("additions/"):
         return ADDITION_BYTES
+    if name.endswith((".md", ".html")):
+        return CARD_BYTES
     return IDENTITY_BYTES if name == "store.json" else MANIFEST_BYTES
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from offline_kd.store.card import CARD_FILES, write_card
 from offline_kd.store.layout import small_files
 from offline_kd.store.memory import Memory
-from offline_kd.store.objects import ENTRY_BYTES, MANIFEST_BYTES, read_metadata, read_proven
+from offline_kd.store.objects import ENTRY_BYTES, metadata_limit, read_metadata, read_proven
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries, stored_object
@@ -110,7 +110,7 @@ def _send_listed(way: Way, name: str) -> Sent:
     manifest = way.store.manifest
     if manifest is None or name not in manifest.files:
         raise StoreCorrupt(f"{way.store.place}/manifest.json: does not list {name}. Run `store verify` on it.")
-    return _send(way, name, manifest.files[name], MANIFEST_BYTES)
+    return _send(way, name, manifest.files[name], metadata_limit(name))
 
 
 def _send(way: Way, name: str, expected: StoredObject, limit: int) -> Sent:

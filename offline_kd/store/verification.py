@@ -15,7 +15,7 @@ from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.join import as_stored, join
 from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
-from offline_kd.store.objects import read_metadata, read_proven
+from offline_kd.store.objects import metadata_limit, read_metadata, read_proven
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import PromisedEntry, Store, promised_entries
@@ -130,7 +130,7 @@ def _check_files(store: Store, result: Verification) -> None:
 def _problem_of_file(place: Place, name: str, expected: StoredObject) -> str:
     """How a file is not what was committed; '' if it is."""
     try:
-        read_proven(place, name, expected.sha256, size=expected.bytes)
+        read_proven(place, name, expected.sha256, size=expected.bytes, limit=metadata_limit(name))
     except (FileNotFoundError, NotADirectoryError):
         return "missing"
     except StoreCorrupt as error:
