@@ -25,6 +25,8 @@ from offline_kd.support.files import create_exclusively, write_atomically
 
 T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az", "http", "https")
+NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")  # as S3, Azure and Google say it
+MISSING_BUCKET = "there is no such bucket on this server. Make it first, or correct the address."
 MAX_FILES = 3 * 2**20  # that are listed: a server that lists without end must not fill the memory
 LINK = "is a link, and links inside a store are not followed. Put the file or folder itself there."
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
@@ -152,6 +154,8 @@ class Bucket:
         try:
             yield
         except obstore.exceptions.BaseError as error:
+            if any(name in str(error) for name in NO_BUCKET):
+                raise StoreUnreachable(f"{self.url}: {MISSING_BUCKET}") from error
             said = " ".join(str(error).split("Debug source:")[0].split())
             raise StoreUnreachable(f"{self.url}/{name}: {said:.400} {CHECK_NETWORK}") from error
 
@@ -176,9 +180,7 @@ class Bucket:
         try:
             return self._again(name, ask)
         except FileNotFoundError:
-            raise StoreUnreachable(
-                f"{self.url}: there is no such bucket on this server. Make it first, or correct the address."
-            ) from None
+            raise StoreUnreachable(f"{self.url}: {MISSING_BUCKET}") from None
 
     def read(self, name: str, limit: int = READ_BYTES) -> bytes:
         """A file's content; raises FileNotFoundError, or StoreCorrupt for one that has more than `limit` bytes."""
