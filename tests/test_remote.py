@@ -150,10 +150,10 @@ def test_the_oldest_downloads_go_first(tmp_path):
     for number in range(10):
         downloads.put(f"{number}", bytes(300))
         os.utime(tmp_path / f"{number}", (number, number))
-    assert downloads.get("9") == bytes(300)
-    assert downloads.get("0") is None
+    assert downloads.get("9", 1000) == bytes(300)
+    assert downloads.get("0", 1000) is None
     downloads.put("large", bytes(1001))
-    assert downloads.get("large") is None
+    assert downloads.get("large", 2000) is None
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 1000
 
 
