@@ -153,6 +153,7 @@ def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
 
     def joined() -> int:
         store.memory.kept.clear()
+        store.memory.kept_bytes = 0
         total = 0
         for block in loader:
             total += len(join(store, block, 0, position[: len(block)]).labels)
@@ -167,6 +168,7 @@ def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
 
     def decoded_joined() -> int:
         store.memory.kept.clear()
+        store.memory.kept_bytes = 0
         total = 0
         for block in loader:
             choice = join(store, block, 0, position[: len(block)]).view
