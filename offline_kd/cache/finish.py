@@ -16,6 +16,7 @@ from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
+    Fidelity,
     LedgerEntry,
     StoreManifest,
     TablesEntry,
@@ -102,11 +103,8 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
         return Store(place, created, additions, targets, identity, entries, digest, memory=memory)
 
     targets = parts[capture.own_parts[0]].targets
-    store = store_with(targets)
-    prove_unique_keys(store)
-    num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))  # no block is believed unseen
-    fidelity = measure_fidelity(store, capture.loader.__getitem__, capture.teacher, num_rows, capture.device)
-    say(f"{place}: the teacher was asked again about {fidelity.looked_at}")
+    prove_unique_keys(store_with(targets))
+    fidelity = _measure(capture, store_with(targets))
     sizes = _bytes_by_array(parsed.values())
     manifest = StoreManifest(
         schema_version=created.schema_version,
@@ -127,6 +125,14 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
         place.put(name, content)
     files = {name: stored_object(read_metadata(place, name)) for name in small_files(additions, parts)}
     write_manifest(place, manifest.model_copy(update={"files": files}))
+
+
+def _measure(capture: Capture, store: Store) -> Fidelity:
+    """Ask the teacher about as many rows as the recipe says, and no block is believed unseen."""
+    num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))
+    found = measure_fidelity(store, capture.loader.__getitem__, capture.teacher, num_rows, capture.device)
+    say(f"{capture.place}: the teacher was asked again about {found.looked_at}")
+    return found
 
 
 def _read_entries(place: Place, names: list[str]) -> dict[str, bytes]:
