@@ -136,7 +136,9 @@ class Capture(Strict):
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: int | None = Field(None, ge=1, description="views stored and read together; must divide the count")
     batch_size: int | None = Field(None, ge=1, description="of the teacher; no effect on what is stored")
-    fidelity_rows: int = Field(1000, ge=1, description="rows on which the teacher is run again to finish the store")
+    fidelity_rows: int = Field(
+        1000, ge=1, description="rows on which the teacher is asked again to finish a store; one of each block at least"
+    )
 
 
 class StudentNetwork(Strict):

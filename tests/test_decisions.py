@@ -171,15 +171,14 @@ def test_subclasses_have_rows_that_sum_to_one_and_recognise_themselves():
     labels = np.repeat(np.arange(4), 500)
     vectors = blobs(5, n=2000, centers=20)
     vectors += 3 * np.random.default_rng(1).standard_normal((4, 12)).astype(np.float32)[labels]
-    found = fit_subclasses(vectors, labels, num_classes=4, per_class=3, components=9, iterations=20, seed=0, device=CPU)
+    config = SubclassDecisions(kind="subclasses", module="body", per_class=3, components=9, iterations=20)
+    found = fit_subclasses(vectors, labels, config, num_classes=4, device=CPU)
     assert found.scalings.shape == (12, 3)  # at most classes - 1 directions
     assert found.table.shape == (12, 12)
     torch.testing.assert_close(found.table.sum(1), torch.ones(12))
     assert found.table.diagonal().mean() > 0.5
     with pytest.raises(DataError, match="class 1 has 2 feature vectors for 3 sub-classes"):
-        fit_subclasses(
-            vectors[:502], labels[:502], num_classes=2, per_class=3, components=1, iterations=1, seed=0, device=CPU
-        )
+        fit_subclasses(vectors[:502], labels[:502], config, num_classes=2, device=CPU)
 
 
 # ---- through the store -----------------------------------------------------------------------------------------------

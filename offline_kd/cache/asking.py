@@ -20,6 +20,7 @@ from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import DataError, TeacherError
 from offline_kd.views.choice import choose
 from offline_kd.views.kind import Parameters
+from offline_kd.views.mixing import without_rows
 from offline_kd.views.render import render_some, view_batches
 
 ENCODE_BYTES = 2**24
@@ -162,12 +163,7 @@ def _without_bad_rows(block: ImageBlock, decoder: Decoder, parameters: Parameter
         raise DataError(f"{block.path}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
     if not decoder.bad:
         return block, parameters
-    good = ~np.isin(np.arange(len(block)), list(decoder.bad))
-    kept = {name: array[good] for name, array in parameters.items()}
-    if "partner" in kept:
-        partner = kept["partner"]
-        kept["partner"] = np.where(partner < 0, partner, (np.cumsum(good) - 1)[partner]).astype(partner.dtype)
-    return block.without(decoder.bad), kept
+    return block.without(decoder.bad), without_rows(parameters, decoder.bad)
 
 
 def _probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, number: int, group: int) -> Arrays:

@@ -5,7 +5,8 @@ import torch
 from numpy.typing import NDArray
 
 from offline_kd.cache.fidelity import distortion
-from offline_kd.data.blocks import Decoder, ImageBlock
+from offline_kd.cache.sample import sampled_logits
+from offline_kd.data.blocks import BlockLoader
 from offline_kd.models.teacher import Teacher
 from offline_kd.objectives.needs import Needs
 from offline_kd.recipe import AutoCodec
@@ -15,10 +16,9 @@ from offline_kd.store.codecs.codec import Tables
 from offline_kd.store.codecs.f32 import Float32
 from offline_kd.store.layout import ArraySpec
 from offline_kd.support.console import say
-from offline_kd.views.kind import ViewSpec, draw
-from offline_kd.views.render import view_batches
+from offline_kd.views.kind import ViewSpec
 
-MAX_SAMPLES, MAX_VIEWS = 1024, 4  # of the first tar
+MAX_SAMPLES, MAX_VIEWS, MAX_TARS = 1024, 4, 64  # few tars: this happens before anything is stored
 EVERYTHING = Needs(offset=True, labels=True)
 
 
@@ -38,18 +38,19 @@ def pack_logits(codec: Codec, logits: NDArray[np.float32], tables: Tables) -> di
 
 
 def choose_codec(
-    wanted: AutoCodec, teacher: Teacher, views: ViewSpec, block: ImageBlock, device: torch.device
+    wanted: AutoCodec, teacher: Teacher, views: ViewSpec, loader: BlockLoader, device: torch.device
 ) -> Codec:
-    """Ask the teacher about some views of a block and take the codec with the fewest bytes within the budget.
+    """Ask the teacher about some views of images of many tars and take the codec with the fewest bytes within budget.
 
     Codecs that do not serve every objective, such as `topk`, are not among them. Where nothing else is good enough,
     f32 is.
     """
-    logits = _ask(teacher, views, block, device)
-    # Tables are learned from other images than those that are measured.
-    learned = len(logits) * 4 // 5
+    num_rows, num_views = min(loader.split.count, MAX_SAMPLES), min(views.num_views, MAX_VIEWS)
+    logits = sampled_logits(teacher, views, loader, num_rows, num_views, device, MAX_TARS)
     serving = [codec for codec in candidates(logits) if not codec.serves(EVERYTHING)]
-    learn_from, logits = logits[:learned].reshape(-1, logits.shape[-1]), logits[learned:]
+    # Every fifth image, of those of all tars, is measured; tables are learned from the others.
+    measured_on = np.arange(len(logits)) % 5 == 0
+    learn_from, logits = logits[~measured_on].reshape(-1, logits.shape[-1]), logits[measured_on]
     z_t = torch.from_numpy(logits).flatten(0, 1)
     best: tuple[float, Codec, float] | None = None
     for codec in serving:
@@ -66,16 +67,6 @@ def choose_codec(
     size, codec, worst = best
     say(
         f"codec auto: {codec.label()}, {size:.1f} bytes per row, total variation {worst:.2g} at the worst of "
-        f"T = 1, 2, 4 (allowed: {wanted.error_budget:g}), on {len(z_t):,} views of {block.name}"
+        f"T = 1, 2, 4 (allowed: {wanted.error_budget:g}), on {len(z_t):,} views"
     )
     return codec
-
-
-def _ask(teacher: Teacher, views: ViewSpec, block: ImageBlock, device: torch.device) -> NDArray[np.float32]:
-    """`[rows, views, C]` logits of the first samples and views of a block."""
-    count, num_views = min(len(block), MAX_SAMPLES), min(views.num_views, MAX_VIEWS)
-    parameters = {name: array[:count, :num_views] for name, array in draw(views, block.key_hash, block.sizes()).items()}
-    decoder, size = Decoder(block), teacher.crop.size if teacher.crop else 0
-    batches = view_batches(block, decoder, parameters, views, size, teacher.batch_size, device)
-    logits = torch.cat([teacher.logits(pixels).cpu() for _, _, pixels in batches])
-    return logits.view(-1, num_views, logits.shape[1]).numpy()

@@ -1,110 +1,303 @@
 """How faithful a store is: the teacher is asked again about rows that are read back from disk as stage 2 reads them."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kd.cache.sample import spread
+from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import ImageBlock
+from offline_kd.data.manifest import Manifest
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.objectives import kd, power_sum
+from offline_kd.recipe import CaptureRecipe
+from offline_kd.store.comparison import images_of
 from offline_kd.store.decisions import SubclassDecisions, pack, unpack_probs
 from offline_kd.store.join import Wanted, as_stored, codec_tables_on, join, tables_on
 from offline_kd.store.reader import Store
-from offline_kd.store.rows import Rows
+from offline_kd.store.rows import Rows, concatenate
 from offline_kd.store.schema import Fidelity
+from offline_kd.store.sync import describe
 from offline_kd.support.console import progress
 from offline_kd.support.counter_rng import counter_hash
-from offline_kd.support.errors import StoreCorrupt
+from offline_kd.support.errors import StoreCorrupt, StoreMismatch
 from offline_kd.views.render import render_some
 
 FIDELITY_STREAM = 0x66696465  # first counter of the draws made here
-MAX_BLOCKS = 8
 TEMPERATURES = (1, 2, 4)
 GAMMAS = (0.25, 0.5, 0.8)
 # Share of places where the likeliest template, or the sub-class, must be the same; near ties may fall either way.
 DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
+ROWS_OF_TIES = 2  # rows of a block whose near ties may all fall the other way: their places are alike
+
+Means = dict[tuple[str, str], float]  # by field of `Fidelity`, and the key in it where it has several
+
+
+def ask_again(
+    store: Store,
+    recipe: CaptureRecipe,
+    manifest: Manifest,
+    roots: Sequence[Path],
+    num_rows: int | None,
+    device: torch.device,
+) -> Fidelity:
+    """`measure_fidelity` of a finished store with the teacher of a recipe, about other rows each time.
+
+    Who changed a store cannot know which rows are going to be asked about.
+
+    Raises StoreMismatch when the store was made by another teacher, or holds no logits.
+    """
+    assert store.manifest is not None
+    teacher = load_teacher(recipe, manifest, roots, store.identity.num_classes, device)
+    if teacher.weights_sha256 != store.identity.teacher.weights_sha256:
+        raise StoreMismatch(
+            f"{store.place}: was made by weights {store.identity.teacher.weights_sha256}, the recipe's teacher has "
+            f"{teacher.weights_sha256}. Name the right recipe, or other targets of the store: STORE#TARGETS."
+        )
+    held = store.manifest.held
+    if held and not held.has("logits/"):
+        raise StoreMismatch(f"{store.place}: holds {describe(held)}: there are no logits to ask the teacher about.")
+    if held and not held.has("decisions/"):
+        store = replace(store, identity=store.identity.model_copy(update={"decisions": {}}))
+    images = images_of(store, manifest, roots)
+    return measure_fidelity(store, images, teacher, num_rows, device, seed=secrets.randbits(32))
 
 
 @torch.no_grad()
 def measure_fidelity(
-    store: Store, images: Callable[[int], ImageBlock], teacher: Teacher, num_rows: int, device: torch.device
+    store: Store,
+    images: Callable[[int], ImageBlock],
+    teacher: Teacher,
+    num_rows: int | None,
+    device: torch.device,
+    seed: int = 0,
 ) -> Fidelity:
-    """Run the teacher on at least `num_rows` stored rows (all, if there are fewer), joined and rendered as in stage 2.
+    """Run the teacher on `num_rows` stored rows (None, or more than there are: all), joined and rendered as in stage 2.
+
+    They lie in every block of the store, and in every view group of each block, as far as so many rows allow.
 
     Args:
         images: gives the images of a block of the store.
+        seed: of the choice of rows.
 
     Raises StoreCorrupt when a logit is further from the teacher's than codec and arithmetic explain, or when decisions
     are not the teacher's.
     """
-    identity = store.identity
-    points: list[TapPoint] = [about.config for about in identity.decisions.values()]
-    tables = {name: tables_on(store, name, device) for name in identity.decisions}
-    codec_tables = codec_tables_on(store, torch.device("cpu"))
-    stored, live, labels = [], [], []
-    same: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
-    likeliest: dict[str, list[Tensor]] = {name: [] for name in identity.decisions}
-    with progress("fidelity", num_rows, "rows") as meter:
-        for block, rows in _sample(store, images, num_rows):
-            for start in range(0, len(rows.labels), teacher.batch_size):
-                part = rows.take(slice(start, start + teacher.batch_size))
-                choice, (signal,) = part.view, part.signal
-                assert signal.logits is not None
-                pixels = torch.from_numpy(render_some(block, choice, identity.views, identity.seen_size[0])).to(device)
-                logits, maps = teacher.logits_and_maps(pixels, points)
-                live.append(logits.cpu())
-                stored.append(identity.codec.decode(signal.logits, identity.num_classes, codec_tables))
-                labels.append(part.labels)
-                for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
-                    again = pack(about.config, features, part.labels.to(device), tables[name])
-                    array = "subclass" if isinstance(about.config, SubclassDecisions) else "id"
-                    kept = signal.decisions[name][array].long()
-                    equal = kept == again[array].cpu()
-                    same[name].append((equal if array == "subclass" else equal[..., 0]).flatten())
-                    if "prob" in signal.decisions[name]:
-                        probs = unpack_probs(signal.decisions[name]["prob"])
-                        likeliest[name].append(torch.stack([probs[..., 0].flatten(), 1 - probs.sum(-1).flatten()]))
-                meter.advance(len(part.labels))
-    z_t, z, y = torch.cat(live), torch.cat(stored), torch.cat(labels)
-    found = identity.codec.compare(z, z_t, store.codec_tables, identity.teacher.dtype)
-    if (found.differences > found.allowed).any():
-        worst = (found.differences - found.allowed).flatten().argmax()
-        raise StoreCorrupt(
-            f"{store.place}: the teacher run again on {len(z)} stored views differs from the store by up to "
-            f"{found.differences.max():.4g}, codec and arithmetic explain {found.allowed.flatten()[worst]:.4g}. The "
-            "targets are not those of this teacher for these images: delete the store, check data and weights, and "
-            "capture again."
-        )
-    decisions: dict[str, dict[str, float]] = {}
-    for name in identity.decisions:
-        decisions[name] = {"agreement": torch.cat(same[name]).float().mean().item()}
-        if decisions[name]["agreement"] < DECISION_AGREEMENT[identity.teacher.dtype]:
+    views = store.identity.views.num_views
+    there = {number: store.entry("", number, 0).rows * views for number in store.blocks}
+    wanted = rows_of_blocks(there, num_rows, seed)
+    answers = _Answers(store, teacher, device)
+    waiting: list[Rows] = []
+    with progress("fidelity", sum(wanted.values()), "rows") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
+        for number, count in wanted.items():
+            block = as_stored(store, images(number))
+            for rows in _some_rows(store, block, number, count, seed):
+                for start in range(0, len(rows.labels), teacher.batch_size):
+                    part = rows.take(slice(start, start + teacher.batch_size))
+                    size = store.identity.seen_size[0]
+                    pixels = render_some(block, part.view, store.identity.views, size, threads)
+                    waiting.append(replace(part, pixels=torch.from_numpy(pixels), choice=None))
+                    answers.came_from(number, block, part)
+                    if sum(len(one.labels) for one in waiting) >= teacher.batch_size:
+                        answers.compare(concatenate(waiting))
+                        waiting.clear()
+                    meter.advance(len(part.labels))
+        if waiting:
+            answers.compare(concatenate(waiting))
+    answers.compare_decisions()
+    return answers.fidelity(of_rows=sum(there.values()), of_blocks=len(there))
+
+
+def rows_of_blocks(there: Mapping[int, int], num_rows: int | None, seed: int) -> dict[int, int]:
+    """How many rows to look at, by block: one of each at least, or one of so many blocks, evenly spaced.
+
+    Args:
+        there: how many rows, of all views, each block has.
+        num_rows: of all blocks together; None: all.
+    """
+    blocks = list(there)
+    if num_rows is None or num_rows >= sum(there.values()):
+        return dict(there)
+    if num_rows < len(blocks):
+        first = int(counter_hash(FIDELITY_STREAM, seed).item() % len(blocks))
+        chosen = {(first + index * len(blocks) // num_rows) % len(blocks) for index in range(num_rows)}
+        return {blocks[index]: 1 for index in sorted(chosen)}
+    more = spread(num_rows - len(blocks), [count - 1 for count in there.values()])
+    return {block: 1 + extra for block, extra in zip(blocks, more, strict=True)}
+
+
+def _some_rows(store: Store, block: ImageBlock, number: int, count: int, seed: int) -> Iterator[Rows]:
+    """So many different rows of a block, as evenly over its view groups as can be."""
+    groups = store.identity.groups
+    first = int(counter_hash(FIDELITY_STREAM, seed, number).item() % len(groups))
+    wanted = Wanted(decisions=list(store.identity.decisions))
+    for index in range(len(groups)):
+        group = (first + index) % len(groups)
+        left = count // len(groups) + (index < count % len(groups))
+        draws = counter_hash(FIDELITY_STREAM, seed, number, group, block.key_hash)
+        order, size = draws.argsort(), len(groups[group])
+        for turn in range(size):
+            if left <= 0:
+                break
+            position = ((draws % np.uint64(size)).astype(np.int64) + turn) % size
+            rows = join(store, block, group, position, wanted).take(order[:left])
+            left -= len(rows.labels)
+            yield rows
+
+
+@dataclass
+class _Answers:
+    """What the teacher says now beside what is stored: sums over rows, so that any number of them can be asked about.
+
+    `where` names the rows that are next to be compared: their block and their sample.
+    """
+
+    store: Store
+    teacher: Teacher
+    device: torch.device
+    where: list[tuple[int, str]] = field(default_factory=list)
+    rows: int = 0
+    blocks: set[int] = field(default_factory=set)
+    sums: Means = field(default_factory=dict)
+    max_error: float = 0.0
+    max_allowed: float = 0.0
+    max_dropped: dict[str, float] = field(default_factory=dict)  # by decisions
+    places: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # same, of, in a row: by decisions and block
+
+    def __post_init__(self) -> None:
+        store = self.store
+        self.tables = {name: tables_on(store, name, self.device) for name in store.identity.decisions}
+        self.codec_tables = codec_tables_on(store, torch.device("cpu"))
+
+    def came_from(self, number: int, block: ImageBlock, rows: Rows) -> None:
+        self.where += [(number, block.keys[row]) for row in rows.view.row]
+
+    def compare(self, rows: Rows) -> None:
+        """Ask about some rows with their pixels; raises StoreCorrupt for logits that are not the teacher's."""
+        identity, (signal,) = self.store.identity, rows.signal
+        assert signal.logits is not None
+        assert rows.pixels is not None
+        points: list[TapPoint] = [about.config for about in identity.decisions.values()]
+        answer, maps = self.teacher.logits_and_maps(rows.pixels.to(self.device), points)
+        z_t, z = answer.cpu(), identity.codec.decode(signal.logits, identity.num_classes, self.codec_tables)
+        self._compare_logits(z, z_t)
+        self.rows += len(z)
+        self.blocks |= {number for number, _ in self.where}
+        for field_and_key, mean in _means(z_t, z).items():
+            self._add(field_and_key, len(z) * mean)
+        self._add(("teacher_top1", ""), 100 * (z.argmax(1) == rows.labels).float().sum().item())
+        self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
+        for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
+            again = pack(about.config, features, rows.labels.to(self.device), self.tables[name])
+            self._count_decisions(name, again, signal.decisions[name])
+        self.where.clear()
+
+    def _compare_logits(self, z: Tensor, z_t: Tensor) -> None:
+        identity = self.store.identity
+        found = identity.codec.compare(z, z_t, self.store.codec_tables, identity.teacher.dtype)
+        beyond = (found.differences - found.allowed).view(len(z), -1)
+        if (beyond > 0).any():
+            worst = int(beyond.amax(1).argmax())
+            difference, allowed = (one.view(len(z), -1)[worst] for one in (found.differences, found.allowed))
+            place, (number, key) = int(beyond[worst].argmax()), self.where[worst]
             raise StoreCorrupt(
-                f"{store.place}: only {decisions[name]['agreement']:.2%} of the decisions '{name}' are those that the "
-                "teacher takes again: delete the store, check data and weights, and capture again."
+                f"{self.store.place}: block {number}, sample '{key}': the teacher run again differs from the store by "
+                f"up to {difference[place]:.4g}, codec and arithmetic explain {allowed[place]:.4g}. The targets are "
+                "not those of this teacher for these images: delete the store, check data and weights, and capture "
+                "again."
             )
-        if likeliest[name]:
-            first, dropped = torch.cat(likeliest[name], dim=1)
-            decisions[name] |= {"mean_first_probability": first.mean().item(), "mean_dropped": dropped.mean().item()}
-            decisions[name] |= {"max_dropped": dropped.max().item()}
-    return Fidelity(
-        rows=len(z),
-        teacher_top1=100 * (z.argmax(1) == y).float().mean().item(),
-        mean_top1_probability=z.softmax(1).amax(1).mean().item(),
-        mean_error=found.errors.mean().item(),
-        max_error=found.errors.max().item(),
-        max_error_allowed=float(found.allowed.max()),
-        **distortion(z_t, z),
-        decisions=decisions,
-    )
+        self._add(("mean_error", ""), len(z) * found.errors.mean().item())
+        self.max_error = max(self.max_error, found.errors.max().item())
+        self.max_allowed = max(self.max_allowed, float(found.allowed.max()))
+
+    def _count_decisions(self, name: str, again: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+        """Compare the likeliest template, or the sub-class, place by place."""
+        if isinstance(self.store.identity.decisions[name].config, SubclassDecisions):
+            equal = (stored["subclass"].long() == again["subclass"].cpu()).flatten(1)
+        else:
+            equal = (stored["id"].long() == again["id"].cpu())[..., 0].flatten(1)
+        for (number, _), same in zip(self.where, equal.sum(1).tolist(), strict=True):
+            counts = self.places.setdefault((name, number), [0, 0, equal.shape[1]])
+            counts[0] += same
+            counts[1] += equal.shape[1]
+        if "prob" in stored:
+            probs = unpack_probs(stored["prob"])
+            dropped = 1 - probs.sum(-1).flatten(1)
+            self._add((f"{name} first", ""), probs[..., 0].flatten(1).mean(1).sum().item())
+            self._add((f"{name} dropped", ""), dropped.mean(1).sum().item())
+            self.max_dropped[name] = max(self.max_dropped.get(name, 0.0), dropped.max().item())
+
+    def compare_decisions(self) -> None:
+        """Raise StoreCorrupt for decisions that are not the teacher's, of the whole store or of any block."""
+        least = DECISION_AGREEMENT[self.store.identity.teacher.dtype]
+        agreement = {name: self._agreement(name) for name in self.store.identity.decisions}
+        for (name, number), (same, of, in_row) in self.places.items():
+            of_block = of - same > (1 - least) * of + ROWS_OF_TIES * in_row
+            if of_block or agreement[name] < least:
+                share = f"{same / of:.2%} in block {number}" if of_block else f"{agreement[name]:.2%}"
+                raise StoreCorrupt(
+                    f"{self.store.place}: only {share} of the decisions '{name}' are those that the teacher takes "
+                    "again: delete the store, check data and weights, and capture again."
+                )
+
+    def _agreement(self, name: str) -> float:
+        """Share of all places that were compared."""
+        counts = [counts for (of_name, _), counts in self.places.items() if of_name == name]
+        return sum(same for same, _, _ in counts) / sum(of for _, of, _ in counts)
+
+    def _add(self, field_and_key: tuple[str, str], value: float) -> None:
+        self.sums[field_and_key] = self.sums.get(field_and_key, 0.0) + value
+
+    def fidelity(self, of_rows: int, of_blocks: int) -> Fidelity:
+        means = {name: value / self.rows for name, value in self.sums.items()}
+        decisions = {name: {"agreement": self._agreement(name)} for name in self.store.identity.decisions}
+        for name, most in self.max_dropped.items():
+            first, dropped = means[f"{name} first", ""], means[f"{name} dropped", ""]
+            decisions[name] |= {"mean_first_probability": first, "mean_dropped": dropped, "max_dropped": most}
+        return Fidelity(
+            rows=self.rows,
+            of_rows=of_rows,
+            blocks=len(self.blocks),
+            of_blocks=of_blocks,
+            teacher_top1=means["teacher_top1", ""],
+            mean_top1_probability=means["mean_top1_probability", ""],
+            mean_error=means["mean_error", ""],
+            max_error=self.max_error,
+            max_error_allowed=self.max_allowed,
+            **_distortion(means),
+            decisions=decisions,
+        )
 
 
-def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:
-    """How far decoded logits `[n, C]` are from the teacher's, as the objectives would notice: fields of `Fidelity`."""
+# ---- distortion ----------------------------------------------------------------------------------------------------
+
+
+class Distortion(TypedDict):
+    """Fields of `Fidelity`: how far decoded logits are from the teacher's, as the objectives would notice."""
+
+    top1_agreement: float
+    kl: dict[str, float]
+    total_variation: dict[str, float]
+    wttm_weight_error: float
+    dtkd_temperature_error: float
+
+
+def distortion(z_t: Tensor, z: Tensor) -> Distortion:
+    """How far decoded logits `[n, C]` are from the teacher's."""
+    return _distortion(_means(z_t, z))
+
+
+def _means(z_t: Tensor, z: Tensor) -> Means:
+    """Over rows."""
 
     def dtkd_temperature(x: Tensor) -> Tensor:
         """Of the teacher, beside a student that is as sharp as the teacher really is."""
@@ -112,37 +305,28 @@ def distortion(z_t: Tensor, z: Tensor) -> dict[str, Any]:
         return torch.where((x * v) > 0, 2 * x / (x + v), 2.0)
 
     return {
-        "top1_agreement": (z.argmax(1) == z_t.argmax(1)).float().mean().item(),
-        "kl": {f"{t}": kd(z, z_t, temperature=t).clamp(min=0).item() / t**2 for t in TEMPERATURES},
-        "total_variation": {
-            f"{t}": ((z / t).softmax(1) - (z_t / t).softmax(1)).abs().sum(1).mean().item() / 2 for t in TEMPERATURES
+        ("top1_agreement", ""): (z.argmax(1) == z_t.argmax(1)).float().mean().item(),
+        **{("kl", f"{t}"): kd(z, z_t, temperature=t).clamp(min=0).item() / t**2 for t in TEMPERATURES},
+        **{
+            ("total_variation", f"{t}"): ((z / t).softmax(1) - (z_t / t).softmax(1)).abs().sum(1).mean().item() / 2
+            for t in TEMPERATURES
         },
-        "wttm_weight_error": max(
-            (power_sum(z, gamma) / power_sum(z_t, gamma) - 1).abs().mean().item() for gamma in GAMMAS
-        ),
-        "dtkd_temperature_error": (dtkd_temperature(z.amax(1)) - 1).abs().mean().item(),
+        **{
+            ("wttm_weight_error", f"{gamma}"): (power_sum(z, gamma) / power_sum(z_t, gamma) - 1).abs().mean().item()
+            for gamma in GAMMAS
+        },
+        ("dtkd_temperature_error", ""): (dtkd_temperature(z.amax(1)) - 1).abs().mean().item(),
     }
 
 
-def _sample(store: Store, images: Callable[[int], ImageBlock], num_rows: int) -> Iterator[tuple[ImageBlock, Rows]]:
-    """Rows of up to MAX_BLOCKS evenly spaced blocks, with other views in every round, until there are enough."""
-    identity = store.identity
-    count = min(MAX_BLOCKS, len(store.blocks))
-    blocks = [store.blocks[index * len(store.blocks) // count] for index in range(count)]
-    each = -(-num_rows // count)
-    taken = 0
-    for turn in range(identity.views.num_views):
-        for number in blocks:
-            if taken >= num_rows:
-                return
-            first = counter_hash(FIDELITY_STREAM, number).item() % len(identity.groups)
-            group = (first + turn) % len(identity.groups)
-            block = as_stored(store, images(number))
-            draws = counter_hash(FIDELITY_STREAM, number, block.key_hash)
-            position = ((draws + np.uint64(turn // len(identity.groups))) % len(identity.groups[group])).astype(
-                np.int64
-            )
-            rows = join(store, block, group, position, Wanted(decisions=list(identity.decisions)))
-            rows = rows.take(draws.argsort()[:each])
-            taken += len(rows.labels)
-            yield block, rows
+def _distortion(means: Means) -> Distortion:
+    def of(field_name: str) -> dict[str, float]:
+        return {key: mean for (name, key), mean in means.items() if name == field_name}
+
+    return {
+        "top1_agreement": means["top1_agreement", ""],
+        "kl": of("kl"),
+        "total_variation": of("total_variation"),
+        "wttm_weight_error": max(of("wttm_weight_error").values()),
+        "dtkd_temperature_error": means["dtkd_temperature_error", ""],
+    }

@@ -102,52 +102,75 @@ def store_of(capture: Capture, targets: str, identity: StoreIdentity, contents: 
     return Store(capture.place, capture.created, capture.additions, targets, identity, entries, digest="")
 
 
+@dataclass(frozen=True)
+class Announcement:
+    """What a capture is going to write about itself before its first block."""
+
+    created: StoreIdentity  # as store.json must be
+    additions: list[Addition]  # all of the store: found there, and of this capture
+    new: list[Addition]  # those of this capture, in the order in which they are created
+    own_parts: list[str]  # that this capture commits
+
+
 def announce(
     place: Place, wanted: StoreIdentity, recipe: CaptureRecipe, add: bool
 ) -> tuple[StoreIdentity, list[Addition], list[str]]:
-    """Create the store, or find what of the recipe it lacks: identity, all additions, and the parts of this run."""
-    if place.size("store.json") is None:
-        return create_or_resume(place, wanted), [], [""]
-    _, existing = read_identity(place)
-    manifest = current_manifest(place)
-    if manifest and manifest.held:
-        raise StoreMismatch(
-            f"{place}: is a partial copy ({manifest.held.model_dump(mode='json')}), which cannot be added to. Pull all "
-            "of the store, or capture into another --store."
-        )
-    additions = [
-        read_addition(place, name.removeprefix("additions/").removesuffix(".json"))
-        for name in sorted(place.sizes("additions"))
-        if name.endswith(".json")
-    ]
+    """Create the store, or what of the recipe it lacks: identity, all additions, and the parts of this capture.
+
+    Raises StoreMismatch, and writes nothing, when the store is a partial copy or another capture.
+    """
+    existing, additions = None, []
+    if place.size("store.json") is not None:
+        _, existing = read_identity(place)
+        manifest = current_manifest(place)
+        if manifest and manifest.held:
+            raise StoreMismatch(
+                f"{place}: is a partial copy ({manifest.held.model_dump(mode='json')}), which cannot be added to. Pull "
+                "all of the store, or capture into another --store."
+            )
+        files = [name for name in sorted(place.sizes("additions")) if name.endswith(".json")]
+        additions = [read_addition(place, name.removeprefix("additions/").removesuffix(".json")) for name in files]
+    planned = plan_announcement(wanted, existing, additions, recipe.name if add else None)
+    created = create_or_resume(place, planned.created)
+    all_additions = planned.additions
+    for one in planned.new:
+        all_additions = _with(all_additions, create_addition(place, created, one))
+    return created, all_additions, planned.own_parts
+
+
+def plan_announcement(
+    wanted: StoreIdentity, existing: StoreIdentity | None, additions: list[Addition], add_as: str | None
+) -> Announcement:
+    """What a capture of `wanted` writes where a store with these additions exists, or none; nothing is written here.
+
+    Args:
+        add_as: the name under which another teacher may be added; None: it may not.
+    """
+    if existing is None:
+        return Announcement(wanted, [], [], [""])
     same_teacher = (existing.teacher.weights_sha256, existing.codec) == (wanted.teacher.weights_sha256, wanted.codec)
-    if same_teacher or not add:
-        name, targets, first_decisions = "", "", existing.decisions
+    new: list[Addition] = []
+    if same_teacher or add_as is None:
+        targets, first_decisions = "", existing.decisions
         first = {"name": existing.name, "decisions": _only(wanted.decisions, existing.decisions)}
-        own_parts = [""]
     else:
-        name = targets = recipe.name
-        known = next((one for one in additions if one.name == name), None)
+        targets = add_as
+        known = next((one for one in additions if one.name == targets), None)
         first_decisions = known.decisions if known else wanted.decisions
         first = {field: getattr(existing, field) for field in ("name", "teacher", "codec", "decisions")}
-        own_parts = [name]
-    created = create_or_resume(place, wanted.model_copy(update=first))
-    if name:
         decisions = _only(wanted.decisions, first_decisions)
-        one = Addition(name=name, extends=None, teacher=wanted.teacher, codec=wanted.codec, decisions=decisions)
-        additions = _with(additions, create_addition(place, created, one))
+        about = {"teacher": wanted.teacher, "codec": wanted.codec, "decisions": decisions}
+        new.append(Addition(name=targets, extends=None, **about))
     more = {tap: about for tap, about in wanted.decisions.items() if tap not in first_decisions}
     for one in [one for one in additions if one.extends == targets]:
         if taken := {tap: more.pop(tap) for tap in one.decisions if tap in more}:
-            create_addition(place, created, one.model_copy(update={"decisions": {**one.decisions, **taken}}))
-            own_parts.append(one.name)
+            new.append(one.model_copy(update={"decisions": {**one.decisions, **taken}}))
     if more:
         tap_name = "-".join([*([targets] if targets else []), *more])[:100]
         about = {"teacher": wanted.teacher, "codec": wanted.codec, "decisions": more}
-        one = create_addition(place, created, Addition(name=tap_name, extends=targets, **about))
-        additions = _with(additions, one)
-        own_parts.append(one.name)
-    return created, additions, own_parts
+        new.append(Addition(name=tap_name, extends=targets, **about))
+    own_parts = list(dict.fromkeys([targets, *(one.name for one in new)]))
+    return Announcement(wanted.model_copy(update=first), additions, new, own_parts)
 
 
 def _only(decisions: Mapping[str, DecisionsIdentity], names: Iterable[str]) -> dict[str, DecisionsIdentity]:
@@ -180,15 +203,14 @@ def identify(
         expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
         say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
     codec = known.codec if known else None
-    return describe_capture(recipe, loader, teacher, evaluated_on, measured, existing, codec, device)
+    return describe_capture(recipe, loader, teacher, (evaluated_on, measured), existing, codec, device)
 
 
 def describe_capture(
     recipe: CaptureRecipe,
     loader: BlockLoader,
     teacher: Teacher,
-    evaluated_on: str,
-    measured_top1: float,
+    measured: tuple[str, float],
     existing: StoreIdentity | None,
     known_codec: AnyCodec | None,
     device: torch.device,
@@ -196,6 +218,7 @@ def describe_capture(
     """The identity of the store that a recipe makes; one that exists already decides how views are grouped.
 
     Args:
+        measured: of the teacher, by its gate: where, and top-1 in percent.
         known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
     """
     first = loader[0]
@@ -222,12 +245,12 @@ def describe_capture(
             normalisation=teacher.normalisation,
             crop=teacher.crop,
             dtype=teacher.dtype,
-            evaluated_on=evaluated_on,
-            measured_top1=measured_top1,
+            evaluated_on=measured[0],
+            measured_top1=measured[1],
             licence=teacher.licence,
         ),
         views=recipe.views,
-        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, first, device)
+        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, loader, device)
         if isinstance(recipe.capture.codec, AutoCodec)
         else recipe.capture.codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),

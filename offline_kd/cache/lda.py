@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.cache.kmeans import Vectors, kmeans
+from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.support.errors import DataError
 
 # ---- sub-classes ---------------------------------------------------------------------------------------------------
@@ -54,12 +55,8 @@ def fit_lda(vectors: Vectors, labels: NDArray[np.int64], components: int) -> tup
 def fit_subclasses(
     vectors: Vectors,
     labels: NDArray[np.int64],
-    *,
+    config: SubclassDecisions,
     num_classes: int,
-    per_class: int,
-    components: int,
-    iterations: int,
-    seed: int,
     device: torch.device,
     step: Callable[[], None] = lambda: None,
 ) -> Subclasses:
@@ -67,7 +64,8 @@ def fit_subclasses(
 
     `step` is called once per class and pass, 2 * `num_classes` times. Raises DataError for a class with too few.
     """
-    scalings, xbar = (tensor.float() for tensor in fit_lda(vectors, labels, components))
+    per_class = config.per_class
+    scalings, xbar = (tensor.float() for tensor in fit_lda(vectors, labels, config.components))
     by_class = np.argsort(labels, kind="stable")
     ends = np.cumsum(np.bincount(labels, minlength=num_classes))
     rows_of = np.split(by_class, ends[:-1])
@@ -82,7 +80,8 @@ def fit_subclasses(
         own = projected(label)
         if len(own) < per_class:
             raise DataError(f"class {label} has {len(own)} feature vectors for {per_class} sub-classes: take fewer.")
-        found = kmeans(own.numpy(), per_class, iterations=iterations, seed=seed + label, device=device)
+        seed = config.seed + label
+        found = kmeans(own.numpy(), per_class, iterations=config.iterations, seed=seed, device=device)
         centers[label] = found.centroids
         assigned.append(torch.cdist(own, found.centroids).argmin(dim=1))
         prototypes[label] = class_means(own, assigned[-1], per_class, found.centroids)
@@ -106,7 +105,7 @@ def class_means(x: Tensor, assigned: Tensor, num: int, empty: Tensor) -> Tensor:
 def nearest_prototype(x: Tensor, prototypes: Tensor) -> Tensor:
     """`[n]` int64."""
     half_squares = prototypes.square().sum(dim=1) / 2
-    return torch.cat([torch.addmm(-half_squares, part, prototypes.T).argmax(dim=1) for part in x.split(2**14)])  # type: ignore[no-untyped-call]
+    return torch.cat([torch.addmm(-half_squares, part, prototypes.T).argmax(dim=1) for part in torch.split(x, 2**14)])
 
 
 def normalised_table(counts: Tensor) -> Tensor:

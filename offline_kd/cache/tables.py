@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from offline_kd.cache.kmeans import KMeans, Vectors, kmeans
 from offline_kd.cache.lda import fit_subclasses
-from offline_kd.data.blocks import BlockLoader, Decoder
+from offline_kd.cache.sample import SAMPLE_STREAM, sampled_logits
+from offline_kd.data.blocks import BlockLoader
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
@@ -24,10 +25,7 @@ from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_uniform
 from offline_kd.support.errors import TeacherError
-from offline_kd.views.kind import draw
-from offline_kd.views.render import plain_images, view_batches
-
-SAMPLE_STREAM = 0x73616D706C65  # first counter of the draws made here
+from offline_kd.views.render import plain_images
 
 
 def identify_decisions(
@@ -78,25 +76,13 @@ def fit_tables(
 def _fit_codec(
     teacher: Teacher, identity: StoreIdentity, loader: BlockLoader, device: torch.device
 ) -> tuple[Arrays, dict[str, float]]:
-    """The tables of a codec, from what the teacher says of the first views of the first images."""
-    codec, views = identity.codec, identity.views
-    wanted = min(codec.learns_from, loader.split.count * views.num_views)
-    num_views = max(1, min(views.num_views, -(-wanted // loader.split.count)))
-    logits: list[torch.Tensor] = []
-    size = teacher.crop.size if teacher.crop else 0
-    with progress("logits for the codec", wanted, "views") as meter:
-        for block in loader:
-            parameters = draw(views, block.key_hash, block.sizes())
-            parameters = {name: array[:, :num_views] for name, array in parameters.items()}
-            decoder = Decoder(block)
-            for _, _, pixels in view_batches(block, decoder, parameters, views, size, teacher.batch_size, device):
-                logits.append(teacher.logits(pixels).cpu())
-                meter.advance(len(pixels))
-                if len(logits) * len(logits[0]) >= wanted:
-                    break
-            if len(logits) * len(logits[0]) >= wanted:
-                break
-    together = torch.cat(logits).numpy()
+    """The tables of a codec, from what the teacher says of the first views of some images of every tar."""
+    codec, views, count = identity.codec, identity.views, loader.split.count
+    wanted = min(codec.learns_from, count * views.num_views)
+    num_views = min(views.num_views, -(-wanted // count))
+    say(f"codec {codec.label()}: learning from {wanted:,} views of images of all tars")
+    logits = sampled_logits(teacher, views, loader, -(-wanted // num_views), num_views, device)
+    together = logits.reshape(-1, logits.shape[-1])[:wanted]
     tables = codec.fit(together)
     return {f"codec/{name}": table for name, table in tables.items()}, {"rows": len(together)}
 
@@ -208,17 +194,7 @@ def _fit_subclasses(
     config = about.config
     assert isinstance(config, SubclassDecisions)
     with progress(f"sub-classes of '{name}'", 2 * num_classes, "classes") as meter:
-        found = fit_subclasses(
-            vectors,
-            labels,
-            num_classes=num_classes,
-            per_class=config.per_class,
-            components=config.components,
-            iterations=config.iterations,
-            seed=config.seed,
-            device=device,
-            step=meter.advance,
-        )
+        found = fit_subclasses(vectors, labels, config, num_classes, device, meter.advance)
     components = found.scalings.shape[1]
     unused = (0, config.components - components)  # LDA has at most classes - 1 directions
     arrays: Arrays = {

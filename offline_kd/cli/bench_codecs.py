@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from offline_kd.cache.codec_choice import candidates, pack_logits
-from offline_kd.cache.fidelity import distortion
+from offline_kd.cache.fidelity import Distortion, distortion
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.objectives import example_terms
 from offline_kd.objectives.term import LossBatch
@@ -33,7 +33,7 @@ class CodecResult:
     bytes_per_row: float  # as stored, entropy coding included
     encode_rows_per_second: float
     decode_rows_per_second: float  # on the CPU, unpacking included
-    distortion: dict[str, Any]  # as in `Fidelity`
+    distortion: Distortion  # as in `Fidelity`
     change: dict[str, float]  # of the gradient on the student's logits, relative, by objective
 
 

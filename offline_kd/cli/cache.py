@@ -50,7 +50,7 @@ def command(recipe_path: Path, store: str, worker: str | None, engine: str, add:
         [
             ["blocks", f"{len(finished.entries):,}"],
             ["bytes", f"{finished.total_bytes:,}"],
-            ["rows asked again", f"{fidelity.rows:,}"],
+            ["rows asked again", fidelity.looked_at],
             ["same top-1 as the teacher", f"{100 * fidelity.top1_agreement:.2f} %"],
             ["logit error, mean / largest", f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g}"],
             ["KL in nats at T = 1, 2, 4", " / ".join(f"{value:.2g}" for value in fidelity.kl.values())],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,9 @@ from offline_kd.cli.options import (
     read_inputs,
     recipe_options,
 )
-from offline_kd.support.errors import RecipeError, StoreMismatch
+from offline_kd.support.errors import RecipeError
 
 if TYPE_CHECKING:
-    from offline_kd.data.blocks import ImageBlock
-    from offline_kd.data.manifest import Manifest
-    from offline_kd.store.reader import Store
     from offline_kd.store.verification import Verification
 
 
@@ -75,8 +72,11 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
 @click.option("--quick", is_flag=True, help="Ledger, presence and sizes only; nothing large is read.")
 @click.option("--dataset", "with_dataset", is_flag=True, help="Compare keys, images and labels with the dataset too.")
 @click.option("--teacher", "rows", type=click.IntRange(min=1), help="Ask the teacher of --recipe again about N rows.")
-@click.option("--recipe", "recipe_path", type=click.Path(path_type=Path), help="Names the teacher for --teacher.")
-@click.option("--device", default="auto", show_default=True, help="For --teacher.")
+@click.option("--all", "all_rows", is_flag=True, help="Ask the teacher of --recipe again about every row.")
+@click.option(
+    "--recipe", "recipe_path", type=click.Path(path_type=Path), help="Names the teacher for --teacher and --all."
+)
+@click.option("--device", default="auto", show_default=True, help="For --teacher and --all.")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @common_options
 def verify_command(
@@ -84,6 +84,7 @@ def verify_command(
     quick: bool,
     with_dataset: bool,
     rows: int | None,
+    all_rows: bool,
     recipe_path: Path | None,
     device: str,
     as_json: bool,
@@ -92,71 +93,42 @@ def verify_command(
 ) -> None:
     """Prove a store: every file is read, hashed, unpacked and looked at. Exit 1 and a list of places on any fault.
 
+    What each option finds of a store that was changed with all its hashes is a table in docs/trust.md.
+
     \b
     offline-kd store verify runs/digits/store
     offline-kd store verify s3://team/stores/cifar10 --quick
+    offline-kd store verify stores/cifar10@sha256:0123...
     offline-kd store verify stores/cifar10 --teacher 1000 --recipe pipelines/cifar10/resnet56_resnet20_cpu.yaml
     """
-    from offline_kd.cache.fidelity import measure_fidelity
-    from offline_kd.cache.teacher import load_teacher
+    from offline_kd.cache.fidelity import ask_again
     from offline_kd.data.manifest import data_roots, load_manifest
-    from offline_kd.store.sync import describe
+    from offline_kd.store.comparison import images_of
     from offline_kd.store.verification import verify
-    from offline_kd.support.console import show_table
+    from offline_kd.support.console import say, show_table
 
-    place = place_named(reference, manifest_path)
+    where = known_stores(manifest_path).store(reference)
     images = None
     if with_dataset:
-        store, manifest = open_named(reference, manifest_path), load_manifest(manifest_path)
-        images = images_of(store, manifest, data_roots(data_root))
-    result = verify(place, quick=quick, images=images)
+        roots = data_roots(data_root)
+        images = images_of(open_named(reference, manifest_path), load_manifest(manifest_path), roots)
+    place = place_named(reference, manifest_path)
+    result = verify(place, quick=quick, images=images, targets=where.targets, digest=where.digest)
     show_faults(result, reference, as_json)
     if result.faults:
         sys.exit(1)
-    open_named(reference, manifest_path)  # with the digest that was asked for
-    if rows is None:
+    if rows is None and not all_rows:
         return
     if recipe_path is None:
-        raise RecipeError("--teacher needs --recipe, which names the teacher.")
+        raise RecipeError("--teacher and --all need --recipe, which names the teacher.")
     recipe, manifest, roots, on = read_inputs(recipe_path, (), manifest_path, data_root, device)
     store = open_named(reference, manifest_path)
-    teacher = load_teacher(recipe, manifest, roots, store.identity.num_classes, on)
-    if teacher.weights_sha256 != store.identity.teacher.weights_sha256:
-        raise StoreMismatch(
-            f"{reference}: was made by weights {store.identity.teacher.weights_sha256}, the recipe's teacher has "
-            f"{teacher.weights_sha256}. Name the right recipe, or other targets of the store: STORE#TARGETS."
-        )
-    assert store.manifest is not None
-    held, before = store.manifest.held, store.manifest.fidelity.get(store.targets)
-    if held and not held.has("logits/"):
-        raise StoreMismatch(f"{reference}: holds {describe(held)}: there are no logits to ask the teacher about.")
-    if held and not held.has("decisions/"):
-        store = replace(store, identity=store.identity.model_copy(update={"decisions": {}}))
-    found = measure_fidelity(store, images_of(store, manifest, roots), teacher, rows, on).model_dump(mode="json")
+    found = ask_again(store, recipe, manifest, roots, None if all_rows else rows, on)
+    before = store.manifest.fidelity.get(store.targets) if store.manifest else None
     known = before.model_dump(mode="json") if before else {}
-    table = [[name, f"{value}", f"{known.get(name, '')}"] for name, value in found.items()]
+    table = [[name, f"{value}", f"{known.get(name, '')}"] for name, value in found.model_dump(mode="json").items()]
     show_table(f"{reference}: the teacher, asked again", ["field", "now", "when finished"], table)
-
-
-def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callable[[int], ImageBlock]:
-    """The images of each block of a store: those tars that it was made from, whatever a recipe says."""
-    from offline_kd.data.blocks import load_block
-    from offline_kd.data.manifest import locate
-
-    about = store.identity.dataset
-    folder = manifest.dataset(about.name).folder
-
-    def images(block: int) -> ImageBlock:
-        tar = about.tars[block]
-        return load_block(
-            locate(f"{folder}/{tar.file}", roots),
-            tar,
-            store.identity.num_classes,
-            decode=store.identity.views.is_exact,
-            on_bad="skip" if store.entry("", block, 0).left_out else "fail",
-        )
-
-    return images
+    say(f"{reference}: the teacher was asked again about {found.looked_at}")
 
 
 def show_faults(result: Verification, reference: str, as_json: bool) -> None:
@@ -184,26 +156,18 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
     \b
     offline-kd store repair runs/digits/store runs/digits/recipe.yaml
     """
-    from offline_kd.cache.pipeline import cache_teacher
+    from offline_kd.cache.repair import repair
     from offline_kd.store.opening import open_store
     from offline_kd.store.places import place_at
-    from offline_kd.store.verification import take_back, verify
     from offline_kd.support.console import say
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     place = place_at(manifest.store(reference).location)
-    for _ in range(3):  # a damaged manifest hides what else is damaged
-        result = verify(place)
-        faults = [fault for fault in result.faults if remove_extra or not fault.is_extra]
-        if not faults:
-            break
+
+    def show(result: Verification) -> None:
         show_faults(result, reference, as_json=False)
-        redone = take_back(place, faults, remove_extra)
-        say(f"{reference}: doing {len(redone)} blocks again")
-        is_addition = place.size(f"additions/{recipe.name}.json") is not None
-        cache_teacher(recipe, manifest, roots, place, device, add=is_addition)
-    result = verify(place)
-    show_faults(result, reference, as_json=False)
+
+    result = repair(place, recipe, manifest, roots, device, show, remove_extra)
     if any(not fault.is_extra for fault in result.faults):
         sys.exit(1)
     say(f"{reference}: sha256:{open_store(place).digest}")

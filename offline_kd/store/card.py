@@ -117,7 +117,7 @@ def _measured(fidelity: Fidelity | None) -> dict[str, str]:
     if fidelity is None:
         return {"rows asked again": "0: `offline-kd store verify STORE --teacher 1000` asks this teacher"}
     return {
-        "rows asked again": f"{fidelity.rows:,}",
+        "rows asked again": fidelity.looked_at,
         "teacher top-1 on them, augmented": f"{fidelity.teacher_top1:.2f} %",
         "mean top-1 probability": f"{fidelity.mean_top1_probability:.3f}",
         "same top-1 as the teacher": f"{100 * fidelity.top1_agreement:.2f} %",

@@ -165,10 +165,18 @@ class TablesEntry(Strict):
         return tables_ledger_name(self.decisions, self.addition)
 
 
+def _is_none(value: object) -> bool:
+    """Left out of JSON, so that manifests of earlier versions are written as they were."""
+    return value is None
+
+
 class Fidelity(Strict):
     """The teacher, run again on rows read back from disk, against what the store says of them."""
 
-    rows: int = Field(description="sampled rows; all figures are of them")
+    rows: int = Field(description="rows that the teacher was asked about; all figures are of them")
+    of_rows: int | None = Field(None, exclude_if=_is_none, description="so many there were; None: nobody wrote it down")
+    blocks: int | None = Field(None, exclude_if=_is_none, description="in which those rows lie")
+    of_blocks: int | None = Field(None, exclude_if=_is_none)
     teacher_top1: float = Field(description="percent of rows, augmented as stored, whose arg-max is the label")
     mean_top1_probability: float
     top1_agreement: float = Field(description="share of rows whose arg-max survived the codec")
@@ -180,6 +188,14 @@ class Fidelity(Strict):
     wttm_weight_error: float | None = Field(None, description="mean relative, at the worst of gamma .25, .5, .8")
     dtkd_temperature_error: float | None = Field(None, description="mean relative error of the teacher's temperature")
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)
+
+    @property
+    def looked_at(self) -> str:
+        """How much of the store the figures are of, in words."""
+        if self.of_rows is None:
+            return f"{self.rows:,} rows"
+        share = f"{100 * self.rows / self.of_rows:.3g} %"
+        return f"{self.rows:,} of {self.of_rows:,} rows ({share}), in {self.blocks:,} of {self.of_blocks:,} blocks"
 
 
 class Held(Strict):

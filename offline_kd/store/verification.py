@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock
 from offline_kd.store.chunks import decode_chunk
+from offline_kd.store.comparison import compare_block, view_problem
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
-from offline_kd.store.join import as_stored, join
 from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
 from offline_kd.store.opening import open_store
 from offline_kd.store.places import Place, can_list
-from offline_kd.store.reader import MAX_METADATA_BYTES, PromisedEntry, Store, promised_entries
-from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry
+from offline_kd.store.reader import MAX_METADATA_BYTES, Arrays, PromisedEntry, Store, promised_entries
+from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry, kind_of
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreError
@@ -47,19 +47,31 @@ class Verification:
     faults: list[Fault] = field(default_factory=list)
 
 
-def verify(place: Place, *, quick: bool = False, images: Callable[[int], ImageBlock] | None = None) -> Verification:
+def verify(
+    place: Place,
+    *,
+    quick: bool = False,
+    images: Callable[[int], ImageBlock] | None = None,
+    targets: str = "",
+    digest: str | None = None,
+) -> Verification:
     """Check a store against its own manifest and ledger.
 
     Quick: digest, ledger, and by listing presence and size of every object. Otherwise every file is read: sha256,
-    unpacking, sentinels where there are rows and nothing else where there are none, ranges, keys used once.
+    unpacking, sentinels where there are rows and nothing else where there are none, ranges, keys used once, and view
+    parameters are drawn again from their keys.
 
     Args:
-        images: gives the image block of a number, to compare keys, image bytes, labels and probe pixels with.
+        images: gives the image block of a number, to compare keys, image bytes, labels, views and probe pixels with.
+        targets: whose targets must be there; those of all teachers are verified.
+        digest: what the store must be, or must have been before it grew.
 
     Never raises for a damaged store: what cannot be opened is a fault of its own.
     """
     result = Verification("quick" if quick else "full")
     try:
+        if targets or digest:
+            open_store(place, targets=targets, digest=digest, download_bytes=0)
         store = open_store(place, download_bytes=0)
     except OfflineKDError as error:
         result.faults.append(Fault("manifest.json", str(error)))
@@ -143,6 +155,7 @@ def _check_entry(
     """One ledger entry and its objects; and the key hashes of its rows, if it has them."""
     found = Verification("entry")
     key_hash: NDArray[np.uint64] | None = None
+    views: Arrays = {}
     try:
         entry: LedgerEntry | TablesEntry = (
             store.tables_entry(task.part, task.decisions) if task.decisions else _block_entry(store, task)
@@ -180,10 +193,18 @@ def _check_entry(
                 problem = "" if task.decisions else _content_problem(store, task, spec, chunk, count)
                 if spec.name == "key_hash":
                     key_hash = chunk[:count].astype(np.uint64)
+                if spec.name == "key_hash" or kind_of(spec.name) == "view":
+                    views[spec.name] = chunk[:count]
         if problem:
             found.faults.append(Fault(name, problem, task.name))
         found.objects += 1
         found.bytes += size or 0
+    if views and not found.faults:
+        assert isinstance(entry, LedgerEntry)
+        wrong = view_problem(store, views, range(entry.first_view, entry.end_view), len(entry.left_out))
+        if wrong:
+            name = f"targets.zarr/{store.arrays[wrong[0]][1].object_key(task.block, task.group)}"
+            found.faults.append(Fault(name, wrong[1], task.name))
     return found, key_hash
 
 
@@ -271,16 +292,15 @@ def _used_twice(keys: dict[int, NDArray[np.uint64]]) -> list[Fault]:
 
 
 def _compare_with(store: Store, images: Callable[[int], ImageBlock]) -> list[Fault]:
-    """Join every block with its images as stage 2 does, which compares every sample and renders the probes again."""
+    """Every block beside its images."""
     faults = []
     with progress("comparing with the dataset", len(store.blocks), "blocks") as meter:
         for number in store.blocks:
             try:
-                block = as_stored(store, images(number))
-                for group in range(len(store.identity.groups)):
-                    join(store, block, group, np.zeros(len(block), dtype=np.int64))
+                problem = compare_block(store, number, images(number))
             except OfflineKDError as error:
-                faults.append(Fault(f"block {number}", str(error)))
+                problem = str(error)
+            faults += [Fault(f"block {number}", problem)] if problem else []
             meter.advance()
     return faults
 

@@ -90,3 +90,16 @@ def drop_bad_partners(parameters: Parameters, bad: Collection[int]) -> None:
         parameters["partner"][lost] = NO_PARTNER
         parameters["share"][lost] = WHOLE
         parameters["mix_box"][lost] = 0
+
+
+def without_rows(parameters: Parameters, bad: Collection[int]) -> Parameters:
+    """Parameters `[n, v, ...]` of a block without its rows `bad`, which are mixed into nothing; numbers follow."""
+    if not bad:
+        return parameters
+    drop_bad_partners(parameters, bad)
+    good = ~np.isin(np.arange(len(parameters["flip"])), list(bad))
+    kept = {name: array[good] for name, array in parameters.items()}
+    if "partner" in kept:
+        partner = kept["partner"]
+        kept["partner"] = np.where(partner < 0, partner, (np.cumsum(good) - 1)[partner]).astype(partner.dtype)
+    return kept

@@ -220,12 +220,14 @@ def view_batches(
             decoder.forget()
 
 
-def render_some(block: ImageBlock, choice: Choice, views: ViewSpec, size: int) -> Pixels:
+def render_some(
+    block: ImageBlock, choice: Choice, views: ViewSpec, size: int, threads: ThreadPoolExecutor | None = None
+) -> Pixels:
     """Pixels of a few chosen views, `[m, 3, H, W]` uint8; raises DataError for what cannot be decoded."""
     if views.is_exact:
         box, flip = (torch.from_numpy(choice.own[name]) for name in ("box", "flip"))
         return render(block.images[torch.from_numpy(choice.row)], box, flip, views.outside).numpy()
-    return render_choice(Decoder(replace(block, on_bad="fail")), choice, views, size)[0].numpy()
+    return render_choice(Decoder(replace(block, on_bad="fail")), choice, views, size, threads)[0].numpy()
 
 
 def plain_images(
