@@ -1,4 +1,4 @@
-"""Change a finished store so that every hash and size in it fits, up to manifest.json: as a faulty writer would have."""
+"""Change a finished store so that every hash in it fits, up to manifest.json: as a faulty writer would have."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import StoreManifest, ledger_name, store_digest
-from offline_kd.store.writer import manifest_bytes, parse_entry, write_manifest
+from offline_kd.store.writer import parse_entry, write_manifest
 
 Change = Callable[[np.ndarray], np.ndarray]
 
@@ -51,7 +51,6 @@ def vouch_for_ledger(path: Path) -> None:
     added = [json.loads((path / f"additions/{name}.json").read_bytes()) for name in manifest.views if name]
     update = {"entries": hashes, "files": files, "digest": store_digest(raw, added, hashes)}
     write_manifest(Folder(path), manifest.model_copy(update=update))
-    assert manifest_bytes(manifest)
 
 
 def change_identity(path: Path, change: Callable[[dict], None]) -> None:

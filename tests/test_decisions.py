@@ -29,7 +29,7 @@ from offline_kd.objectives.decisions import Decisions, SubclassTerm
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import load_recipe
 from offline_kd.store import decisions as templates
-from offline_kd.store.decisions import decide, pack_decisions, unpack_probs
+from offline_kd.store.decisions import SubclassDecisions, decide, pack_decisions, unpack_probs
 from offline_kd.store.join import tables_on
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt

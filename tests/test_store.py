@@ -1,6 +1,5 @@
 """A store is complete and unchanged, or it is refused; the same command always makes the same one."""
 
-import hashlib
 import json
 import pickletools
 import random
@@ -18,6 +17,7 @@ import torch
 import zarr
 from conftest import CPU, ROOT, invoke, refused
 from safetensors.torch import load_file
+from tampering import rewrite
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import Dataset, Split
@@ -27,8 +27,7 @@ from offline_kd.models.networks import build
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.layout import array_specs
 from offline_kd.store.opening import open_store
-from offline_kd.store.schema import LedgerEntry, StoredObject, StoreManifest, store_digest
-from offline_kd.store.writer import manifest_bytes
+from offline_kd.store.schema import LedgerEntry, store_digest
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, StoreMismatch
 
 CORE_CODECS = {"bytes", "blosc", "zstd", "crc32c"}
@@ -293,37 +292,6 @@ def test_a_store_of_a_newer_schema_is_refused(recipe_file, where, store_path, tm
     assert "schema version 3, this offline-kd reads up to 2. Upgrade" in message
     with pytest.raises(StoreError, match="schema version 3"):
         open_store(path)
-
-
-def vouch_for_ledger(path: Path) -> None:
-    """Make the manifest vouch for the ledger as it is now."""
-    manifest = StoreManifest.model_validate_json((path / "manifest.json").read_text())
-    hashes = {name: hashlib.sha256((path / "ledger" / name).read_bytes()).hexdigest() for name in manifest.entries}
-    raw = json.loads((path / "store.json").read_text())
-    update = {"entries": hashes, "digest": store_digest(raw, [], hashes)}
-    (path / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update=update)))
-
-
-def rewrite(path: Path, name: str, block: int, group: int, change) -> None:
-    """Put other content into one object and make ledger and manifest vouch for it, as a faulty writer would have."""
-    store = open_store(path)
-    spec = next(spec for spec in array_specs(store.identity) if spec.name == name)
-    array = zarr.open_array(path / "targets.zarr" / name, mode="r+").with_config({"write_empty_chunks": True})
-    region = spec.region(block, group)
-    chunk = np.asarray(array[region])
-    rows = store.entry("", block, group).rows
-    chunk[:rows] = change(chunk[:rows])
-    array[region] = chunk
-    key = spec.object_key(block, group)
-    content = (path / "targets.zarr" / key).read_bytes()
-    changed = StoredObject(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    for file in (path / "ledger").glob("*.json"):
-        entry = LedgerEntry.model_validate_json(file.read_text())
-        if key in entry.objects:
-            entry = entry.model_copy(update={"objects": {**entry.objects, key: changed}})
-            file.write_text(entry.model_dump_json())
-    vouch_for_ledger(path)
-    open_store(path)  # by size, sha256 and digest the store is whole
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import pytest
 from conftest import CPU, ROOT, invoke, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tampering import rewrite, vouch_for_ledger
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.store.chunks import decode_chunk, encode_chunk
@@ -160,8 +161,6 @@ def test_swapped_and_extra_files_are_named(store_path, tmp_path):
 
 
 def test_values_that_cannot_be_are_found_though_every_checksum_is_right(store_path, tmp_path):
-    from test_store import rewrite
-
     for index, (name, change, problem) in enumerate(
         [
             ("logits/values", lambda z: np.where(z == z.max(), np.nan, z), "values that cannot be"),
@@ -177,8 +176,6 @@ def test_values_that_cannot_be_are_found_though_every_checksum_is_right(store_pa
 
 
 def test_verify_compares_with_the_dataset_if_asked_to(store_path, tmp_path, where):
-    from test_store import rewrite
-
     path = copy_of(store_path, tmp_path / "copy")
     rewrite(path, "image_crc", 1, 0, lambda crc: crc + 1)
     assert verified(path) == []  # a crc of something
@@ -281,8 +278,6 @@ def test_paths_in_a_ledger_lead_nowhere(store_path, tmp_path):
     secret.write_text("secret")
     entry = path / "ledger/000000-00000-00003.json"
     change_json(entry, lambda c: c["objects"].update({f"../../{secret.name}": {"bytes": 6, "sha256": "0" * 64}}))
-    from test_store import vouch_for_ledger
-
     vouch_for_ledger(path)
     copied = tmp_path / "pulled"
     assert invoke("store", "pull", path, copied).exit_code == 0

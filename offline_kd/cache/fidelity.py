@@ -37,7 +37,6 @@ TEMPERATURES = (1, 2, 4)
 GAMMAS = (0.25, 0.5, 0.8)
 # Share of places where the likeliest template, or the sub-class, must be the same; near ties may fall either way.
 DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
-ROWS_OF_TIES = 2  # rows of a block whose near ties may all fall the other way: their places are alike
 
 Means = dict[tuple[str, str], float]  # by field of `Fidelity`, and the key in it where it has several
 
@@ -63,6 +62,13 @@ def ask_again(
             f"{store.place}: was made by weights {store.identity.teacher.weights_sha256}, the recipe's teacher has "
             f"{teacher.weights_sha256}. Name the right recipe, or other targets of the store: STORE#TARGETS."
         )
+    for name in ("normalisation", "crop"):
+        asked, stored = getattr(teacher, name), getattr(store.identity.teacher, name)
+        if asked != stored:
+            raise StoreMismatch(
+                f"{store.place}: its teacher saw images with {name} {stored!r:.200}, the recipe's sees them with "
+                f"{asked!r:.200}. Name the right recipe."
+            )
     held = store.manifest.held
     if held and not held.has("logits/"):
         raise StoreMismatch(f"{store.place}: holds {describe(held)}: there are no logits to ask the teacher about.")
@@ -239,9 +245,11 @@ class _Answers:
     def compare_decisions(self) -> None:
         """Raise StoreCorrupt for decisions that are not the teacher's, of the whole store or of any block."""
         least = DECISION_AGREEMENT[self.store.identity.teacher.dtype]
+        # All places of a row may fall the other way together, when they are alike: rows of a block are counted.
         agreement = {name: self._agreement(name) for name in self.store.identity.decisions}
         for (name, number), (same, of, in_row) in self.places.items():
-            of_block = of - same > (1 - least) * of + ROWS_OF_TIES * in_row
+            ties = (1 - least) * of / in_row
+            of_block = of - same > (ties + 4 * ties**0.5 + 1) * in_row
             if of_block or agreement[name] < least:
                 share = f"{same / of:.2%} in block {number}" if of_block else f"{agreement[name]:.2%}"
                 raise StoreCorrupt(
