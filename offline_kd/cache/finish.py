@@ -9,6 +9,7 @@ from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
+    Fidelity,
     LedgerEntry,
     StoreManifest,
     identity_of_targets,
@@ -100,12 +101,7 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
         identity = identity_of_targets(created, additions, targets, num_views)
         return Store(place, created, additions, targets, identity, entries, digest, parsed={**parsed})
 
-    store = store_with(targets_of_run)
-    num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))  # no block is believed unseen
-    fidelity[targets_of_run] = measure_fidelity(
-        store, capture.loader.__getitem__, capture.teacher, num_rows, capture.device
-    )
-    say(f"{place}: the teacher was asked again about {fidelity[targets_of_run].looked_at}")
+    fidelity[targets_of_run] = _measure(capture, store_with(targets_of_run))
     by_array: dict[str, dict[str, int]] = {}
     for entry in parsed.values():
         for key, stored in entry.objects.items():
@@ -134,3 +130,11 @@ def _finish(capture: Capture, own: dict[str, int]) -> None:
         place.put(name, content)
     files = {name: stored_object(place.read(name)) for name in small_files(additions, parts)}
     write_manifest(place, manifest.model_copy(update={"files": files}))
+
+
+def _measure(capture: Capture, store: Store) -> Fidelity:
+    """Ask the teacher about as many rows as the recipe says, and no block is believed unseen."""
+    num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))
+    found = measure_fidelity(store, capture.loader.__getitem__, capture.teacher, num_rows, capture.device)
+    say(f"{capture.place}: the teacher was asked again about {found.looked_at}")
+    return found
