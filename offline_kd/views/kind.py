@@ -116,7 +116,8 @@ class ViewSpec(Strict):
         """Parameters `[n, v, ...]`, one array for each of `arrays`, of its type.
 
         A pure function of the key, the size and the number of a view, so that more views can be added later without
-        changing those before; only who is mixed in depends on the row, and on how many there are.
+        changing those before; only who is mixed in depends on the row, and on how many there are. Of the arrays, only
+        the box may depend on the size: a store does not keep it, and `verify` draws all others again.
 
         Args:
             key_hash: `[n]`.
