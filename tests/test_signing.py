@@ -21,10 +21,10 @@ from test_writers import with_views
 import offline_kd as okd
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.distill.loop import Run
-from offline_kd.distill.training import open_stores
+from offline_kd.distill.training import open_stores, wanted_stores
 from offline_kd.recipe import dump_recipe, load_recipe
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Bucket, Folder
+from offline_kd.store.places import Folder, place_at
 from offline_kd.store.signing import check_signed, sign, signature_names
 from offline_kd.store.sync import copy_store
 from offline_kd.store.verification import verify
@@ -281,7 +281,7 @@ def test_a_web_server_hands_out_signatures_and_need_not_have_any(signed, store_p
             threading.Thread(target=web.serve_forever, daemon=True).start()
             url = f"http://127.0.0.1:{web.server_port}"
             copy_store(url, tmp_path / served.name)
-            assert verify(Bucket(url), quick=True).faults == []
+            assert verify(place_at(url), quick=True).faults == []
             assert (tmp_path / served.name / "signatures").exists() == (served == signed)
             if served == signed:
                 check_signed(open_store(url), ours)
@@ -367,7 +367,8 @@ def test_a_recipe_demands_a_signature_by_a_key_beside_it(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "resolved.yaml").write_text(dump_recipe(load_recipe(Path("recipes/recipe.yaml"))))
     for file in ("recipes/recipe.yaml", "extending.yaml", "resolved.yaml"):
-        opened, _ = open_stores(load_recipe(Path(file)), manifest, ())
+        one = load_recipe(Path(file))
+        opened, _ = open_stores(one, manifest, wanted_stores(one))
         assert opened[0].place == Folder(signed)
     # A run goes on when recipe and key have moved.
     there, here = load_recipe(folder / "recipe.yaml"), load_recipe(tmp_path / "resolved.yaml", ["store.0.signed_by=x"])

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pictures import command_line, make_samples, photographs, views_of
 from tampering import change_identity, rewrite, stored, swap
+from test_signing import key_pair
 
 from offline_kd.cache.fidelity import ask_again, rows_of_blocks
 from offline_kd.cache.pipeline import Worker, cache_teacher
@@ -25,6 +26,7 @@ from offline_kd.store.opening import open_store
 from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import StoreManifest
+from offline_kd.store.signing import check_signed, sign
 from offline_kd.store.verification import verify
 from offline_kd.store.writer import write_manifest
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreMismatch
@@ -134,7 +136,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], None], set[str]]] = {
     "keys moved by one row": (lambda path: rewrite(path, "key_hash", 5, 0, moved), VERIFY),
     "labels shifted": (lambda path: rewrite(path, "label", 3, 0, lambda label: (label + 1) % 10), DATASET),
     "class names exchanged": (lambda path: change_identity(path, exchange_class_names), DATASET),
-    "image checksums changed": (lambda path: rewrite(path, "image_crc", 2, 0, lambda crc: crc + 1), DATASET),
+    "image digests changed": (lambda path: rewrite(path, "image_digest", 2, 0, lambda digest: digest + 1), DATASET),
     "probe pixels changed": (lambda path: rewrite(path, "probe/pixels", 2, 1, lambda p: 255 - p), DATASET),
     "another teacher named": (
         lambda path: change_identity(path, lambda c: c["teacher"].update(weights_sha256="0" * 64)),
@@ -169,15 +171,33 @@ def finders(path: Path, made: Sorted, digest: str, num_rows: int) -> set[str]:
 
 
 @pytest.mark.parametrize("row", list(TAMPERINGS))
-def test_consistent_tampering_is_found_by_what_the_table_says(row, sorted_store, tmp_path):
+def test_consistent_tampering_is_found_by_what_the_table_says(row, sorted_store, signed, tmp_path):
     tamper, expected = TAMPERINGS[row]
     path = Path(shutil.copytree(sorted_store.store, tmp_path / "copy"))
     digest = open_store(path).digest
-    before = (path / "manifest.json").read_bytes()
     tamper(path)
     found = finders(path, sorted_store, digest, num_rows=96)  # 8 of 40 rows of every block
     assert found - ({"--teacher"} if row == BY_CHANCE else set()) == expected
-    assert (path / "manifest.json").read_bytes() != before  # what a signature is over
+    shutil.copytree(signed.store / "signatures", path / "signatures")
+    with pytest.raises(StoreMismatch, match="not signed by"):
+        check_signed(open_store(path), signed.public_key)
+
+
+@dataclass(frozen=True)
+class Signed:
+    store: Path
+    public_key: Path
+
+
+@pytest.fixture(scope="module")
+def signed(sorted_store, tmp_path_factory) -> Signed:
+    """The same store, signed by somebody."""
+    folder = tmp_path_factory.mktemp("signed")
+    private, public = key_pair(folder, "somebody")
+    store = Path(shutil.copytree(sorted_store.store, folder / "store"))
+    sign(open_store(store), private)
+    check_signed(open_store(store), public)
+    return Signed(store, public)
 
 
 def test_the_table_in_the_documentation_is_the_one_that_is_tested():
