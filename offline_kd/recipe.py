@@ -7,7 +7,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import yaml
 from pydantic import Field, field_validator
@@ -129,7 +129,7 @@ class Capture(Strict):
 
     @field_validator("decisions")
     @classmethod
-    def _name_is_free(cls, decisions: dict[str, Any]) -> dict[str, Any]:
+    def _name_is_free(cls, decisions: dict[str, object]) -> dict[str, object]:
         if CODEC_TABLES in decisions:
             raise ValueError(f"'{CODEC_TABLES}' is what the tables of codecs are called: use another name")
         return decisions
@@ -242,7 +242,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     if not os.path.isfile(path):  # False where a name is too long for a file, too
         raise RecipeError(f"{shorten(str(path))}: no such recipe{f' (extended by {seen[-1]})' if seen else ''}.")
     if path.resolve() in seen:
@@ -257,7 +257,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
     return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
 
 
-def _keys_beside(path: Path, content: dict[str, Any]) -> None:
+def _keys_beside(path: Path, content: dict[str, object]) -> None:
     """Keys that stores must be signed by are named relative to the recipe; a resolved recipe may lie elsewhere."""
     stores = content.get("store")
     for one in stores if isinstance(stores, list) else []:
@@ -265,7 +265,7 @@ def _keys_beside(path: Path, content: dict[str, Any]) -> None:
             one["signed_by"] = os.path.abspath(path.parent / one["signed_by"])
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:
     merged = dict(base)
     for name, value in over.items():
         old = merged.get(name)
@@ -278,7 +278,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
+def _overridden(content: dict[str, object], override: str) -> dict[str, object]:
     """`content` with one `path.to.field=value`; nothing in it is changed, for YAML aliases may share parts of it."""
     path, equals, text = override.partition("=")
     about = f"--set {shorten(override, 100)}"
@@ -289,7 +289,7 @@ def _overridden(content: dict[str, Any], override: str) -> dict[str, Any]:
         raise RecipeError(f"{about}: the path has {len(steps):,} parts, no recipe is deeper than {MAX_DEPTH}")
     value = parse_yaml(text, where=about)
 
-    def replaced(node: Any, at: int) -> Any:
+    def replaced(node: object, at: int) -> object:
         if at == len(steps):
             return value
         if isinstance(node, dict):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import click
 
-from offline_kd.cli.options import common_options, open_named, read_inputs, recipe_options
+from offline_kd.cli.options import Inputs, common_options, open_named, read_inputs, recipe_options
 from offline_kd.support.errors import RecipeError
 
 
@@ -105,7 +105,7 @@ def bench_steps_command(
     steps: int,
     drift: int | None,
     as_json: bool,
-    **inputs: Any,
+    **inputs: Unpack[Inputs],
 ) -> None:
     """Time plain, offline and online steps, teacher and stage 1 against each other, interleaved in one run.
 

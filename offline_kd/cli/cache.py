@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from offline_kd.cache.engines import DEFAULT_ENGINE, ENGINES
-from offline_kd.cli.options import read_inputs, recipe_options
+from offline_kd.cli.options import Inputs, read_inputs, recipe_options
 from offline_kd.support.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 @click.option("--worker", metavar="I/N", help="In a job array: do the blocks of worker I (from 0) of N only.")
 @click.option("--engine", default=DEFAULT_ENGINE, show_default=True, help=f"Who does the blocks: {', '.join(ENGINES)}.")
 @click.option("--add", is_flag=True, help="Add this teacher to a store of another one, over the same views.")
-def command(recipe_path: Path, store: str, worker: str | None, engine: str, add: bool, **inputs: Any) -> None:
+def command(
+    recipe_path: Path, store: str, worker: str | None, engine: str, add: bool, **inputs: Unpack[Inputs]
+) -> None:
     """Stage 1: ask the teacher about every view of every image, once. The same command again resumes.
 
     Several processes may run it on one store, on any machines: blocks that one works on are left alone by the others,

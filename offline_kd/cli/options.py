@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -76,6 +76,15 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return common_options(command)
+
+
+class Inputs(TypedDict):
+    """What `recipe_options` hand to a command, besides `recipe_path`."""
+
+    overrides: tuple[str, ...]
+    manifest_path: Path
+    data_root: tuple[Path, ...]
+    device: str
 
 
 def read_inputs(

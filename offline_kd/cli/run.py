@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import click
 
-from offline_kd.cli.options import read_inputs, recipe_options
+from offline_kd.cli.options import Inputs, read_inputs, recipe_options
 
 
 @click.command("run")
 @recipe_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: runs/NAME]")
-def command(recipe_path: Path, out: Path | None, **inputs: Any) -> None:
+def command(recipe_path: Path, out: Path | None, **inputs: Unpack[Inputs]) -> None:
     """Every stage of RECIPE: teacher, store, students, report. The same command again goes on where it stopped.
 
     \b

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from offline_kd.cli.options import (
     TARGET_KINDS,
+    Inputs,
     common_options,
     known_stores,
     open_named,
@@ -160,7 +161,7 @@ def show_faults(result: Verification, reference: str, as_json: bool) -> None:
 @click.argument("reference", metavar="STORE")
 @recipe_options
 @click.option("--remove-extra", is_flag=True, help="Delete files that do not belong to the store, too.")
-def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inputs: Any) -> None:
+def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inputs: Unpack[Inputs]) -> None:
     """Find what is wrong with STORE and do exactly those blocks again, with the teacher of RECIPE.
 
     Without the teacher, `store pull` over a damaged copy fetches what is wrong from another one.
@@ -188,7 +189,7 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
 @command.command("plan")
 @recipe_options
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def plan_command(recipe_path: Path, as_json: bool, **inputs: Any) -> None:
+def plan_command(recipe_path: Path, as_json: bool, **inputs: Unpack[Inputs]) -> None:
     """What capturing RECIPE would cost, from a warm-up of some seconds, and from how many students on it pays.
 
     \b
@@ -242,58 +243,62 @@ def copy_options(command: Callable[..., None]) -> Callable[..., None]:
     return common_options(command)
 
 
+class CopyOptions(TypedDict):
+    """What `copy_options` hand to a command."""
+
+    source: str
+    target: str
+    blocks: str | None
+    views: str | None
+    only: tuple[str, ...]
+    manifest_path: Path
+    data_root: tuple[Path, ...]
+
+
 @command.command("push")
 @copy_options
-def push_command(**options: Any) -> None:
+def push_command(**options: Unpack[CopyOptions]) -> None:
     """Copy a store to where the team can reach it. Interrupted, the same command goes on.
 
     \b
     offline-kd store push runs/digits/store s3://team/stores/digits
     """
-    copy_command(**options)
+    _copy(options)
 
 
 @command.command("pull")
 @copy_options
-def pull_command(**options: Any) -> None:
+def pull_command(**options: Unpack[CopyOptions]) -> None:
     """Copy a store, or a part of it, from where the team keeps it. Over a damaged copy, it repairs that.
 
     \b
     offline-kd store pull s3://team/stores/digits stores/digits
     offline-kd store pull https://example.org/stores/digits stores/digits --views 0:5 --only logits
     """
-    copy_command(**options)
+    _copy(options)
 
 
-def copy_command(
-    source: str,
-    target: str,
-    blocks: str | None,
-    views: str | None,
-    only: tuple[str, ...],
-    manifest_path: Path,
-    data_root: tuple[Path, ...],
-) -> None:
+def _copy(options: CopyOptions) -> None:
     from offline_kd.store.serving import describe
     from offline_kd.store.sync import copy_store
     from offline_kd.support.console import say
 
-    where = known_stores(manifest_path).store(source)
-    some_views = from_to("--views", views)
+    where = known_stores(options["manifest_path"]).store(options["source"])
+    some_views = from_to("--views", options["views"])
     if some_views is not None and some_views.start:
-        raise RecipeError(f"--views {views}: a copy has the first views, write 0:N.")
+        raise RecipeError(f"--views {options['views']}: a copy has the first views, write 0:N.")
     copied = copy_store(
         where.location,
-        target,
-        blocks=from_to("--blocks", blocks),
+        options["target"],
+        blocks=from_to("--blocks", options["blocks"]),
         views=some_views.stop if some_views else None,
-        only=only or None,
+        only=options["only"] or None,
         digest=where.digest,
         signed_by=where.signed_by,
     )
     say(
-        f"{target}: {describe(copied.held)}, sha256:{copied.digest}; {copied.files:,} files, {copied.bytes:,} bytes, "
-        f"{copied.already_there:,} of them were there already"
+        f"{options['target']}: {describe(copied.held)}, sha256:{copied.digest}; {copied.files:,} files, "
+        f"{copied.bytes:,} bytes, {copied.already_there:,} of them were there already"
     )
 
 

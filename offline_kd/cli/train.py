@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 import click
 
 from offline_kd.cli.distill import show_result
-from offline_kd.cli.options import SEED, read_inputs, recipe_options
+from offline_kd.cli.options import SEED, Inputs, read_inputs, recipe_options
 
 
 @click.command("train")
@@ -16,7 +16,7 @@ from offline_kd.cli.options import SEED, read_inputs, recipe_options
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
 @click.option("--teacher", is_flag=True, help="Train the recipe's teacher instead of its student.")
 @click.option("--seed", type=SEED, help="Seed of the student's weights and order.  [default: the recipe's first]")
-def command(recipe_path: Path, out: Path, teacher: bool, seed: int | None, **inputs: Any) -> None:
+def command(recipe_path: Path, out: Path, teacher: bool, seed: int | None, **inputs: Unpack[Inputs]) -> None:
     """Plain supervised training: cross-entropy on labels only, for teachers and baselines.
 
     \b

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import yaml
 
@@ -14,13 +14,21 @@ from offline_kd.support.strict import parse
 from offline_kd.support.strict_yaml import LOADER, parse_yaml
 
 
-def manifest_entry(folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]) -> dict[str, Any]:
+class Entry(TypedDict):
+    """A dataset, as YAML has it."""
+
+    folder: str
+    classes: list[str]
+    splits: dict[str, dict[str, list[dict[str, object]]]]
+
+
+def manifest_entry(folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]) -> Entry:
     """A dataset as a manifest describes it."""
     tars = {name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in splits.items()}
     return {"folder": folder, "classes": list(classes), "splits": tars}
 
 
-def entry_yaml(content: dict[str, Any]) -> str:
+def entry_yaml(content: Mapping[str, object]) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=120, default_flow_style=None, allow_unicode=True)
 
 
@@ -37,7 +45,7 @@ def check_same_dataset(file: Path, name: str, folder: str, classes: Sequence[str
         raise DataError(f"{file}: dataset '{name}' has other classes: {what}. All its splits must have the same.")
 
 
-def merge_dataset(file: Path, name: str, entry: dict[str, Any]) -> None:
+def merge_dataset(file: Path, name: str, entry: Entry) -> None:
     """Put the splits of `entry` into the manifest `file`; splits that it has under other names stay.
 
     Raises DataError when the manifest has another dataset of that name, or is written in a way that no line can be put
@@ -52,7 +60,7 @@ def merge_dataset(file: Path, name: str, entry: dict[str, Any]) -> None:
         path, value = ["datasets", name, "splits"], {**datasets[name]["splits"], **entry["splits"]}
         datasets[name] = {**datasets[name], "splits": value}
     else:
-        path, value = ["datasets", name], entry
+        path, value = ["datasets", name], {**entry}
         datasets[name] = entry
     merged = "\n".join(_put(text.splitlines(), yaml.compose(text, Loader=LOADER), path, value)) + "\n"
     try:
@@ -65,7 +73,7 @@ def merge_dataset(file: Path, name: str, entry: dict[str, Any]) -> None:
     write_atomically(file.resolve(), merged)
 
 
-def _put(lines: list[str], node: yaml.Node | None, path: list[str], value: dict[str, Any]) -> list[str]:
+def _put(lines: list[str], node: yaml.Node | None, path: list[str], value: Mapping[str, object]) -> list[str]:
     """YAML lines with `value` at `path` below `node`; all that do not say what stood there are kept."""
     begin, end, indent = len(lines), len(lines), 0
     if isinstance(node, yaml.MappingNode) and node.value:

@@ -144,7 +144,7 @@ def _belongs(part: str, targets: str, additions: list[Addition]) -> bool:
 
 
 def _as_it_was(
-    raw: dict[str, Any],
+    raw: dict[str, object],
     created: StoreIdentity,
     additions: list[Addition],
     manifest: StoreManifest,
@@ -162,7 +162,7 @@ def _as_it_was(
 
 
 def _before_it_grew(
-    raw: dict[str, Any], created: StoreIdentity, additions: list[Addition], manifest: StoreManifest
+    raw: dict[str, object], created: StoreIdentity, additions: list[Addition], manifest: StoreManifest
 ) -> Iterator[tuple[str, dict[str, int], list[Addition], dict[str, str]]]:
     """Digest, views, additions and entries that a store had each time before it grew, the latest first."""
     for views in reversed(manifest.earlier):
@@ -186,7 +186,7 @@ def _what_is_missing(place: Place, created: StoreIdentity) -> str:
     )
 
 
-def read_identity(place: Place) -> tuple[dict[str, Any], StoreIdentity]:
+def read_identity(place: Place) -> tuple[dict[str, object], StoreIdentity]:
     """`store.json`, as JSON and checked; raises StoreError when there is none or when a newer version wrote it."""
     where = f"{place}/store.json"
     try:
@@ -241,10 +241,10 @@ def missing_entries(
 
 
 def _upgrade_manifest_1(
-    raw: dict[str, Any], created: StoreIdentity, content: bytes, where: str
+    raw: dict[str, object], created: StoreIdentity, content: bytes, where: str
 ) -> tuple[StoreManifest, list[Addition], str]:
     """The manifest of a store of version 1 (which held whole ledger entries), and the digest by that version's rule."""
-    old = read_json(content, where)
+    old: Any = read_json(content, where)
     try:
         entries = {**{checked(LedgerEntry, one, where).file_name: one for one in old["entries"]}}
         tables = {checked(TablesEntry, one, where).file_name: one for one in old["tables"]}
@@ -274,6 +274,6 @@ def _upgrade_manifest_1(
     return manifest, [], digest
 
 
-def _sha256_of_entry_1(entry: dict[str, Any]) -> str:
+def _sha256_of_entry_1(entry: dict[str, object]) -> str:
     """Of the ledger file that version 1 wrote beside the manifest."""
     return hashlib.sha256((json.dumps(entry, indent=1, ensure_ascii=False) + "\n").encode()).hexdigest()

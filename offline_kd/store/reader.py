@@ -369,7 +369,7 @@ def parse_metadata(model: type[M], content: bytes, where: str) -> M:
     return checked(model, read_json(content, where), where)
 
 
-def read_json(content: bytes, where: str) -> Any:
+def read_json(content: bytes, where: str) -> object:
     """Metadata from JSON; raises StoreCorrupt for what is none, or would take many times its size in memory."""
     values, most = sum(map(content.count, (b",", b"[", b"{"))), max(MAX_VALUES[0], len(content) // MAX_VALUES[1])
     if values > most:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from offline_kd.views.choice import Choice
 
-Index = NDArray[Any] | slice
+Index = NDArray[np.integer] | NDArray[np.bool_] | slice
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Rows:
         return found
 
 
-def take(tensor: Tensor, index: Any) -> Tensor:
+def take(tensor: Tensor, index: Tensor | Index) -> Tensor:
     """Some rows. `index_select` copies them whole where memory is contiguous, tens of times as fast as indexing."""
     if not isinstance(index, Tensor):
         return tensor[torch.from_numpy(index) if isinstance(index, np.ndarray) else index]

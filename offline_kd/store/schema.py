@@ -25,7 +25,7 @@ legal value equals, are the second line of defence.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -253,7 +253,7 @@ def identity_of_targets(
     identity: StoreIdentity, additions: Iterable[Addition], targets: str, num_views: int
 ) -> StoreIdentity:
     """The store as if it had been created with these targets and so many views."""
-    update: dict[str, Any] = {"views": identity.views.with_count(num_views)}
+    update: dict[str, object] = {"views": identity.views.with_count(num_views)}
     decisions = dict(identity.decisions) if targets == "" else {}
     for addition in additions:
         if addition.targets == targets:
@@ -264,13 +264,15 @@ def identity_of_targets(
 
 
 def store_digest(
-    identity: Mapping[str, Any], additions: Iterable[Mapping[str, Any]], entries: Mapping[str, str]
+    identity: Mapping[str, object], additions: Iterable[Mapping[str, object]], entries: Mapping[str, str]
 ) -> str:
     """sha256 over identity and additions, as JSON, and the sha256 of every ledger entry.
 
     It is over the JSON that was stored, so that fields which later versions add do not change it.
     """
     about = {name: value for name, value in identity.items() if name not in ("versions", "schema_version")}
-    views = {name: value for name, value in about["views"].items() if name != "count"}
+    views = about["views"]
+    assert isinstance(views, Mapping)
+    views = {name: value for name, value in views.items() if name != "count"}
     added = sorted(additions, key=lambda one: str(one["name"]))
     return fingerprint([about | {"views": views}, added, sorted(entries.items())])

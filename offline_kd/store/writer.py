@@ -48,10 +48,10 @@ def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
     """
     check_bounds(f"{place}/store.json", parts_of(identity))
     if not place.create("store.json", _json(identity.model_dump(mode="json"))):
-        raw, existing = read_identity(place)
-        if raw["schema_version"] < GROWS_SINCE:
+        _, existing = read_identity(place)
+        if existing.schema_version < GROWS_SINCE:
             raise StoreMismatch(
-                f"{place}: is of schema version {raw['schema_version']}, which can be read but not added to; this "
+                f"{place}: is of schema version {existing.schema_version}, which can be read but not added to; this "
                 f"offline-kd writes {SCHEMA_VERSION}. Capture it anew into another --store."
             )
         difference = first_difference(existing, identity)

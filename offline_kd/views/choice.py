@@ -1,7 +1,6 @@
 """One view of each of some rows: its parameters, and those of the image that is mixed in."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ class Choice:
     partner_row: NDArray[np.int64]  # [m] whose same view is mixed in; negative: none
     partner: Parameters  # [m, ...] of that view; it is mixed in without what would be mixed into it
 
-    def take(self, index: NDArray[Any] | slice) -> "Choice":
+    def take(self, index: NDArray[np.integer] | NDArray[np.bool_] | slice) -> "Choice":
         """Some of the rows, in the order of `index`."""
         own, partner = ({name: array[index] for name, array in one.items()} for one in (self.own, self.partner))
         return Choice(self.row[index], own, self.partner_row[index], partner)
