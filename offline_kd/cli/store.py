@@ -136,7 +136,10 @@ def verify_command(
     found = ask_again(store, recipe, manifest, roots, None if all_rows else rows, on)
     before = store.manifest.fidelity.get(store.targets) if store.manifest else None
     known = before.model_dump(mode="json") if before else {}
-    table = [[name, f"{value}", f"{known.get(name, '')}"] for name, value in found.model_dump(mode="json").items()]
+    now = found.model_dump(mode="json")
+    table = [
+        [name, *("not measured" if one.get(name) is None else f"{one[name]}" for one in (now, known))] for name in now
+    ]
     show_table(f"{reference}: the teacher, asked again", ["field", "now", "when finished"], table)
     say(f"{reference}: the teacher was asked again about {found.looked_at}")
 
