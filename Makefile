@@ -16,9 +16,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/offline-kd run pipelines/digits.yaml --out runs/digits
 
-# One process a core, each with one thread.
+# One process a core.
 test: setup check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n auto --dist loadfile
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
 # Needs the real images and teachers: OFFLINE_KD_DATA=FOLDER make test-slow
 test-slow: setup

@@ -83,7 +83,9 @@ def _clean_environment(tmp_path_factory):
     os.environ["REAL_DATA"] = os.environ.pop("OFFLINE_KD_DATA", "")
     os.environ["PYTHONPATH"] = str(ROOT / "tests")
     sys.path.insert(0, str(ROOT / "tests"))
-    torch.set_num_threads(2)
+    threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # one process a core, or one for both
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that tests start
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ for every attempt, before torch or zarr have begun any thread.
 """
 
 import importlib
+import io
 import json
 import os
 import random
@@ -150,6 +151,10 @@ def in_child(commands: list[list[str]], said: Path, end_at: int, calls: Path | N
     return status
 
 
+class Counted(io.BufferedWriter):
+    """A file that is written before it gets its name."""
+
+
 def count_durable_calls(kinds: list[str], end_at: int) -> None:
     lock = threading.Lock()
 
@@ -158,9 +163,10 @@ def count_durable_calls(kinds: list[str], end_at: int) -> None:
             with lock:
                 kinds.append(kind)
                 if len(kinds) == end_at:
-                    if kind == "write_bytes":
+                    if kind == "write_file":
                         file, content = arguments
                         call(file, content[: len(content) // 2])
+                        file.flush()
                     os._exit(ENDED)
             return call(*arguments, **options)
 
@@ -169,7 +175,13 @@ def count_durable_calls(kinds: list[str], end_at: int) -> None:
     for name, module in CALLS.items():
         setattr(module, name, counted(name, getattr(module, name)))
     os.remove = os.unlink
-    Path.write_bytes = counted("write_bytes", Path.write_bytes)
+    Counted.write = counted("write_file", io.BufferedWriter.write)
+    open_file = Path.open
+
+    def opened(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        return Counted(io.FileIO(path, mode)) if mode == "xb" else open_file(path, mode, *arguments, **options)
+
+    Path.open = opened
 
 
 def files_in(folder: Path) -> set[str]:

@@ -127,7 +127,7 @@ def test_repair_takes_nothing_back_because_of_a_bad_network(network, address, wh
 @pytest.mark.parametrize(
     ("share", "fates"),
     [
-        (0.15 / len(FATES), FATES),
+        pytest.param(0.15 / len(FATES), FATES, marks=pytest.mark.slow),
         pytest.param(0.15, ("corrupt answer",), marks=pytest.mark.slow),
         pytest.param(0.05, FATES, marks=pytest.mark.slow),
     ],

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 OPERATIONS = ("capture", "growth", "add", "finish", "push", "pull", "repair")
-CALLS = {"write_bytes", "fsync", "link", "replace", "unlink", "mkdir", "rmdir"}
+CALLS = {"write_file", "fsync", "link", "replace", "unlink", "mkdir", "rmdir"}
 
 
 def ended_at(folder: Path, per_operation: int, *operations: str) -> list[dict]:

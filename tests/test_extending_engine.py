@@ -27,6 +27,7 @@ def test_an_added_engine_makes_the_same_store(copy, recipe_file, where, store_pa
     assert not list((tmp_path / "store" / "leases").iterdir())
 
 
+@pytest.mark.slow
 def test_what_fails_in_an_added_engine_is_one_line(copy, recipe_file, where, data_root, tmp_path):
     damaged = tmp_path / "data" / "digits"
     damaged.mkdir(parents=True)

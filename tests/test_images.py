@@ -262,9 +262,9 @@ def test_a_store_with_left_out_images_is_verified_and_trained_from_by_the_comman
 @pytest.mark.parametrize(
     ("codec", "objective", "most_bytes"),
     [
-        ({"name": "topk", "k": 50, "tail_temperature": 4}, "kd", 250),
+        pytest.param({"name": "topk", "k": 50, "tail_temperature": 4}, "kd", 250, marks=pytest.mark.slow),
         ({"name": "klt", "step": 0.3, "fit_rows": 180}, "wttm", 250),
-        ({"name": "int", "bits": 8}, "dtkd", 21_841 * 1.01),
+        pytest.param({"name": "int", "bits": 8}, "dtkd", 21_841 * 1.01, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_thousand_classes_go_through_both_stages_without_a_row_of_floats(tmp_path, codec, objective, most_bytes):

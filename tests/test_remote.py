@@ -219,7 +219,14 @@ def test_a_part_without_decisions_says_so(s3, recipe, manifest, roots, where, tm
     assert "holds ['logits'] only, not decisions/last" in refused("distill", tmp_path / "recipe.yaml", *options)
 
 
-@pytest.mark.parametrize("mood", [{"fail_every": 3}, {"cut_every": 3}, {"lose_every": 3}])
+@pytest.mark.parametrize(
+    "mood",
+    [
+        pytest.param({"fail_every": 3}, marks=pytest.mark.slow),
+        {"cut_every": 3},
+        pytest.param({"lose_every": 3}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_server_that_fails_gives_the_right_result_all_the_same(
     mood, s3, address, store_path, recipe_file, where, tmp_path, local_student
 ):
@@ -304,6 +311,7 @@ def test_only_one_of_two_creators_wins(s3, tmp_path):
             place.read("x/1", limit=0)
 
 
+@pytest.mark.slow
 def test_writers_share_a_capture_in_a_bucket(s3, address, recipe_file, where, store_path):
     s3.control(fail_every=7)
     command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", address, *where]

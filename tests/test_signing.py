@@ -376,7 +376,7 @@ def test_a_recipe_demands_a_signature_by_a_key_beside_it(
     assert len({Run(one, "kd", [], 0, tmp_path, CPU).identity for one in (there, here)}) == 1
     shutil.copy(keys["theirs"][1], folder / "team.pub")
     with pytest.raises(StoreMismatch, match="Key mismatch"):
-        open_stores(load_recipe(tmp_path / "resolved.yaml"), manifest, ())
+        open_stores(one, manifest, wanted_stores(one))
 
 
 def test_without_model_signing_a_demand_is_refused_and_says_what_to_install(signed, keys, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from offline_kd.store.verification import verify
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.errors import StoreCorrupt, StoreError
 from offline_kd.support.pages import render_page
+from offline_kd.support.processes import this_machine
 
 GIGABYTE = 10**9
 
@@ -114,7 +115,9 @@ def test_writing_replaces_a_link_that_was_left_for_it_and_deleting_removes_the_l
     outside.write_text("mine")
     place.put("a", b"1")
     (tmp_path / "store" / "b").symlink_to(outside)
-    partial = f"a.{os.getpid()}-{threading.get_ident()}.partial"  # what a writer writes before it renames
+    partial = (
+        f"a.{this_machine()}-{os.getpid()}-{threading.get_ident()}.partial"  # what a writer writes before it renames
+    )
     (tmp_path / "store" / partial).symlink_to(outside)
     place.put("a", b"2")
     for work in (place.read, place.size, lambda name: place.put(name, b"3"), lambda name: place.create(name, b"3")):
@@ -130,9 +133,14 @@ def test_writing_replaces_a_link_that_was_left_for_it_and_deleting_removes_the_l
 def test_an_empty_location_is_refused(where, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    assert "location is empty" in refused("cache-teacher", FIXTURE / "recipe.yaml", "--store", "", *where)
-    assert "location is empty" in refused("store", "pull", STORE, "")
-    assert "location is empty" in refused("store", "info", "")
+    for command in (
+        ("cache-teacher", FIXTURE / "recipe.yaml", "--store", "", *where),
+        ("store", "pull", STORE, ""),
+        ("store", "info", ""),
+    ):
+        result = invoke(*command)
+        assert result.exit_code == 2
+        assert "an empty value" in result.stderr
     assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(StoreError, match="location is empty"):
         place_at("")

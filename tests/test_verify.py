@@ -128,7 +128,10 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", list(DAMAGES))
+@pytest.mark.parametrize(
+    "damage",
+    [name if name in ("deleted", "truncated") else pytest.param(name, marks=pytest.mark.slow) for name in DAMAGES],
+)
 def test_every_damaged_file_is_named(damage, store_path, tmp_path):
     path = copy_of(store_path, tmp_path / "copy")
     for name in files_of(path):

@@ -105,6 +105,7 @@ def slow_capture(recipe, manifest, roots, tmp_path_factory) -> tuple[Path, str]:
     return folder / "recipe.yaml", open_store(folder / "store").digest
 
 
+@pytest.mark.slow
 def test_three_writers_share_a_capture(recipe_file, where, store_path, tmp_path):
     path = tmp_path / "store"
     finish([start_writer(recipe_file, path, where) for _ in range(3)])
@@ -113,6 +114,7 @@ def test_three_writers_share_a_capture(recipe_file, where, store_path, tmp_path)
     assert not list((path / "leases").iterdir())
 
 
+@pytest.mark.slow
 def test_writers_killed_at_random_moments_leave_the_same_store(slow_capture, where, tmp_path):
     recipe_file, digest = slow_capture
     assert killed_writers(recipe_file, tmp_path / "store", where, 4) >= 1
@@ -262,6 +264,7 @@ def test_another_teacher_is_added_over_the_same_views_only_if_asked_for(
     assert open_store(path).digest == grown.digest
 
 
+@pytest.mark.slow
 def test_decisions_of_another_teacher_can_be_added_later_too(recipe, other_teacher, manifest, roots, tmp_path):
     path, data = tmp_path / "store", recipe.data.model_copy(update={"tars": [2]})
     cache_teacher(recipe.model_copy(update={"data": data}), manifest, roots, path, CPU)
@@ -354,6 +357,7 @@ def test_views_and_decisions_grow_together(recipe, manifest, roots, tmp_path):
     assert verify(Folder(path)).faults == []
 
 
+@pytest.mark.slow
 def test_two_additions_at_the_same_time_both_stay(recipe, manifest, roots, where, tmp_path):
     path = tmp_path / "store"
     cache_teacher(recipe, manifest, roots, path, CPU)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from offline_kd.store.web import ATTEMPTS, CHECK_NETWORK, READ_BYTES, SILENCE_SECONDS, WHOLE_SECONDS, Web, too_long
-from offline_kd.support.errors import StoreCorrupt, StoreError, StoreUnreachable
+from offline_kd.support.errors import StoreCorrupt, StoreError, StoreForbidden, StoreUnreachable
 from offline_kd.support.files import create_exclusively, write_atomically
 
 T = TypeVar("T")
@@ -157,7 +157,9 @@ class Bucket:
             if any(name in str(error) for name in NO_BUCKET):
                 raise StoreUnreachable(f"{self.url}: {MISSING_BUCKET}") from error
             said = " ".join(str(error).split("Debug source:")[0].split())
-            raise StoreUnreachable(f"{self.url}/{name}: {said:.400} {CHECK_NETWORK}") from error
+            denied = isinstance(error, obstore.exceptions.PermissionDeniedError)
+            kind = StoreForbidden if denied else StoreUnreachable
+            raise kind(f"{self.url}/{name}: {said:.400} {CHECK_NETWORK}") from error
 
     def _again(self, name: str, ask: Callable[[], T]) -> T:
         """Ask until an answer arrives whole. Only those that were cut short: the client retries everything else."""

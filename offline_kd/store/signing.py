@@ -18,10 +18,10 @@ from offline_kd.data.manifest import StoreReference
 from offline_kd.store.downloads import DEFAULT_BYTES
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import all_digests, open_store
-from offline_kd.store.places import Bucket, Place, can_list
+from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import Store, parse_metadata
 from offline_kd.store.schema import StoreManifest
-from offline_kd.support.errors import RecipeError, StoreError, StoreMismatch
+from offline_kd.support.errors import RecipeError, StoreError, StoreForbidden, StoreMismatch
 
 SIGNED, SIGNATURE, SUMS = "manifest.json", "manifest.sig", "SHA256SUMS"
 DAMAGED = f"{SIGNED}, {SIGNATURE} and {SUMS} of the signature do not fit together: one of them was changed"
@@ -160,16 +160,8 @@ def _signer(signature: bytes) -> str | None:
 def _read_if_there(place: Place, name: str) -> bytes | None:
     try:
         return read_metadata(place, name)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except StoreError as error:
-        if isinstance(place, Bucket):
-            from obstore.exceptions import PermissionDeniedError
-
-            # What may be read but not listed answers "forbidden" when asked for what is not there.
-            if isinstance(error.__cause__, PermissionDeniedError):
-                return None
-        raise
+    except (FileNotFoundError, NotADirectoryError, StoreForbidden):
+        return None  # what may be read but not listed answers "forbidden" when asked for what is not there
 
 
 # ---- model-signing, which takes a second to import and is installed by those who sign or demand signatures ----------

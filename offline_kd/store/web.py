@@ -9,7 +9,7 @@ from functools import cache
 from typing import IO, NoReturn
 from urllib.parse import quote, urlsplit
 
-from offline_kd.support.errors import StoreCorrupt, StoreError, StoreUnreachable
+from offline_kd.support.errors import StoreCorrupt, StoreError, StoreForbidden, StoreUnreachable
 from offline_kd.support.version import __version__
 
 SILENCE_SECONDS = 30  # without a byte: the server is gone
@@ -50,6 +50,8 @@ class Web:
                 if error.code in (404, 410):
                     raise FileNotFoundError(f"{self}/{name}") from None
                 said = f"HTTP {error.code} {error.reason}"
+                if error.code == 403:
+                    raise StoreForbidden(f"{self}/{name}: {said:.400}. {CHECK_NETWORK}") from None
                 if error.code < 500 and error.code not in (408, 429):
                     break
             except (http.client.HTTPException, OSError) as error:

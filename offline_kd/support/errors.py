@@ -56,6 +56,10 @@ class StoreUnreachable(StoreError):
     pass
 
 
+class StoreForbidden(StoreUnreachable):
+    """The server answers, and does not hand this out. Some say so of what is not there."""
+
+
 class StoreMismatch(StoreError):
     pass
 
