@@ -221,11 +221,7 @@ def test_a_part_without_decisions_says_so(s3, recipe, manifest, roots, where, tm
 
 @pytest.mark.parametrize(
     "mood",
-    [
-        pytest.param({"fail_every": 3}, marks=pytest.mark.slow),
-        {"cut_every": 3},
-        pytest.param({"lose_every": 3}, marks=pytest.mark.slow),
-    ],
+    [{"cut_every": 3}, *(pytest.param({name: 3}, marks=pytest.mark.slow) for name in ("fail_every", "lose_every"))],
 )
 def test_a_server_that_fails_gives_the_right_result_all_the_same(
     mood, s3, address, store_path, recipe_file, where, tmp_path, local_student

@@ -90,7 +90,7 @@ def logits_of(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     ("workers", "batch_size"),
-    [pytest.param(0, 7, marks=pytest.mark.slow), (1, 256), pytest.param(4, 256, marks=pytest.mark.slow), (4, 7)],
+    [(1, 256), (4, 7), *(pytest.param(*both, marks=pytest.mark.slow) for both in ((0, 7), (4, 256)))],
 )
 def test_content_does_not_depend_on_workers_or_batch_size(
     workers, batch_size, recipe, manifest, roots, store_path, tmp_path
