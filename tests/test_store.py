@@ -155,7 +155,14 @@ def test_teacher_weights_that_differ_are_refused(recipe, recipe_file, where, sto
 
 def run_capture(recipe_file: Path, path: Path, where: list[str]) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(recipe_file), "--store", str(path), *where]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        # A shell that started the tests in the background made everything below it deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def interrupted_captures(recipe_file, store_path, tmp_path, where, kills: int, send: signal.Signals) -> Path:
@@ -196,7 +203,7 @@ def test_a_capture_killed_twenty_times_goes_on_to_the_same_store(recipe_file, st
 def test_ctrl_c_keeps_what_was_committed_and_says_so(recipe_file, tmp_path, where, store_path):
     for attempt in range(5):  # a busy machine may let the capture end before this process gets its turn
         path = tmp_path / f"store{attempt}"
-        process = run_capture(recipe_file, path, [*where, "--set", "capture.batch_size=8"])
+        process = run_capture(recipe_file, path, where)
         while process.poll() is None and len(list(path.glob("ledger/*.json"))) < 1:
             time.sleep(0.001)
         process.send_signal(signal.SIGINT)
