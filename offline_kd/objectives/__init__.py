@@ -4,8 +4,6 @@ The formulas are plain functions of `[B, C]` logits that return the bare scalar,
 `ce` contains the cross-entropy on labels. Each class beside a formula is a term of recipes (`term.py`).
 """
 
-from importlib import import_module
-
 from offline_kd.objectives.decisions import decisions, subclass_decisions
 from offline_kd.objectives.dist import dist
 from offline_kd.objectives.dkd import dkd
@@ -14,6 +12,7 @@ from offline_kd.objectives.kd import kd
 from offline_kd.objectives.nkd import nkd
 from offline_kd.objectives.term import Term
 from offline_kd.objectives.ttm import power_sum, ttm, wttm
+from offline_kd.support.lazy import load_class
 
 __all__ = [
     "OBJECTIVES",
@@ -46,13 +45,7 @@ CLASSES = {
 }
 
 
-def _load(where: str) -> type[Term]:
-    file, name = where.split(".")
-    loaded: type[Term] = getattr(import_module(f"{__name__}.{file}"), name)
-    return loaded
-
-
-OBJECTIVES: dict[str, type[Term]] = {term: _load(where) for term, where in CLASSES.items()}
+OBJECTIVES: dict[str, type[Term]] = {term: load_class(__name__, where) for term, where in CLASSES.items()}
 
 
 def example_terms() -> dict[str, Term]:

@@ -33,3 +33,11 @@ def lazy(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], object
         return sorted({*vars(sys.modules[package]), *names})
 
     return __getattr__, __dir__
+
+
+def load_class(package: str, where: str) -> type:
+    """The class `Name` of the module `file` of a package, written `file.Name`, as tables of extensions name theirs."""
+    file, name = where.split(".")
+    found = getattr(import_module(f"{package}.{file}"), name)
+    assert isinstance(found, type)
+    return found

@@ -13,13 +13,13 @@ A codec of your own is a file here and a line below: `docs/extending/codec.md`.
 """
 
 from functools import reduce
-from importlib import import_module
 from operator import or_
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from offline_kd.store.codecs.codec import CODEC_TABLES, Codec
+from offline_kd.support.lazy import load_class
 
 # Name in recipes and stores, and where the class is: file of this folder, and name in it. `bench codecs` and `auto` try
 # them in this order.
@@ -32,13 +32,7 @@ CLASSES = {
 }
 
 
-def _load(where: str) -> type[Codec]:
-    file, name = where.split(".")
-    loaded: type[Codec] = getattr(import_module(f"{__name__}.{file}"), name)
-    return loaded
-
-
-CODECS: dict[str, type[Codec]] = {name: _load(where) for name, where in CLASSES.items()}
+CODECS: dict[str, type[Codec]] = {name: load_class(__name__, where) for name, where in CLASSES.items()}
 
 if TYPE_CHECKING:
     AnyCodec = Codec
