@@ -25,7 +25,6 @@ from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.layout import entry_names, parts_of, zarr_metadata
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -41,6 +40,7 @@ from offline_kd.store.verification import verify
 from offline_kd.store.writer import commit, create_or_resume, manifest_bytes
 from offline_kd.support.console import say, show_table
 from offline_kd.support.counter_rng import counter_hash
+from offline_kd.support.places import Folder
 from offline_kd.views.pad_crop_flip import PadCropFlip
 
 ROWS, VIEWS, CLASSES, BLOCKS, MANY_BLOCKS, ROUNDS = 4096, 4, 1000, 8, 10_000, 5

@@ -42,7 +42,6 @@ from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import Wanted, join
 from offline_kd.store.layout import entry_names, parts_of
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -54,6 +53,7 @@ from offline_kd.store.schema import (
     store_digest,
 )
 from offline_kd.store.writer import commit, create_or_resume, write_manifest
+from offline_kd.support.places import Folder
 from offline_kd.views.choice import choose
 from offline_kd.views.kind import draw
 from offline_kd.views.random_resized_crop import RandomCrop

@@ -25,9 +25,9 @@ from offline_kd.store.codecs.klt import Klt
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.layout import parts_of
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.writer import commit, commit_tables, create_or_resume
+from offline_kd.support.places import Folder
 
 ROOT = Path(__file__).parent.parent
 VIEWS = 8

@@ -9,10 +9,10 @@ import numpy as np
 
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import StoreManifest, ledger_name, store_digest
 from offline_kd.store.writer import parse_entry, write_manifest
+from offline_kd.support.places import Folder
 
 Change = Callable[[np.ndarray], np.ndarray]
 

@@ -14,13 +14,13 @@ from conftest import ROOT, invoke, refused
 from test_old_stores import DIGEST, FIXTURE, STORE
 from test_remote import run_server
 
-import offline_kd.store.places as places_module
-import offline_kd.store.web as web_module
+import offline_kd.support.places as places_module
+import offline_kd.support.web as web_module
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Bucket, Folder, place_at
 from offline_kd.store.sync import copy_store
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import StoreError, StoreUnreachable
+from offline_kd.support.places import Bucket, Folder, place_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 OF_THE_NETWORK = ("other bytes each time", "Check the address, the credentials", "did not arrive as it was sent")

@@ -21,9 +21,9 @@ from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.codecs.klt import Klt
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import TeacherError
+from offline_kd.support.places import Folder
 
 CODECS = [
     Float32(),

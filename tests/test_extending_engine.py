@@ -7,8 +7,8 @@ from conftest import ROOT, refused
 from extending import extended, run_extended
 
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.verification import verify
+from offline_kd.support.places import Folder
 
 
 @pytest.fixture(scope="module")

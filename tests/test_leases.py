@@ -22,11 +22,11 @@ from offline_kd.store.layout import parts_of
 from offline_kd.store.leases import Leases, leases_at
 from offline_kd.store.leftovers import sweep
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.schema import LedgerEntry
 from offline_kd.store.verification import verify
 from offline_kd.store.writer import commit
 from offline_kd.support.errors import LeaseLost
+from offline_kd.support.places import Folder
 from offline_kd.support.processes import this_machine
 
 
@@ -145,7 +145,7 @@ def test_leases_are_renewed_while_they_are_held(tmp_path):
 def test_the_lease_of_a_dead_process_of_this_machine_is_free_at_once(tmp_path):
     program = (
         "import os, sys; from pathlib import Path; from offline_kd.store.leases import Leases\n"
-        "from offline_kd.store.places import Folder\n"
+        "from offline_kd.support.places import Folder\n"
         "assert Leases(Folder(Path(sys.argv[1]))).claim('block-0'); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=ROOT)

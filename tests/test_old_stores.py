@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import ROOT, invoke
 
-from offline_kd.store.downloads import Downloads
 from offline_kd.store.opening import open_store
+from offline_kd.support.downloads import Downloads
 
 FIXTURE = ROOT / "tests" / "fixtures" / "store_v2"
 STORE = FIXTURE / "store"

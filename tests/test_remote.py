@@ -18,12 +18,12 @@ import pytest
 from conftest import ROOT, invoke, refused
 from test_signing import key_pair
 
-from offline_kd.store.downloads import Downloads
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Bucket, Folder
 from offline_kd.store.sync import copy_store
 from offline_kd.store.verification import verify
+from offline_kd.support.downloads import Downloads
 from offline_kd.support.errors import StoreError
+from offline_kd.support.places import Bucket, Folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -244,7 +244,7 @@ def test_a_server_that_only_hangs_up_is_a_clear_error(s3, address, store_path, t
 
 
 def test_a_server_that_is_gone_and_a_bucket_that_is_not_are_messages(s3, address, monkeypatch, tmp_path):
-    import offline_kd.store.places as place_module
+    import offline_kd.support.places as place_module
 
     assert "no teacher store there" in refused("store", "info", "s3://team/nothing/here")
     assert "no teacher store there" in refused("store", "info", "s3://no-such-bucket/here")

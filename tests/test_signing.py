@@ -24,13 +24,13 @@ from offline_kd.distill.loop import Run
 from offline_kd.distill.training import open_stores, wanted_stores
 from offline_kd.recipe import dump_recipe, load_recipe
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder, place_at
 from offline_kd.store.signing import check_signed, sign, signature_names
 from offline_kd.store.sync import copy_store
 from offline_kd.store.verification import verify
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support import files
 from offline_kd.support.errors import StoreError, StoreMismatch
+from offline_kd.support.places import Folder, place_at
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 

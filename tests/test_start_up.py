@@ -11,7 +11,8 @@ from conftest import ROOT
 from offline_kd.cli import main as cli
 from offline_kd.cli import options
 from offline_kd.data import manifest
-from offline_kd.store import downloads, sync
+from offline_kd.store import sync
+from offline_kd.support import downloads
 
 HEAVY = ("torch", "zarr", "numpy", "pydantic", "rich", "yaml", "model_signing")
 ENTRY = (

@@ -22,7 +22,6 @@ from offline_kd.store.card import is_whole_card
 from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.layout import parts_of
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder, place_at
 from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import Addition, StoreIdentity, StoreManifest, store_digest
 from offline_kd.store.sync import copy_store
@@ -30,6 +29,7 @@ from offline_kd.store.verification import verify
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.errors import StoreCorrupt, StoreError
 from offline_kd.support.pages import render_page
+from offline_kd.support.places import Folder, place_at
 from offline_kd.support.processes import this_machine
 
 GIGABYTE = 10**9
@@ -228,7 +228,7 @@ CHILD = """
 import json, re, sys
 from pathlib import Path
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import place_at
+from offline_kd.support.places import place_at
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import OfflineKDError, StoreError
 

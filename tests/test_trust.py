@@ -23,13 +23,13 @@ from offline_kd.data.tars import read_tar, tars_in
 from offline_kd.recipe import Recipe
 from offline_kd.store.comparison import images_of
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import StoreManifest
 from offline_kd.store.signing import check_signed, sign
 from offline_kd.store.verification import verify
 from offline_kd.store.writer import write_manifest
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreMismatch
+from offline_kd.support.places import Folder
 
 NUM_BLOCKS, ROWS, GROUPS = 12, 10, 2
 LOGITS, IDS = "logits/values", "decisions/last/id"

@@ -20,9 +20,9 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.layout import ArraySpec
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder, place_at
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import OfflineKDError, StoreError
+from offline_kd.support.places import Folder, place_at
 
 FIXTURE_V1 = ROOT / "tests" / "fixtures" / "store_v1"
 

@@ -23,9 +23,9 @@ from offline_kd.distill.training import make_loader, open_stores, source_of, tra
 from offline_kd.models.networks import build
 from offline_kd.recipe import Recipe
 from offline_kd.store.opening import group_digests, open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.schema import LedgerEntry
 from offline_kd.store.verification import verify
+from offline_kd.support.places import Folder
 
 
 def start_writer(recipe_file: Path, path: Path, where: list[str], *options: str) -> subprocess.Popen[bytes]:

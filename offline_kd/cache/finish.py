@@ -13,7 +13,6 @@ from offline_kd.store.leftovers import sweep
 from offline_kd.store.memory import Memory
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity
-from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, stored_object
 from offline_kd.store.schema import (
     Fidelity,
@@ -27,6 +26,7 @@ from offline_kd.store.schema import (
 from offline_kd.store.writer import parse_entry, read_ledger, write_manifest
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreIncomplete
+from offline_kd.support.places import Place
 from offline_kd.views.epochs import view_groups
 
 

@@ -20,7 +20,6 @@ from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.layout import parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity
-from offline_kd.store.places import Place
 from offline_kd.store.reader import Store, parse_metadata, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -34,6 +33,7 @@ from offline_kd.store.schema import (
 from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch
+from offline_kd.support.places import Place
 from offline_kd.views.epochs import view_groups
 from offline_kd.views.render import decoder_versions, plain_images
 

@@ -25,11 +25,11 @@ from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.layout import parts_of
 from offline_kd.store.leases import Leases, leases_at
-from offline_kd.store.places import Folder, Place, place_at
 from offline_kd.store.schema import StoreManifest
 from offline_kd.store.writer import commit_tables, committed_tables
 from offline_kd.support.errors import LeaseLost
 from offline_kd.support.files import scratch_prefix
+from offline_kd.support.places import Folder, Place, place_at
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import Manifest
 from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.leftovers import sweep
-from offline_kd.store.places import Place
 from offline_kd.store.verification import Verification, take_back, verify
 from offline_kd.support.console import say
+from offline_kd.support.places import Place
 
 ROUNDS = 3  # a damaged manifest hides what else is damaged
 

@@ -37,12 +37,12 @@ from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.join import tables_on
 from offline_kd.store.layout import create_array, parts_of
 from offline_kd.store.opening import open_store
-from offline_kd.store.places import Folder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import LedgerEntry, StoreIdentity
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError
+from offline_kd.support.places import Folder
 from offline_kd.views.kind import draw
 from offline_kd.views.render import plain_images
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from offline_kd.data.manifest import Manifest
     from offline_kd.recipe import Recipe
-    from offline_kd.store.places import Place
     from offline_kd.store.reader import Store
+    from offline_kd.support.places import Place
 
 # What help shows, without importing the files that say it; a test compares them.
 MANIFEST_NAME = "data_manifest.yaml"
@@ -134,6 +134,6 @@ def open_named(reference: str, manifest_path: Path) -> Store:
 
 def place_named(reference: str, manifest_path: Path) -> Place:
     """Where a store is, by folder, URL or manifest name."""
-    from offline_kd.store.places import place_at
+    from offline_kd.support.places import place_at
 
     return place_at(known_stores(manifest_path).store(reference).location)

@@ -174,8 +174,8 @@ def repair_command(reference: str, recipe_path: Path, remove_extra: bool, **inpu
     """
     from offline_kd.cache.repair import repair
     from offline_kd.store.opening import open_store
-    from offline_kd.store.places import place_at
     from offline_kd.support.console import say
+    from offline_kd.support.places import place_at
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     place = place_at(manifest.store(reference).location)

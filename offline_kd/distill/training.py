@@ -29,12 +29,12 @@ from offline_kd.recipe import (
     TeacherStore,
     needs_teacher,
 )
-from offline_kd.store.downloads import DEFAULT_BYTES
 from offline_kd.store.join import proof_of_images
 from offline_kd.store.layout import plan_views_per_group
 from offline_kd.store.reader import Store
 from offline_kd.store.signing import check_signed, open_as_demanded
 from offline_kd.support.console import say
+from offline_kd.support.downloads import DEFAULT_BYTES
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.epochs import view_groups
 

@@ -23,10 +23,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from offline_kd.store.places import Place
 from offline_kd.store.reader import parse_metadata
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreError
+from offline_kd.support.places import Place
 from offline_kd.support.processes import is_gone, this_machine
 from offline_kd.support.strict import Strict
 

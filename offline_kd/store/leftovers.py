@@ -1,8 +1,8 @@
 """What writers leave in a store when they are ended: harmless, and removed by whoever finishes, copies or repairs."""
 
 from offline_kd.store.leases import sweep_leases
-from offline_kd.store.places import Folder, Place
 from offline_kd.support.files import is_temporary, remove_abandoned
+from offline_kd.support.places import Folder, Place
 
 
 def is_leftover(name: str) -> bool:

@@ -9,10 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offline_kd.store.downloads import DEFAULT_BYTES, Downloads
 from offline_kd.store.layout import check_bounds, entry_names, parts_of
-from offline_kd.store.objects import REPAIR, read_metadata
-from offline_kd.store.places import Place, can_list, place_at
+from offline_kd.store.objects import read_metadata
 from offline_kd.store.reader import Store, checked, parse_metadata, read_json
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -25,8 +23,11 @@ from offline_kd.store.schema import (
     ledger_name,
     store_digest,
 )
+from offline_kd.support.downloads import DEFAULT_BYTES, Downloads
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
 from offline_kd.support.files import cache_folder
+from offline_kd.support.places import Place, can_list, place_at
+from offline_kd.support.proven import REPAIR
 from offline_kd.support.strict import fingerprint
 
 MAX_LISTED = 2**20  # blocks of an unfinished store that are looked for, to say what is missing

@@ -17,11 +17,9 @@ from numpy.typing import NDArray
 
 from offline_kd.store.chunks import decode_chunk, most_object_bytes
 from offline_kd.store.codecs import CODEC_TABLES
-from offline_kd.store.downloads import Downloads
 from offline_kd.store.layout import ArraySpec, Part, parts_of
 from offline_kd.store.memory import Memory
-from offline_kd.store.objects import ENTRY_BYTES, REPAIR, read_proven
-from offline_kd.store.places import Place, can_list
+from offline_kd.store.objects import ENTRY_BYTES
 from offline_kd.store.schema import (
     Addition,
     Held,
@@ -35,7 +33,10 @@ from offline_kd.store.schema import (
     tables_ledger_name,
 )
 from offline_kd.support.console import progress
+from offline_kd.support.downloads import Downloads
 from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreIncomplete
+from offline_kd.support.places import Place, can_list
+from offline_kd.support.proven import REPAIR, read_proven
 from offline_kd.support.strict import M, parse
 from offline_kd.views.epochs import view_groups
 

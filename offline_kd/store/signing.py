@@ -15,13 +15,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from offline_kd.data.manifest import StoreReference
-from offline_kd.store.downloads import DEFAULT_BYTES
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import all_digests, open_store
-from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import Store, parse_metadata
 from offline_kd.store.schema import StoreManifest
+from offline_kd.support.downloads import DEFAULT_BYTES
 from offline_kd.support.errors import RecipeError, StoreError, StoreForbidden, StoreMismatch
+from offline_kd.support.places import Place, can_list
 
 SIGNED, SIGNATURE, SUMS = "manifest.json", "manifest.sig", "SHA256SUMS"
 DAMAGED = f"{SIGNED}, {SIGNATURE} and {SUMS} of the signature do not fit together: one of them was changed"

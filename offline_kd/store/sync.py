@@ -16,15 +16,16 @@ from offline_kd.store.card import CARD_FILES, write_card
 from offline_kd.store.layout import small_files
 from offline_kd.store.leftovers import sweep
 from offline_kd.store.memory import Memory
-from offline_kd.store.objects import ENTRY_BYTES, metadata_limit, read_metadata, read_proven
+from offline_kd.store.objects import ENTRY_BYTES, metadata_limit, read_metadata
 from offline_kd.store.opening import all_digests, open_store
-from offline_kd.store.places import Place, can_list, place_at
 from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries, stored_object
 from offline_kd.store.schema import Held, StoredObject, StoreManifest
 from offline_kd.store.signing import check_signed, damage, read_signature, signature_names
 from offline_kd.store.writer import holds, manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, StoreMismatch, StoreUnreachable
+from offline_kd.support.places import Place, can_list, place_at
+from offline_kd.support.proven import read_proven
 
 KINDS = ("logits", "decisions")
 PUTS = 2  # of a file that did not arrive as it was sent

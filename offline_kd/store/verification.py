@@ -18,15 +18,16 @@ from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.lookup import problem_of_keys
-from offline_kd.store.objects import metadata_limit, read_metadata, read_proven
+from offline_kd.store.objects import metadata_limit, read_metadata
 from offline_kd.store.opening import all_digests, open_store
-from offline_kd.store.places import Place, can_list
 from offline_kd.store.reader import Arrays, PromisedEntry, Store, promised_entries
 from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry, kind_of
 from offline_kd.store.signing import damage, signature_names
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, StoreCorrupt, StoreIncomplete, StoreUnreachable
+from offline_kd.support.places import Place, can_list
+from offline_kd.support.proven import read_proven
 
 AT_ONCE = 64  # ledger entries that are looked at together
 FINISHED_FILES = ("manifest.json", *CARD_FILES)

@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.layout import ArraySpec, Part, check_bounds, parts_of, zarr_metadata
 from offline_kd.store.leftovers import sweep
-from offline_kd.store.objects import read_metadata, read_proven
+from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_identity
-from offline_kd.store.places import Folder, Place
 from offline_kd.store.reader import Arrays, parse_metadata, stored_object
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -32,6 +31,8 @@ from offline_kd.store.schema import (
     tables_ledger_name,
 )
 from offline_kd.support.errors import LeaseLost, StoreCorrupt, StoreMismatch
+from offline_kd.support.places import Folder, Place
+from offline_kd.support.proven import read_proven
 
 GROWS_SINCE = 2  # the schema version from which a store may be added to
 

@@ -1,6 +1,7 @@
 """What every room may use and that knows nothing of images.
 
-Errors, durable files, the console, strict descriptions, counter-based random numbers, names that are imported late.
+Errors, durable files, folders and buckets, the console, strict descriptions, counter-based random numbers, names that
+are imported late.
 In: nothing of this package. Out: small functions, and the errors that every room raises.
 """
 

@@ -19,9 +19,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from offline_kd.store.web import ATTEMPTS, CHECK_NETWORK, READ_BYTES, SILENCE_SECONDS, WHOLE_SECONDS, Web, too_long
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreForbidden, StoreUnreachable
 from offline_kd.support.files import create_exclusively, write_atomically
+from offline_kd.support.web import ATTEMPTS, CHECK_NETWORK, READ_BYTES, SILENCE_SECONDS, WHOLE_SECONDS, Web, too_long
 
 T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az", "http", "https")
