@@ -4,8 +4,10 @@ Reading and joining happen per tar, in worker processes if there are any; shuffl
 the training process, so the batches do not depend on the number of workers.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,33 +17,31 @@ from torch.utils.data import DataLoader
 
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
-from offline_kd.distill.sampler import LANES, Order
+from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.models.networks import normalise
 from offline_kd.store.join import codec_tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
 from offline_kd.support.console import say
 from offline_kd.support.counter_rng import counter_uniform
-from offline_kd.support.errors import RecipeError
 from offline_kd.views.render import render
 
-SMALL = 8  # a last batch of less than an eighth is not worth a step
 LABEL_STREAM = 0x6C6162656C  # first counter of the draws made here, so that they are independent of all others
 
 
 class Loader:
     """The batches of a training run.
 
-    Order and views are pure functions of (seed, epoch, key): the same with and without a store, for any number of
-    workers. Rows are shuffled within pools of `pool_blocks` tars, which are themselves in a new order every epoch.
+    Order and views are pure functions of seed, epoch and dataset: the same with and without a store, for any number of
+    workers and ranks. Rows are shuffled within pools of `pool_blocks` tars, which are themselves in a new order every
+    epoch. Of several ranks each shows its share of every batch, which may be none of it: a batch of 0 rows. One process
+    alone skips a batch of which no image can be decoded.
 
     `for batch in loader` goes through one pass, and the next time through the one after it; `state_dict` says how far
     it is. A pass is an epoch, or `views_per_decode` epochs at once.
 
     Args:
         normalisation: give images as the float32 input of a network; None: as uint8 pixels.
-
-    Raises RecipeError when batches cannot be shared evenly by the ranks.
     """
 
     def __init__(
@@ -50,27 +50,35 @@ class Loader:
         self.source, self.options, self.device, self.normalisation = source, options, device, normalisation
         self.views_per_decode, self.bad = options.views_per_decode, set[str]()
         self.next_epoch = self.next_step = 0
-        _check_ranks(source, options)
         self.reader = Reader(source, options)
+        self.homes = home_workers([tar.count for tar in source.images.split.tars], max(options.workers, 1))
         has_logits = len(source.stores) == 1 and source.wanted[0].logits
         self._decode = logits_decoder(source.stores[0], device) if has_logits else None
-        self.pieces: DataLoader[Piece] | None = None
         is_remote = any(store.place.is_remote for store in source.stores)
-        if options.workers:
-            self.pieces = DataLoader(
-                self.reader,
+        # One loader of one process each: pieces are taken from the worker that has the next tar, and from no other.
+        self.workers = [
+            DataLoader(
+                replace(self.reader, worker=worker, num_workers=options.workers),
                 batch_size=None,
-                num_workers=options.workers,
+                num_workers=1,
                 persistent_workers=True,
+                prefetch_factor=self._ahead(),
                 # The client of object stores has threads of its own, which do not survive a fork: children would hang.
                 multiprocessing_context="spawn" if is_remote else None,
             )
+            for worker in range(options.workers)
+        ]
 
-    @property
+    def _ahead(self) -> int:
+        """Pieces that a worker may have ready: its share of a pool, so that it reads while another pool is shown."""
+        rows, tars = self.reader.rows_in_piece(), self.source.images.split.tars
+        pieces = sum(-(-tar.count // rows) for tar in tars) * min(self.options.pool_blocks / len(tars), 1)
+        return max(2, math.ceil(pieces / self.options.workers))
+
+    @cached_property
     def steps_per_pass(self) -> int:
         """Steps of one call of `epoch`. The last batch, if it is small or a single row, joins the one before."""
-        full, rest = divmod(self.source.images.split.count * self.views_per_decode, self.options.batch_size)
-        return max(full + (rest >= max(2, self.options.batch_size // SMALL)), 1)
+        return self.reader.order().steps
 
     def __len__(self) -> int:
         return self.steps_per_pass
@@ -101,34 +109,33 @@ class Loader:
             epoch: counted from 0; a multiple of `views_per_decode`.
             first_step: go on from here, where another run, of however many workers and ranks, was stopped.
         """
-        batch_size = self.options.batch_size
-        self.reader.start[0], self.reader.start[1] = epoch, first_step * batch_size
+        self.reader.start[0] = epoch
         order = self.reader.order()
-        step, left, pieces = first_step, _Slots.nothing(), iter(self.reader if self.pieces is None else self.pieces)
-        waiting: dict[int, list[Piece]] = {}
-        for pool in range(order.pool_of(len(order.tars) - 1) + 1):
-            slots = order.pool_slots(pool)
-            if slots.stop <= first_step * batch_size:
+        step, done = first_step, order.batch(first_step).start
+        self.reader.start[1] = done
+        workers = [iter(worker) for worker in self.workers] or [iter(self.reader)]
+        left = _Slots.nothing()
+        for pool in range(order.num_pools):
+            if order.starts[pool + 1] <= done:
                 continue
-            missing = sum(order.pool_of(position) == pool for position in range(len(order.tars)))
-            missing -= sum(piece.is_last for piece in waiting.get(pool, []))
-            while missing:
-                piece = next(pieces)
-                waiting.setdefault(order.pool_of(piece.position), []).append(piece)
-                self._report(piece.bad)
-                missing -= piece.is_last and order.pool_of(piece.position) == pool
-            together = self.source.views.is_exact
-            left = left.from_slot(step * batch_size).and_pool(order, pool, waiting.pop(pool), together)
-            while step < self.steps_per_pass:
-                stop = (step + 1) * batch_size
-                if step == self.steps_per_pass - 1:
-                    stop = int(order.starts[-1])
-                if stop > slots.stop:
-                    break
-                rows = left.between(step * batch_size, stop)
-                if rows is not None:
+            left = left.and_pieces(self._pieces_of(order, pool, workers), together=self.source.views.is_exact)
+            while step < order.steps and order.batch(step).stop <= order.starts[pool + 1]:
+                rows = left.of(order.batch(step))
+                if len(rows) or self.options.world > 1:
                     yield self._on_device(rows, step)
                 step += 1
+            left = left.after(order.batch(step).start)
+
+    def _pieces_of(self, order: Order, pool: int, workers: Sequence[Iterator[Piece]]) -> list[Piece]:
+        """All pieces of a pool, and nothing of later ones."""
+        pieces = []
+        for worker in order.workers(pool, self.homes):
+            is_last = False
+            while not is_last:
+                pieces.append(next(workers[worker]))
+                is_last = pieces[-1].is_last
+                self._report(pieces[-1].bad)
+        return pieces
 
     def _report(self, bad: Sequence[str]) -> None:
         for line in bad:
@@ -143,25 +150,11 @@ class Loader:
             lambda tensor: tensor.to(self.device, non_blocking=True)
         )
         images = moved.images
-        if moved.box is not None and moved.flip is not None:
+        if moved.box is not None and moved.flip is not None and len(moved):
             images = render(images, moved.box, moved.flip, self.source.views.outside)
         if self.normalisation is not None:
             images = normalise(images, self.normalisation)
         return replace(moved, pixels=images, box=None, flip=None, step=step, decode=self._decode)
-
-
-def _check_ranks(source: Source, options: Options) -> None:
-    world, batch_size = options.world, options.batch_size
-    if LANES % world or batch_size % world:
-        raise RecipeError(
-            f"{world} ranks: their number must divide the batch size, {batch_size}, and {LANES}, so that every "
-            "rank gets as many rows as any other."
-        )
-    rest = source.images.split.count * options.views_per_decode % batch_size
-    if world > 1 and max(2, batch_size // SMALL) <= rest < 2 * world:
-        raise RecipeError(
-            f"the last batch of {rest} rows is too small for {world} ranks. Use another training.batch_size."
-        )
 
 
 def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal], Tensor]:
@@ -191,12 +184,9 @@ class _Slots:
     def nothing() -> "_Slots":
         return _Slots([], *(np.empty(0, dtype=np.int64) for _ in range(3)))
 
-    def and_pool(self, order: Order, pool: int, pieces: list[Piece], together: bool) -> "_Slots":
-        """With a pool behind them; `together`: small images are better moved, once."""
-        lane = np.concatenate([piece.lane for piece in pieces])
-        shuffle = np.concatenate([piece.shuffle for piece in pieces])
-        slots = order.slots(pool, lane, shuffle)
-        rows = [piece.rows for piece in pieces]
+    def and_pieces(self, pieces: Sequence[Piece], *, together: bool) -> "_Slots":
+        """With the pieces of a pool behind them; `together`: small images are better moved, once."""
+        rows, slots = [piece.rows for piece in pieces], np.concatenate([piece.slots for piece in pieces])
         rows = [concatenate(rows)] if together else rows
         lengths = [len(one) for one in rows]
         part = np.repeat(np.arange(len(rows)), lengths) + len(self.parts)
@@ -209,13 +199,13 @@ class _Slots:
             np.concatenate([self.slots, slots[rising]]),
         )
 
-    def between(self, start: int, stop: int) -> Rows | None:
-        """The rows of these slots; None if all of them are bad images, which were left out."""
-        some = slice(*np.searchsorted(self.slots, [start, stop]))
-        return gather(self.parts, self.part[some], self.row[some]) if some.start < some.stop else None
+    def of(self, slots: range) -> Rows:
+        """The rows of these slots: those of this rank, without bad images, which were left out; maybe none."""
+        some = slice(*np.searchsorted(self.slots, [slots.start, slots.stop]))
+        return gather(self.parts, self.part[some], self.row[some])
 
-    def from_slot(self, start: int) -> "_Slots":
-        """Without the rows of earlier slots, and without the parts that only those are in."""
+    def after(self, start: int) -> "_Slots":
+        """The rows from a slot on, less than a batch of them, moved: a few rows would keep the memory of a pool."""
         first = int(np.searchsorted(self.slots, start))
-        used, part = np.unique(self.part[first:], return_inverse=True)
-        return _Slots([self.parts[one] for one in used], part, self.row[first:], self.slots[first:])
+        rows = gather(self.parts, self.part[first:], self.row[first:])
+        return _Slots([rows], np.zeros(len(rows), dtype=np.int64), np.arange(len(rows)), self.slots[first:])

@@ -20,6 +20,7 @@ from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import bare_values, term_weight
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.run_directory import run_directory
+from offline_kd.distill.sampler import ORDER_VERSION
 from offline_kd.distill.student import Student, kd_layer_scores
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal
 from offline_kd.models.evaluation import evaluate
@@ -55,7 +56,7 @@ class Run:
         del content["training"]["checkpoint_steps"]
         for one in content["store"] if isinstance(content["store"], list) else []:
             del one["signed_by"]  # where a key lies; what is read is in the digest
-        return fingerprint([content, self.objective, self.seed, self.source, self.store_digest])
+        return fingerprint([content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION])
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,23 @@
 """Image tars, read in the order of an epoch, joined with the stores and rendered: what the worker processes do."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from ctypes import Array, c_int64
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import islice
 from multiprocessing.sharedctypes import RawArray
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset
 
 from offline_kd.data.blocks import BlockLoader, Decoder, ImageBlock
-from offline_kd.distill.sampler import Order
+from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.store.join import Wanted, join_all, joined_arrays, left_out_of, without_store
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate, take
-from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.strict import MAX_SEED
 from offline_kd.views.epochs import view_of_epoch
@@ -28,7 +29,6 @@ from offline_kd.views.render import render_choice
 READ_AHEAD = 4  # tars, from a remote store
 ALONE = 8  # images that are decoded together where none is mixed with another
 PIECE_BYTES = 2**26  # of pixels that a worker hands over at once
-ROW_STREAM = 0x726F77  # first counter of the draws made here, so that they are independent of all others
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,11 @@ class Source:
 
 @dataclass(frozen=True)
 class Options:
-    """How it is read. Batches depend on all of this, except `workers`.
+    """How it is read. Batches depend on all of this, except `workers`, `rank` and `world`.
 
     Of several processes (ranks), each gets its share of every batch.
+
+    Raises RecipeError for a number that cannot be.
     """
 
     batch_size: int  # of all ranks together
@@ -65,6 +67,11 @@ class Options:
             raise RecipeError(
                 f"batches of {self.batch_size} with seed {self.seed}: give at least 1, and a seed of 0 to {MAX_SEED}."
             )
+        if not 0 <= self.rank < self.world <= self.batch_size:
+            raise RecipeError(
+                f"rank {self.rank} of {self.world} with batches of {self.batch_size}: ranks are numbered from 0, and "
+                "there can be as many as a batch has rows. Use fewer processes, or a larger training.batch_size."
+            )
 
 
 @dataclass(frozen=True)
@@ -74,34 +81,54 @@ class Piece:
     position: int  # of the tar in the epoch
     is_last: bool  # of this tar
     rows: Rows
-    lane: NDArray[np.int64]  # [n]
-    shuffle: NDArray[np.uint64]  # [n] by which the rows of a lane are ordered within their pool
+    slots: NDArray[np.int64]  # [n]
     bad: list[str]  # what was left out, one line each
 
 
 @dataclass(eq=False)
 class Reader(IterableDataset[Piece]):
-    """Tars in their order, joined and rendered piece by piece; runs in the worker processes."""
+    """The tars of one worker in their order, joined and rendered piece by piece; runs in the worker processes."""
 
     source: Source
     options: Options
+    worker: int = 0
+    num_workers: int = 1
     # First epoch and first slot of the next pass, in memory that workers share: they outlive a pass.
     start: "Array[c_int64]" = field(default_factory=partial(RawArray, c_int64, 2))
 
     def order(self) -> Order:
         first_epoch, options = self.start[0], self.options
         counts = [tar.count for tar in self.source.images.split.tars]
-        return Order(options.seed, first_epoch, options.views_per_decode, counts, options.pool_blocks)
+        return Order(
+            options.seed, first_epoch, options.views_per_decode, counts, options.pool_blocks, options.batch_size
+        )
+
+    @cached_property
+    def homes(self) -> list[int]:
+        """The worker that reads a tar whenever it can, by number of the tar: it keeps what it has read."""
+        return home_workers([tar.count for tar in self.source.images.split.tars], self.num_workers)
 
     def __iter__(self) -> Iterator[Piece]:
-        order, info = self.order(), get_worker_info()
-        done = self.start[1]
-        positions = [at for at in range(len(order.tars)) if order.pool_slots(order.pool_of(at)).stop > done]
-        mine = positions[info.id :: info.num_workers] if info else positions
-        for index, position in enumerate(mine):
-            for later in mine[index + 1 : index + 1 + READ_AHEAD]:
+        order, done = self.order(), self.start[1]
+        mine = self._mine(order, done)
+        coming = deque(islice(mine, READ_AHEAD))
+        known, slots = -1, list[NDArray[np.int64]]()
+        while coming:
+            pool, position = coming.popleft()
+            coming.extend(islice(mine, 1))
+            for _, later in coming:
                 self._fetch_ahead(order, int(order.tars[later]))
-            yield from self._pieces(order, position)
+            if pool != known:
+                known, slots = pool, order.slots(pool)
+            yield from self._pieces(order, position, slots[position - order.positions(pool).start], done)
+
+    def _mine(self, order: Order, done: int) -> Iterator[tuple[int, int]]:
+        """Pool and position of the tars that this worker reads."""
+        for pool in range(order.num_pools):
+            if order.starts[pool + 1] > done:
+                for position, worker in zip(order.positions(pool), order.workers(pool, self.homes), strict=True):
+                    if worker == self.worker:
+                        yield pool, position
 
     def _fetch_ahead(self, order: Order, number: int) -> None:
         """Begin to fetch what a tar will need of remote stores, as far as a tar is known to be a block of theirs."""
@@ -113,40 +140,37 @@ class Reader(IterableDataset[Piece]):
                 if store.place.is_remote and block is not None:
                     store.fetch_ahead(block, group, joined_arrays(store, wanted))
 
-    def _pieces(self, order: Order, position: int) -> Iterator[Piece]:
+    def _pieces(self, order: Order, position: int, slots: NDArray[np.int64], done: int) -> Iterator[Piece]:
+        """This rank's rows of a tar whose rows have the `slots` `[epochs, count]`, without those before slot `done`."""
         source, options = self.source, self.options
         whole = source.images[int(order.tars[position])]
         known_bad = left_out_of(source.stores, whole)
         block = whole.without(known_bad) if known_bad else whole
+        # A tar that lacks bad images has fewer rows than its count: then the last slots show nothing.
         good = np.array([row for row in range(len(whole)) if row not in known_bad], dtype=np.int64)
-        epochs = range(order.first_epoch, order.first_epoch + order.epochs)
-        joined = [self._joined(block, epoch) for epoch in epochs]
-        # A tar that was read for the first time may turn out to lack bad images; lanes go by what it holds.
-        lanes = [order.lanes(position, epoch, whole.key_hash)[good] for epoch in epochs]
-        shuffles = [counter_hash(ROW_STREAM, options.seed, epoch, block.key_hash) for epoch in epochs]
+        slots = slots[:, good]
+        wanted = (slots >= done) & (order.ranks(slots, options.world) == options.rank)
+        joined = [self._joined(block, epoch) for epoch in range(order.first_epoch, order.first_epoch + order.epochs)]
         decoder = Decoder(block)
         bad = [f"{block.path}: sample '{one.key}': {one.problem}" for one in block.left_out]
-        step = self._rows_in_piece(block)
+        step = self.rows_in_piece(0 if block.pixels is None else block.pixels[0].nbytes)
         for first in range(0, max(len(block), 1), step):
             stop = min(first + step, len(block))
-            chosen = [first + np.flatnonzero(lane[first:stop] % options.world == options.rank) for lane in lanes]
+            chosen = [first + np.flatnonzero(one[first:stop]) for one in wanted]
             # All rows of a piece are taken as a slice, which copies nothing.
             some = [
                 one.take(slice(first, stop) if len(rows) == stop - first else rows)
                 for one, rows in zip(joined, chosen, strict=True)
             ]
-            lane, shuffle = (
-                np.concatenate([values[rows] for values, rows in zip(all_values, chosen, strict=True)])
-                for all_values in (lanes, shuffles)
-            )
+            places = np.concatenate([of_epoch[rows] for of_epoch, rows in zip(slots, chosen, strict=True)])
             if source.views.is_exact:
-                rows, kept = _copied(block, some), np.arange(len(lane))
+                rows = _copied(block, some)
             else:
                 rows, rendered = self._rendered(decoder, some)
-                kept = np.flatnonzero(rendered)
+                places = places[rendered]
             bad += [f"{block.path}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
             decoder.bad.clear()
-            yield Piece(position, stop == len(block), rows, lane[kept], shuffle[kept], bad)
+            yield Piece(position, stop == len(block), rows, places, bad)
             bad = []
 
     def _joined(self, block: ImageBlock, epoch: int) -> Rows:
@@ -162,9 +186,13 @@ class Reader(IterableDataset[Piece]):
         views = self.source.views
         return self.options.size or views.output_size or 0
 
-    def _rows_in_piece(self, block: ImageBlock) -> int:
-        image_bytes = block.pixels[0].nbytes if block.pixels is not None else 3 * self.size * self.size
-        return max(PIECE_BYTES // (image_bytes * self.options.views_per_decode) // PARTNERS, 1) * PARTNERS
+    def rows_in_piece(self, image_bytes: int = 0) -> int:
+        """How many rows of a tar are handed over at once, those of other ranks included; 0 bytes: of resampled views.
+
+        Where images are copied, and are not known yet, a piece is a tar.
+        """
+        row_bytes = (image_bytes or 3 * self.size * self.size or 1) * self.options.views_per_decode
+        return max(PIECE_BYTES * self.options.world // row_bytes // PARTNERS, 1) * PARTNERS
 
     def _rendered(self, decoder: Decoder, joined: list[Rows]) -> tuple[Rows, NDArray[np.bool_]]:
         """Rendered views, and which of the joined rows could be rendered.

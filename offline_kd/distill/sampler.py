@@ -1,5 +1,7 @@
-"""Which image is shown when, and on which rank: decided by seed, epoch, keys and counts alone."""
+"""Which image is shown when, on which rank, and which worker reads it: decided by seed, epoch and counts alone."""
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,57 +10,121 @@ from numpy.typing import NDArray
 
 from offline_kd.support.counter_rng import counter_hash
 
-LANES = 96  # ranks are a divisor of it
-BLOCK_STREAM, LANE_STREAM = 0x626C6F636B, 0x6C616E65  # first counters of the draws made here
+ORDER_VERSION = 2  # a run that was begun in another order cannot go on in this one
+SMALL = 8  # a last batch of less than an eighth is not worth a step
+UNEVEN = 1.25  # of its even share of a pool is what a worker may be given so that its tars stay with it
+BLOCK_STREAM, ROW_STREAM = 0x626C6F636B, 0x726F77  # first counters of the draws made here
 
 
 @dataclass(frozen=True)
 class Order:
-    """One pass over the data, a pure function of seed, epoch, keys and the manifest's counts.
+    """One pass over the data, a pure function of seed, epoch and the manifest's counts.
 
-    A pass shows `views_per_decode` epochs at once. Its rows are numbered by tar, in the pass's order of tars, by
-    epoch and by a permutation of the tar; row i is in lane i % LANES. Slot s of the pass shows a row of the lane
-    s % LANES, out of the same pool of tars. A rank takes whole lanes, and a step so many consecutive slots: so every
-    rank knows its rows by itself, whatever is known of the other tars, and a pass that was stopped goes on with the
-    slots that are left, with any number of ranks and workers.
+    A pass shows `epochs` epochs at once; its rows are the images of all tars, once for each of them. Tars come in an
+    order of the pass, so many at a time are a pool, and within a pool rows are shuffled: that gives every row a slot.
+    A step shows a batch of consecutive slots, of which every rank takes each `world`-th. So whoever reads a tar knows
+    when its rows are shown, and on which rank, whatever is known of the other tars; batches do not depend on how many
+    ranks and workers there are; and a pass that was stopped goes on with the slots that are left, with any number.
     """
 
     seed: int
     first_epoch: int
     epochs: int
-    counts: list[int]  # of the tars, by number
+    counts: Sequence[int]  # of the tars, by number
     pool_blocks: int
+    batch_size: int  # of all ranks together
 
     @cached_property
     def tars(self) -> NDArray[np.int64]:
-        """The numbers of the tars."""
+        """The numbers of the tars, by position."""
         numbers = np.arange(len(self.counts), dtype=np.uint64)
-        return counter_hash(BLOCK_STREAM, self.seed, self.first_epoch, numbers).argsort()
+        return counter_hash(BLOCK_STREAM, self.seed, self.first_epoch, numbers).argsort(kind="stable")
+
+    @cached_property
+    def num_rows(self) -> int:
+        return sum(self.counts) * self.epochs
 
     @cached_property
     def starts(self) -> NDArray[np.int64]:
-        """The number of each tar's first row, by position; behind the last one, the number of rows."""
-        return np.concatenate([[0], np.cumsum(np.array(self.counts)[self.tars])]) * self.epochs
+        """The first slot of each pool; behind the last one, the number of rows."""
+        rows = np.concatenate([[0], np.cumsum(np.array(self.counts)[self.tars])]) * self.epochs
+        return rows[[*range(0, len(self.tars), self.pool_blocks), len(self.tars)]]
 
-    def pool_of(self, position: int) -> int:
-        return position // self.pool_blocks
+    @property
+    def num_pools(self) -> int:
+        return len(self.starts) - 1
 
-    def pool_slots(self, pool: int) -> range:
-        first, end = (min(number * self.pool_blocks, len(self.tars)) for number in (pool, pool + 1))
-        return range(int(self.starts[first]), int(self.starts[end]))
+    def positions(self, pool: int) -> range:
+        """Of the tars of a pool."""
+        return range(pool * self.pool_blocks, min((pool + 1) * self.pool_blocks, len(self.tars)))
 
-    def lanes(self, position: int, epoch: int, key_hash: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """`[n]` lane of every row of a tar, bad images included, in one of the pass's epochs."""
-        place = np.empty(len(key_hash), dtype=np.int64)
-        place[counter_hash(LANE_STREAM, self.seed, epoch, key_hash).argsort()] = np.arange(len(key_hash))
-        first = self.starts[position] + (epoch - self.first_epoch) * len(key_hash)
-        return (first + place) % LANES
+    def slots(self, pool: int) -> list[NDArray[np.int64]]:
+        """For every tar of a pool, `[epochs, count]`: the slots of its rows."""
+        numbers = self.tars[self.positions(pool)].tolist()
+        sizes = [self.epochs * self.counts[number] for number in numbers]
+        draws = [
+            counter_hash(ROW_STREAM, self.seed, self.first_epoch, number, np.arange(size, dtype=np.uint64))
+            for number, size in zip(numbers, sizes, strict=True)
+        ]
+        slots = np.empty(sum(sizes), dtype=np.int64)
+        slots[np.concatenate(draws).argsort(kind="stable")] = np.arange(self.starts[pool], self.starts[pool + 1])
+        return [one.reshape(self.epochs, -1) for one in np.split(slots, np.cumsum(sizes)[:-1])]
 
-    def slots(self, pool: int, lane: NDArray[np.int64], shuffle: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """`[n]` slot of all rows of a pool that are in some lanes."""
-        slots = np.empty(len(lane), dtype=np.int64)
-        first = self.pool_slots(pool).start
-        for one in np.unique(lane):
-            rows = np.flatnonzero(lane == one)
-            slots[rows[shuffle[rows].argsort()]] = first + (one - first) % LANES + LANES * np.arange(len(rows))
-        return slots
+    @cached_property
+    def steps(self) -> int:
+        """The last batch, if it is small or a single row, joins the one before."""
+        full, rest = divmod(self.num_rows, self.batch_size)
+        return max(full + (rest >= max(2, self.batch_size // SMALL)), 1)
+
+    def batch(self, step: int) -> range:
+        """The slots that a step shows on all ranks together; none behind the last step."""
+        if step >= self.steps:
+            return range(self.num_rows, self.num_rows)
+        stop = self.num_rows if step == self.steps - 1 else (step + 1) * self.batch_size
+        return range(step * self.batch_size, stop)
+
+    def ranks(self, slots: NDArray[np.int64], world: int) -> NDArray[np.int64]:
+        """Which of `world` ranks shows each slot: the shares of a batch differ by one row at most."""
+        step = np.minimum(slots // self.batch_size, self.steps - 1)
+        return (slots - step * self.batch_size) % world
+
+    def workers(self, pool: int, homes: Sequence[int]) -> list[int]:
+        """Which worker reads each tar of a pool: the tar's home, or another where that is given too much.
+
+        Args:
+            homes: by tar, as `home_workers` gives them.
+        """
+        tars = self.tars[self.positions(pool)].tolist()
+        counts, num_workers = [self.counts[tar] for tar in tars], max(homes) + 1
+        largest_first = sorted(range(len(tars)), key=lambda at: -counts[at])
+        # No more than that, but what the best sharing gives to one worker it may always have.
+        best = _shared(counts, largest_first, [0] * num_workers)
+        shares = [sum(counts[at] for at in best if best[at] == worker) for worker in range(num_workers)]
+        most = max(UNEVEN * sum(counts) / num_workers, *shares)
+        load, found = [0] * num_workers, {}
+        for at in largest_first:
+            home = homes[tars[at]]
+            if load[home] + counts[at] <= most:
+                found[at] = home
+                load[home] += counts[at]
+        found |= _shared(counts, [at for at in largest_first if at not in found], load)
+        return [found[at] for at in range(len(tars))]
+
+
+def home_workers(counts: Sequence[int], num_workers: int) -> list[int]:
+    """The worker that reads a tar, by number of the tar, in every pass as far as possible: it may have kept it."""
+    if num_workers == 1:
+        return [0] * len(counts)
+    homes = _shared(counts, sorted(range(len(counts)), key=lambda tar: -counts[tar]), [0] * num_workers)
+    return [homes[tar] for tar in range(len(counts))]
+
+
+def _shared(counts: Sequence[int], which: Sequence[int], load: Sequence[int]) -> dict[int, int]:
+    """Each of them, in this order, for the worker that has the least by then."""
+    least = [(rows, worker) for worker, rows in enumerate(load)]
+    heapq.heapify(least)
+    given = {}
+    for one in which:
+        rows, given[one] = heapq.heappop(least)
+        heapq.heappush(least, (rows + counts[one], given[one]))
+    return given

@@ -119,10 +119,10 @@ def take(tensor: Tensor, index: Tensor | Index) -> Tensor:
 
 
 def gather(parts: Sequence[Rows], part: NDArray[np.int64], row: NDArray[np.int64]) -> Rows:
-    """Rows `row` `[n]` of the parts `part` `[n]`, in that order; the parts lack a `choice`."""
+    """Rows `row` `[n]` of the parts `part` `[n]`, in that order; there is a part at least, and they lack a `choice`."""
     used = [(parts[one], np.flatnonzero(part == one)) for one in np.unique(part)]
-    if len(used) == 1:
-        return used[0][0].take(row)
+    if len(used) <= 1:
+        return (used[0][0] if used else parts[0]).take(row)
     others = [iter(one.fields()) for one, _ in used]
     at = [(torch.from_numpy(row[place]), torch.from_numpy(place)) for _, place in used]
 
