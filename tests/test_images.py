@@ -19,6 +19,7 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import Decoder
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Sample
+from offline_kd.distill.loader import Loader
 from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.store.join import join, left_out_of
 from offline_kd.store.opening import open_store
@@ -237,6 +238,15 @@ def test_bad_images_are_left_out_listed_and_never_mixed_in(tmp_path, capsys):
         assert len(stream.bad) == 3
         assert "0x" not in "".join(stream.bad)  # no address, which would be another in every run
     assert torch.equal(*shown)
+    # They keep their places in batches, and in the ranks' shares of these.
+    whole, manifest = photographs(tmp_path / "whole", make_samples())
+    source = source_of(whole, training_images(whole, manifest, [tmp_path / "whole"]))
+    good = set(np.concatenate([batch.key_hash for batch in batches]).tolist())
+    full = [batch.key_hash.tolist() for batch in make_loader(whole, source, 0, CPU).epoch(0)]
+    assert [batch.key_hash.tolist() for batch in batches] == [[key for key in keys if key in good] for keys in full]
+    third = replace(stream.options, rank=2, world=3)
+    shares = [batch.key_hash.tolist() for batch in Loader(stream.source, third, CPU).epoch(0)]
+    assert shares == [[key for key in keys[2::3] if key in good] for keys in full]
 
 
 def test_a_store_with_left_out_images_is_verified_and_trained_from_by_the_command_line(tmp_path):

@@ -1,5 +1,6 @@
 """The right label for the pixels: what stage 2 pairs is what the teacher was shown, whatever happened in between."""
 
+import gc
 import re
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offline_kd.cache.pipeline import cache_teacher
@@ -17,7 +18,8 @@ from offline_kd.data.manifest import Dataset, Split, Tar
 from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.reader import Options, Source
+from offline_kd.distill.reader import Options, Piece, Source
+from offline_kd.distill.sampler import UNEVEN, Order, home_workers
 from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.opening import open_store
@@ -209,13 +211,47 @@ def test_ranks_without_a_row_get_empty_batches_that_a_network_and_a_loss_take(re
 
 def test_seven_unequal_tars_three_workers_and_five_ranks_show_every_sample_once():
     sizes = [40, 7, 33, 1, 58, 12, 21]
-    seen = []
     for rank in (0, 4):
         stream = stream_of(sizes, batch_size=16, rank=rank, world=5, workers=3)
         alone = stream_of(sizes, batch_size=16, rank=rank, world=5)
         for epoch in range(2):
             assert shown(stream, epoch) == shown(alone, epoch)
+        next(stream.epoch(2))  # and given up
         assert shown(stream, 0, 4) == shown(alone, 0)[4:]
+
+
+def test_pieces_of_later_pools_wait_with_the_workers_however_uneven_tars_are(monkeypatch):
+    """One worker reads giants in several pieces each, the other tiny tars: nothing piles up in the training process."""
+    monkeypatch.setattr("offline_kd.distill.reader.PIECE_BYTES", 64 * 3 * 4 * 4)  # 64 images
+    sizes = [1, 500, 2, 3, 1, 400, 2, 1, 3, 2, 300, 1]
+    stream = stream_of(sizes, batch_size=32, pool_blocks=3, workers=2)
+    assert stream.reader.rows_in_piece(3 * 4 * 4) == 64
+    # Those of the pool that is shown have become rows.
+    assert max(sum(type(one) is Piece for one in gc.get_objects()) for _ in stream.epoch(0)) == 0
+
+
+def test_more_ranks_than_a_batch_has_rows_are_refused():
+    with pytest.raises(RecipeError, match="rank 3 of 3 with batches of 8: ranks are numbered from 0"):
+        stream_of([10], batch_size=8, rank=3, world=3)
+    with pytest.raises(RecipeError, match=r"rank 0 of 9 with batches of 8: .*as many as a batch has rows"):
+        stream_of([10], batch_size=8, world=9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 9), st.integers(0, 9))
+def test_a_tar_stays_with_its_worker_unless_a_pool_would_be_shared_badly(counts, pool_blocks, num_workers, epoch):
+    order, homes = Order(0, epoch, 1, counts, pool_blocks, 8), home_workers(counts, num_workers)
+    for pool in range(order.num_pools):
+        tars = order.tars[order.positions(pool)].tolist()
+        workers = order.workers(pool, homes)
+        load, at_home = [0] * num_workers, [0] * num_workers
+        for tar, worker in zip(tars, workers, strict=True):
+            load[worker] += counts[tar]
+            at_home[homes[tar]] += counts[tar]
+        even = sum(load) / num_workers
+        assert max(load) <= max(UNEVEN * even, even + max(counts[tar] for tar in tars))
+        if max(at_home) <= UNEVEN * even or order.num_pools == 1:
+            assert workers == [homes[tar] for tar in tars]
 
 
 def test_several_views_of_a_decoded_image_are_those_of_so_many_epochs():

@@ -113,7 +113,7 @@ class Loader:
         order = self.reader.order()
         step, done = first_step, order.batch(first_step).start
         self.reader.start[1] = done
-        workers = [iter(worker) for worker in self.workers] or [iter(self.reader)]
+        workers: list[Iterator[Piece]] = [iter(worker) for worker in self.workers] or [iter(self.reader)]
         left = _Slots.nothing()
         for pool in range(order.num_pools):
             if order.starts[pool + 1] <= done:
