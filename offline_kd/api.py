@@ -35,7 +35,9 @@ class LoaderOptions(TypedDict, total=False):
 
     seed: int  # of the order, and of which view an epoch shows; 0 if absent
     device: str | torch.device  # where batches are; "cpu" if absent
-    workers: int  # processes that read and decode tars; 0 if absent
+    workers: int  # processes that read and decode tars, of every rank; 0 if absent
+    rank: int  # which share of every batch this process gets; 0 if absent
+    world: int  # of how many processes, 1 to `batch_size`, which is that of all together; 1 if absent
     decisions: Sequence[str]  # names of decisions that batches hold beside the logits; none if absent
     normalisation: AnyNormalisation | None  # of `batch.images`, which are then float32; uint8 if absent
 
@@ -116,7 +118,8 @@ class TeacherStore:
             data: the folder of the dataset's tars; by default the one that the store was opened with.
             options: see `LoaderOptions`.
 
-        Raises StoreMismatch when images, labels or keys are not those that the teacher saw.
+        Raises RecipeError for more ranks than a batch has rows, and StoreMismatch when images, labels or keys are not
+        those that the teacher saw.
         """
         from offline_kd.distill.open_loader import open_loader
         from offline_kd.distill.reader import Options
@@ -126,7 +129,13 @@ class TeacherStore:
         return open_loader(
             self.reader,
             folder,
-            Options(batch_size=batch_size, seed=options.get("seed", 0), workers=options.get("workers", 0)),
+            Options(
+                batch_size=batch_size,
+                seed=options.get("seed", 0),
+                workers=options.get("workers", 0),
+                rank=options.get("rank", 0),
+                world=options.get("world", 1),
+            ),
             device=options.get("device", "cpu"),
             decisions=options.get("decisions", ()),
             normalisation=None if wanted is None else _normalisation(wanted),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pictures import EVERYTHING
 
 from offline_kd.data.tars import hash_key
-from offline_kd.support.counter_rng import counter_hash, counter_uniform, keyed_permutation, mix
+from offline_kd.support.counter_rng import counter_hash, counter_uniform, keyed_permutation, mix, order_of_rows
 from offline_kd.support.errors import RecipeError
 from offline_kd.views import VIEWS
 from offline_kd.views.augment import FOURTEEN, RandAugment, ThreeAugment, TrivialAugment
@@ -217,6 +217,16 @@ def test_the_view_of_an_epoch_depends_on_seed_key_and_epoch_alone():
 
 
 @given(st.integers(0, 2**62), st.integers(1, 200))
+def test_rows_are_ordered_as_a_stable_argsort_does(seed, num):
+    """Numbers that are far apart, that differ in their last bits only, and that are equal."""
+    rng = np.random.default_rng(seed)
+    far = rng.integers(0, 2**64, (4, num), dtype=np.uint64)
+    close = np.uint64(2**63) + rng.integers(0, 2 * num, (4, num)).astype(np.uint64)
+    for draws in (far, close, np.where(rng.random((4, num)) < 0.5, far, close)):
+        assert np.array_equal(order_of_rows(draws), np.argsort(draws, axis=1, kind="stable"))
+
+
+@given(st.integers(0, 2**31), st.integers(1, 200))
 def test_keyed_permutations_are_permutations(seed, num):
     rows = keyed_permutation(num, seed, KEYS[:3])
     assert rows.shape == (3, num)

@@ -31,7 +31,7 @@ def open_loader(
     Args:
         store: as `open_store` gives it.
         data: the folder with the image tars that the store was made from.
-        options: size of batches, their order, and how many processes read.
+        options: size of batches, their order, how many processes read, and which share of every batch this rank gets.
         decisions: names of the decisions that batches hold beside the logits.
         normalisation: give images as the float32 input of a network, `(pixels / 255 - mean) / std`; None: uint8 pixels.
 

@@ -33,4 +33,18 @@ def counter_uniform(*counters: int | U64) -> NDArray[np.float64]:
 def keyed_permutation(num: int, *counters: int | U64) -> NDArray[np.int64]:
     """`[n, num]`: for every row of counters (broadcast to `[n]`) its own permutation of 0..num-1."""
     rows = counter_hash(*counters)[:, None]
-    return np.argsort(counter_hash(rows, np.arange(num, dtype=np.uint64)[None]), axis=1, kind="stable")
+    return order_of_rows(counter_hash(rows, np.arange(num, dtype=np.uint64)[None]))
+
+
+def order_of_rows(draws: U64) -> NDArray[np.int64]:
+    """`[n, num]`: every row's stable argsort. Numbers that end with their place sort faster than places by number."""
+    num = draws.shape[1]
+    bits = np.uint64((num - 1).bit_length())
+    places = (np.uint64(1) << bits) - np.uint64(1)
+    draws_and_places = np.sort(draws & ~places | np.arange(num, dtype=np.uint64), axis=1)
+    order = (draws_and_places & places).astype(np.int64)
+    # What differs in the bits that made way for places only, which is rare.
+    rounded = draws_and_places >> bits
+    unclear = (rounded[:, 1:] == rounded[:, :-1]).any(axis=1)
+    order[unclear] = np.argsort(draws[unclear], axis=1, kind="stable")
+    return order
