@@ -1,6 +1,9 @@
 """Small networks that test recipes name as `networks:NAME`."""
 
+import os
+import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -83,3 +86,27 @@ def infinite_map(num_classes: int) -> nn.Module:
 
 def no_module(num_classes: int) -> int:
     return num_classes
+
+
+class Watched(Small):
+    """In a worker of Ray: slow, notes what it is asked, and once ends the process that it runs in."""
+
+    def __init__(self, num_classes: int, log: str, dies_at: int) -> None:
+        super().__init__(num_classes)
+        self.log, self.dies_at, self.calls = Path(log), dies_at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if Path(sys.argv[0]).name == "default_worker.py":
+            time.sleep(0.02)
+            with self.log.open("a") as file:
+                file.write(f"{os.getpid()} {len(x)}\n")
+            self.calls += 1
+            died = self.log.with_suffix(".died")
+            if self.calls == self.dies_at and not died.exists():
+                died.touch()
+                os._exit(1)
+        return super().forward(x)
+
+
+def watched(num_classes: int, log: str, dies_at: int) -> nn.Module:
+    return Watched(num_classes, log, dies_at)

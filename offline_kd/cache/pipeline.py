@@ -6,7 +6,7 @@ processes, on any machines, it is shared: a block belongs to whoever has its lea
 
 import contextlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TypedDict, Unpack
 
 import torch
 
-from offline_kd.cache.engines import DEFAULT_ENGINE, find_engine
+from offline_kd.cache.engines import DEFAULT_ENGINE, EngineOption, find_engine
 from offline_kd.cache.finish import finish_if_complete
 from offline_kd.cache.job import Capture, announce, identify, refuse_uneven_views
 from offline_kd.cache.tables import fit_tables
@@ -54,6 +54,7 @@ class CaptureOptions(TypedDict, total=False):
     teacher: Teacher | None  # one that is in memory, on the device; None: the one that the recipe names
     worker: Worker | None  # which of several writers this is; None: the only one, or one that shares all blocks
     engine: str  # a name of `cache.engines.ENGINES`: how the blocks reach the processes that do them
+    engine_options: Mapping[str, EngineOption]  # of that engine, by the names of its keyword parameters
     add: bool  # another teacher's targets may be added to a store, under the recipe's name
 
 
@@ -72,7 +73,7 @@ def cache_teacher(
     Returns:
         The manifest of the finished store; None when other writers have blocks to do yet.
     """
-    run_engine = find_engine(options.get("engine", DEFAULT_ENGINE))
+    run_engine = find_engine(options.get("engine", DEFAULT_ENGINE), options.get("engine_options"))
     place = location if not isinstance(location, str | Path) else place_at(location)
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from offline_kd.cache.engines import DEFAULT_ENGINE, ENGINES
-from offline_kd.cli.options import Inputs, read_inputs, recipe_options
+from offline_kd.cli.options import EngineChoice, Inputs, engine_options, read_inputs, recipe_options
 from offline_kd.support.errors import RecipeError
+from offline_kd.support.job_array import told_by
 
 if TYPE_CHECKING:
     from offline_kd.cache.pipeline import Worker
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
 @click.command("cache-teacher")
 @recipe_options
 @click.option("--store", "store", required=True, help="Folder or URL (s3://, gs://, az://) of the store.")
-@click.option("--worker", metavar="I/N", help="In a job array: do the blocks of worker I (from 0) of N only.")
-@click.option("--engine", default=DEFAULT_ENGINE, show_default=True, help=f"Who does the blocks: {', '.join(ENGINES)}.")
+@click.option(
+    "--worker", metavar="I/N", help="Do the blocks of worker I (from 0) of N only.  [default: as a job array says]"
+)
+@engine_options
 @click.option("--add", is_flag=True, help="Add this teacher to a store of another one, over the same views.")
 def command(
-    recipe_path: Path, store: str, worker: str | None, engine: str, add: bool, **inputs: Unpack[Inputs]
+    recipe_path: Path, store: str, worker: str | None, add: bool, engine: EngineChoice, **inputs: Unpack[Inputs]
 ) -> None:
     """Stage 1: ask the teacher about every view of every image, once. The same command again resumes.
 
@@ -35,14 +37,13 @@ def command(
     offline-kd cache-teacher pipelines/cifar10/resnet56_resnet20_cpu.yaml --store stores/cifar10-resnet56
     offline-kd cache-teacher recipe.yaml --store s3://team/stores/cifar10 --worker 3/16
     torchrun --nproc-per-node 8 -m offline_kd cache-teacher recipe.yaml --store stores/cifar10
+    offline-kd cache-teacher recipe.yaml --store s3://team/stores/cifar10 --engine ray --ray-address auto
     """
     from offline_kd.cache.pipeline import cache_teacher
     from offline_kd.support.console import show_table
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
-    finished = cache_teacher(
-        recipe, manifest, roots, store, device, worker=which_worker(worker), engine=engine, add=add
-    )
+    finished = cache_teacher(recipe, manifest, roots, store, device, worker=which_worker(worker), add=add, **engine)
     if finished is None:
         return
     fidelity = finished.fidelity.get(recipe.name) or next(iter(finished.fidelity.values()))
@@ -62,11 +63,17 @@ def command(
 
 
 def which_worker(text: str | None) -> Worker:
-    """From --worker, or from what torchrun tells its processes."""
+    """From --worker, or from what torchrun, SLURM or Kubernetes tell their processes, which is said."""
     from offline_kd.cache.pipeline import Worker
+    from offline_kd.support.console import say
 
     if text is None:
-        return Worker(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        told = told_by(os.environ)
+        if told is None:
+            return Worker()
+        share = "does its own share of the blocks" if told.own_share else "shares the blocks with the others"
+        say(f"worker {told.index} of {told.count}, from {told.source}: {share}")
+        return Worker(told.index, told.count, told.own_share)
     parts = re.fullmatch(r"(\d+)/(\d+)", text)
     if parts is None or not int(parts[1]) < int(parts[2]):
         raise RecipeError(f"--worker {text}: write I/N with I from 0 to N - 1, such as 0/4.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
+from offline_kd.cache.engines import DEFAULT_ENGINE, ENGINES, EngineOption
 from offline_kd.support.errors import RecipeError, shorten
 
 if TYPE_CHECKING:
@@ -78,6 +80,44 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return common_options(command)
 
 
+class EngineChoice(TypedDict):
+    """Who does the blocks of stage 1."""
+
+    engine: str
+    engine_options: dict[str, EngineOption]  # what was given of them
+
+
+def engine_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--engine and the options that some engines have, handed to the command as one `engine`."""
+
+    @functools.wraps(command)
+    def with_choice(engine: str, **values: object) -> None:
+        given = {name: value for name in names if (value := values.pop(name)) is not None}
+        command(engine={"engine": engine, "engine_options": given}, **values)
+
+    names = ("ray_address", "min_actors", "max_actors", "gpus_per_actor")
+    positive = click.IntRange(1)
+    chosen: Callable[..., None] = with_choice
+    for option in reversed(
+        [
+            click.option(
+                "--engine",
+                default=DEFAULT_ENGINE,
+                show_default=True,
+                help=f"Who does the blocks of stage 1: {', '.join(ENGINES)}.",
+            ),
+            click.option("--ray-address", metavar="HOST:PORT", help="Of the Ray cluster; auto: that of this machine."),
+            click.option("--min-actors", type=positive, help="With Ray: ask for so many at first.  [default: 1]"),
+            click.option("--max-actors", type=positive, help="With Ray: never more.  [default: what is free]"),
+            click.option(
+                "--gpus-per-actor", type=click.FloatRange(0), help="With Ray: a share is allowed, such as 0.5."
+            ),
+        ]
+    ):
+        chosen = option(chosen)
+    return chosen
+
+
 class Inputs(TypedDict):
     """What `recipe_options` hand to a command, besides `recipe_path`."""
 
@@ -112,7 +152,9 @@ def choose_device(name: str) -> torch.device:
     if not count:
         raise RecipeError(f"--device {name}: no CUDA device is available here. Use --device cpu.")
     rank = os.environ.get("LOCAL_RANK", "")  # as torchrun counts
-    index = int(parts[1] or (rank if name == "auto" and rank.isdecimal() else 0))
+    task = os.environ.get("SLURM_LOCALID", "")  # as srun counts, which may show a task its own GPUs only
+    near = rank if rank.isdecimal() else int(task) % count if task.isdecimal() else 0
+    index = int(parts[1] or (near if name == "auto" else 0))
     if index >= count:
         raise RecipeError(f"--device {name}: there are {count} CUDA devices here, none has number {index}.")
     return torch.device("cuda", index)

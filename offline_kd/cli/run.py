@@ -7,19 +7,27 @@ from typing import Unpack
 
 import click
 
-from offline_kd.cli.options import Inputs, read_inputs, recipe_options
+from offline_kd.cli.options import EngineChoice, Inputs, engine_options, read_inputs, recipe_options
 
 
 @click.command("run")
 @recipe_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: runs/NAME]")
-def command(recipe_path: Path, out: Path | None, **inputs: Unpack[Inputs]) -> None:
+@engine_options
+@click.option("--gpus-per-run", type=click.FloatRange(0), help="With Ray: of a student; a share is allowed.")
+def command(
+    recipe_path: Path, out: Path | None, engine: EngineChoice, gpus_per_run: float | None, **inputs: Unpack[Inputs]
+) -> None:
     """Every stage of RECIPE: teacher, store, students, report. The same command again goes on where it stopped.
+
+    With `--engine ray` stage 1 is done by actors of a Ray cluster, and all students are trained at once, as its tasks.
 
     \b
     offline-kd run pipelines/digits.yaml --out runs/digits
+    offline-kd run recipe.yaml --out /shared/runs/cifar10 --engine ray --gpus-per-run 0.25
     """
     from offline_kd.distill.run import run
 
     recipe, manifest, _, device = read_inputs(recipe_path, **inputs)
-    run(recipe, manifest, list(inputs["data_root"]), out or Path("runs") / recipe.name, device)
+    out = out or Path("runs") / recipe.name
+    run(recipe, manifest, list(inputs["data_root"]), out, device, gpus_per_run=gpus_per_run, **engine)

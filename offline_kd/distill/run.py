@@ -1,4 +1,4 @@
-"""`offline-kd run`: every stage of a recipe, one after the other, then the report.
+"""`offline-kd run`: every stage of a recipe, one after the other, then the report. On Ray, all students at once.
 
 OUT/recipe.yaml     resolved; `offline-kd cache-teacher OUT/recipe.yaml --store ...` repeats the capture
 OUT/data/           the dataset, where it is one that `data pack` can make by itself (digits)
@@ -8,40 +8,83 @@ OUT/students/NAME/  run directories, one per objective and seed
 OUT/summary.json, OUT/report.html
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 
+from offline_kd.cache.engines import DEFAULT_ENGINE, EngineOption, find_engine
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, locate
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
 from offline_kd.distill.run_directory import refuse_ranks, run_directory
-from offline_kd.distill.training import distill, train_teacher
+from offline_kd.distill.training import DistillOptions, distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
-from offline_kd.support.errors import DataError
+from offline_kd.support.errors import DataError, RecipeError
 from offline_kd.support.files import write_atomically
 
 TEACHER_TOLERANCE = 0.5  # percentage points, between the evaluation after training and the gate
 
 
-def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path, device: torch.device) -> None:
+class RunOptions(TypedDict, total=False):
+    """Where the stages of a run take place."""
+
+    engine: str  # of stage 1; with "ray", students are trained on that cluster too
+    engine_options: Mapping[str, EngineOption]
+    gpus_per_run: float | None  # of a student, on Ray; None: 1 if this process uses a GPU
+
+
+def run(
+    recipe: Recipe,
+    manifest: Manifest,
+    extra_roots: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    **options: Unpack[RunOptions],
+) -> None:
     """Pack, train the teacher, cache it, distil every objective with every seed, report. Resumes by itself.
 
     Raises TrainingError when another process writes `out`.
     """
     refuse_ranks()
-    with run_directory(out):
-        _run(recipe, manifest, extra_roots, out, device)
+    if options.get("gpus_per_run") is not None and options.get("engine") != "ray":
+        raise RecipeError(
+            "--gpus-per-run: students are tasks with GPUs on Ray only. Leave it out, or add --engine ray."
+        )
+    with run_directory(out), _cluster(options):
+        _run(recipe, manifest, extra_roots, out, device, options)
 
 
-def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path, device: torch.device) -> None:
+@contextlib.contextmanager
+def _cluster(options: RunOptions) -> Iterator[None]:
+    """One connection for all stages, where they take place on Ray."""
+    find_engine(options.get("engine", DEFAULT_ENGINE), options.get("engine_options"))  # refuses what is wrong
+    if options.get("engine") != "ray":
+        yield
+        return
+    from offline_kd.support.ray_cluster import joined
+
+    address = options.get("engine_options", {}).get("ray_address")
+    with joined(None if address is None else str(address)):
+        yield
+
+
+def _run(
+    recipe: Recipe,
+    manifest: Manifest,
+    extra_roots: Sequence[Path],
+    out: Path,
+    device: torch.device,
+    options: RunOptions,
+) -> None:
     started = time.monotonic()
     recipe = _with_digits(recipe, manifest, extra_roots, out)
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
@@ -55,24 +98,26 @@ def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: P
 
     if any(needs_teacher(terms) for terms in recipe.objectives.values()):
         say("asking the teacher about every view")
-        store = cache_teacher(recipe, manifest, roots, out / "store", device)
+        engine, its_options = options.get("engine", DEFAULT_ENGINE), options.get("engine_options", {})
+        store = cache_teacher(recipe, manifest, roots, out / "store", device, engine=engine, engine_options=its_options)
         assert store is not None
         say(f"store: {store.total_bytes:,} bytes, digest sha256:{store.digest}")
-    for objective, terms in recipe.objectives.items():
-        for seed in recipe.seeds:
-            folder = out / "students" / f"{objective}-{seed}"
-            result = distill(
-                recipe,
-                manifest,
-                roots,
-                folder,
-                device,
-                objective=objective,
-                seed=seed,
-                stores=[str(out / "store")] if needs_teacher(terms) else [],
-            )
-            say(f"{objective}, seed {seed}: top-1 {result.top1:.2f} %, {result.seconds_per_epoch:.2f} s per epoch")
-            folders.append(folder)
+    students: dict[Path, DistillOptions] = {
+        out / "students" / f"{objective}-{seed}": {
+            "objective": objective,
+            "seed": seed,
+            "stores": [str(out / "store")] if needs_teacher(terms) else [],
+        }
+        for objective, terms in recipe.objectives.items()
+        for seed in recipe.seeds
+    }
+    for folder, result in _distill_all(recipe, manifest, roots, students, device, options):
+        about = students[folder]
+        say(
+            f"{about['objective']}, seed {about['seed']}: top-1 {result.top1:.2f} %, "
+            f"{result.seconds_per_epoch:.2f} s per epoch"
+        )
+    folders += students
 
     groups = group_runs(read_runs(folders))
     summaries = summarise(groups)
@@ -87,6 +132,26 @@ def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: P
     write_report(out / "report.html", recipe.name, groups, notes)
     show_table(notes[0], *table(summaries))
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
+
+
+def _distill_all(
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Path],
+    students: Mapping[Path, DistillOptions],
+    device: torch.device,
+    options: RunOptions,
+) -> Iterator[tuple[Path, Result]]:
+    """Every student with its run directory, when it is finished: one after the other, or all at once on Ray."""
+    if options.get("engine") != "ray":
+        for folder, about in students.items():
+            yield folder, distill(recipe, manifest, roots, folder, device, **about)
+        return
+    from offline_kd.distill.ray_students import distill_on_ray
+
+    gpus = options.get("gpus_per_run")
+    gpus = float(device.type == "cuda") if gpus is None else gpus
+    yield from distill_on_ray(recipe, manifest, roots, students, gpus)
 
 
 def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path) -> Recipe:

@@ -15,9 +15,13 @@ When it returns, every view group of these blocks is committed, by whomever: a c
 not finished. Blocks may come in any order, in any process, and more than once, since a ledger entry is created
 exclusively: at least once is enough. `cache.work` has what an engine needs: `open_work`, and `capture_block` for one
 block. What an engine cannot do is raised as an OfflineKDError; a block that fails fails the capture.
+
+Keyword-only parameters of `run` are the engine's options: `max_actors` is `--max-actors`.
 """
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -27,16 +31,25 @@ if TYPE_CHECKING:
     from offline_kd.cache.job import Capture
 
 Engine: TypeAlias = "Callable[[Capture, str, Sequence[int]], None]"
+EngineOption: TypeAlias = str | int | float
 
 DEFAULT_ENGINE = "local"
 ENGINES = {
     "local": "offline_kd.cache.engines.local",
+    "ray": "offline_kd.cache.engines.ray",
 }
 
 
-def find_engine(name: str) -> Engine:
-    """The engine of that name. Raises RecipeError where there is none."""
+def find_engine(name: str, options: Mapping[str, EngineOption] | None = None) -> Engine:
+    """The engine of that name, with its options. Raises RecipeError where there is none, or it has no such option."""
     if name not in ENGINES:
         raise RecipeError(f"--engine {name}: no such engine.{did_you_mean(name, ENGINES)}")
-    run: Engine = import_module(ENGINES[name]).run
-    return run
+    run = import_module(ENGINES[name]).run
+    known = {key for key, about in inspect.signature(run).parameters.items() if about.kind is about.KEYWORD_ONLY}
+    for option in options or {}:
+        if option not in known:
+            flags = " Its options: " + ", ".join(f"--{key.replace('_', '-')}" for key in sorted(known)) + "."
+            raise RecipeError(
+                f"--{option.replace('_', '-')}: engine '{name}' has no such option.{flags if known else ''}"
+            )
+    return partial(run, **options or {})
