@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Unpack
 
 import click
 
 from offline_kd.cli.options import Inputs, read_inputs, recipe_options
+from offline_kd.support.errors import RecipeError
 
 
 @click.command("run")
@@ -21,5 +23,7 @@ def command(recipe_path: Path, out: Path | None, **inputs: Unpack[Inputs]) -> No
     """
     from offline_kd.distill.run import run
 
+    if out is not None and re.match("[a-z0-9]+:/", str(out)):
+        raise RecipeError(f"--out {out}: `run` writes a folder. `distill --out` and `train --out` take URLs.")
     recipe, manifest, _, device = read_inputs(recipe_path, **inputs)
     run(recipe, manifest, list(inputs["data_root"]), out or Path("runs") / recipe.name, device)

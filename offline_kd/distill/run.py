@@ -27,6 +27,7 @@ from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
 from offline_kd.support.errors import DataError
 from offline_kd.support.files import write_atomically
+from offline_kd.support.places import Folder
 
 TEACHER_TOLERANCE = 0.5  # percentage points, between the evaluation after training and the gate
 
@@ -37,7 +38,7 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
     Raises TrainingError when another process writes `out`.
     """
     refuse_ranks()
-    with run_directory(out):
+    with run_directory(Folder(out)):
         _run(recipe, manifest, extra_roots, out, device)
 
 
@@ -45,7 +46,7 @@ def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: P
     started = time.monotonic()
     recipe = _with_digits(recipe, manifest, extra_roots, out)
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
-    folders: list[Path] = []
+    folders: list[str | Path] = []
 
     if recipe.teacher.training is not None and recipe.teacher.weights is None:
         say(f"training the teacher, {recipe.teacher.model}")
