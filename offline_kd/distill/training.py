@@ -71,17 +71,18 @@ def distill(
     `out` is of another run or another process writes it.
     """
     with joined(device):
-        return _distill(recipe, manifest, roots, run_place(out), device, options)
+        return fit(*prepare(recipe, manifest, roots, run_place(out), device, options))
 
 
-def _distill(
+def prepare(
     recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Path],
     out: WritablePlace,
     device: torch.device,
     options: DistillOptions,
-) -> Result:
+) -> tuple[Run, Student, Loader, BlockLoader, AskTeacher]:
+    """What `fit` takes: what a run is, its student, its batches, the evaluation split and the teacher."""
     name, terms = recipe.objective(options.get("objective"))
     if recipe.training.epochs % recipe.training.views_per_decode:
         raise RecipeError(
@@ -117,7 +118,7 @@ def _distill(
     loader = make_loader(recipe, source, seed, device, live_size)
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest)
-    return fit(run, student, loader, evaluation_images(recipe, manifest, roots), ask)
+    return run, student, loader, evaluation_images(recipe, manifest, roots), ask
 
 
 def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:

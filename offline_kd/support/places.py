@@ -86,6 +86,7 @@ class Folder:
         partial.unlink(missing_ok=True)
         os.link(self._inside(name), partial)  # files are never changed in place, so two names may share one
         os.replace(partial, self._inside(other, or_link=True))
+        partial.unlink(missing_ok=True)  # where both were one file already, nothing was replaced
         flush_to_disk(self._inside(other))
 
     def delete(self, name: str) -> None:
