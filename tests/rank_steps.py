@@ -1,11 +1,13 @@
 """Steps of training, by one process or by the ranks that torchrun starts:
 
-    torchrun --nproc-per-node 2 rank_steps.py CASES.json OUT.json
+    torchrun --nproc-per-node 2 rank_steps.py WORK.json OUT.json
 
-CASES.json lists what `steps_of` takes. OUT.json: for every case the losses and the ids of every step, of all ranks.
+WORK.json: `cases` that `steps_of` takes, and then `commands`, arguments of the command line in which `{rank}` stands for
+the rank. OUT.json: for every case the losses and the ids of every step, of all ranks.
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,12 +16,13 @@ from typing import Any
 
 import torch
 
+from offline_kd.cli.main import main
 from offline_kd.data.manifest import data_roots, load_manifest
 from offline_kd.distill.loader import Loader
+from offline_kd.distill.loop import train_step
 from offline_kd.distill.loss import term_weight
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.student import among_ranks
-from offline_kd.distill.loop import train_step
 from offline_kd.distill.training import prepare
 from offline_kd.recipe import load_recipe
 from offline_kd.store.rows import Rows
@@ -37,7 +40,7 @@ def steps_of(
     Args:
         uneven: share out the batches of one process: one row against all others, half of them, or none.
     """
-    read = load_recipe(Path(recipe), [*sets, "training.sync_batchnorm=true"])
+    read = load_recipe(Path(recipe), ["training.sync_batchnorm=true", *sets])
     options = {"objective": objective, "stores": [store] if store else [], "online": not store and objective != "ce"}
     run, student, loader, _, ask = prepare(
         read, load_manifest(Path(manifest)), data_roots([Path(root)]), Folder(Path("unused")), CPU, options
@@ -77,8 +80,10 @@ def share(batch: Rows) -> Rows:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    work = json.loads(Path(sys.argv[1]).read_text())
     with joined(CPU):
-        found = [steps_of(**case) for case in json.loads(Path(sys.argv[1]).read_text())]
+        found = [steps_of(**case) for case in work["cases"]]
         if rank() == 0:
             Path(sys.argv[2]).write_text(json.dumps(found))
+    for command in work["commands"]:
+        main([argument.replace("{rank}", os.environ["RANK"]) for argument in command], standalone_mode=False)
