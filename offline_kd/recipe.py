@@ -84,7 +84,7 @@ class Cosine(Strict):
 
 class Training(Strict):
     epochs: Count
-    batch_size: int = Field(64, ge=2, lt=2**31)
+    batch_size: int = Field(64, ge=2, lt=2**31, description="of all ranks together, where torchrun starts several")
     optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
     schedule: Annotated[Step | Cosine, Field(discriminator="name")]
     label_smoothing: float = Field(0, ge=0, lt=1)
@@ -94,6 +94,11 @@ class Training(Strict):
     checkpoint_steps: Count | None = Field(None, description="save every so many steps, beside every epoch's end")
     amp: bool = Field(False, description="bfloat16 autocast of the student; helps on GPUs with tensor cores")
     pool_blocks: Count = Field(16, description="tars whose rows are shuffled together")
+    sync_batchnorm: bool = Field(
+        False,
+        description="under torchrun: BatchNorm over the batch of all ranks, as one process has it, instead of each "
+        "rank's own rows; costs a message between ranks in every layer",
+    )
 
 
 if TYPE_CHECKING:
@@ -235,7 +240,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(path, ())
     for override in overrides:
         content = _overridden(content, override)
-    recipe = parse(Recipe, content, where=str(path))
+    return _recipe(content, str(path))
+
+
+def read_recipe(content: bytes, where: str) -> Recipe:
+    """What `dump_recipe` wrote, wherever it lies; raises RecipeError."""
+    try:
+        return _recipe(parse_yaml(content.decode(), where=where), where)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{where}: not readable as YAML: {error}") from error
+
+
+def _recipe(content: object, where: str) -> Recipe:
+    recipe = parse(Recipe, content, where=where)
     for terms in recipe.objectives.values():
         for term in kd_layer_terms(terms):
             recipe.decisions_of(term)  # a wrong name should not wait until its turn comes

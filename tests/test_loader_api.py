@@ -21,6 +21,7 @@ from offline_kd.store.join import Wanted, joined_arrays
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
 from offline_kd.support.errors import DataError
+from offline_kd.support.places import Folder
 
 
 def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots, store_path, data_root, tmp_path):
@@ -32,7 +33,7 @@ def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots
     student = new_student(recipe, training_images(recipe, manifest, roots), 3, CPU, terms)
     student.network.train()
     optimizer = make_optimizer(recipe.training, student.network)
-    run = Run(recipe, "kd", terms, 3, tmp_path / "plain", CPU)
+    run = Run(recipe, "kd", terms, 3, Folder(tmp_path / "plain"), CPU)
     for epoch in range(recipe.training.epochs):
         weights = [term_weight(term, epoch) for term in terms]
         for batch in loader:

@@ -28,6 +28,7 @@ from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import StoreMismatch, TrainingError
 from offline_kd.support.files import file_sha256
+from offline_kd.support.places import Folder
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +53,14 @@ def unfinished(run: Path, folder: Path) -> Path:
 # ---- one process -----------------------------------------------------------------------------------------------------
 
 
-def test_students_are_not_trained_by_several_ranks_into_one_folder(finished, tmp_path, monkeypatch):
+def test_processes_that_do_not_know_each_other_train_no_student_together(finished, tmp_path, monkeypatch):
     command, _ = finished
     monkeypatch.setenv("WORLD_SIZE", "2")
     recipe, where = command[1], command[4:]
-    for name, more in (("distill", ["--objective", "ce"]), ("train", []), ("train", ["--teacher"]), ("run", [])):
+    for name, more in (("distill", ["--objective", "ce"]), ("train", []), ("train", ["--teacher"])):
         message = refused(name, recipe, *more, "--out", tmp_path / "out", *where)
-        assert "WORLD_SIZE is 2: students are trained by one process" in message
+        assert "WORLD_SIZE is 2, and RANK, MASTER_ADDR, MASTER_PORT not set: start several processes with" in message
+    assert "WORLD_SIZE is 2: `run` is one process" in refused("run", recipe, "--out", tmp_path / "out", *where)
     assert not (tmp_path / "out").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")  # as torchrun says of one
     assert invoke(*command, "--out", tmp_path / "out").exit_code == 0
@@ -67,8 +69,8 @@ def test_students_are_not_trained_by_several_ranks_into_one_folder(finished, tmp
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from offline_kd.distill.run_directory import run_directory
-with run_directory(Path(sys.argv[1])):
+from offline_kd.distill.run_directory import run_directory, run_place
+with run_directory(run_place(sys.argv[1])):
     worker = os.fork()
     if worker == 0:
         time.sleep(60)  # as a worker that reads images, and outlives the training process
@@ -104,7 +106,7 @@ def test_a_run_directory_is_written_by_one_process_until_that_dies(finished, tmp
 def test_what_a_killed_run_was_writing_is_swept(finished, tmp_path):
     command, run = finished
     out = unfinished(run, tmp_path / "run")
-    for name in ("next.ckpt.17-140.partial", "metrics.jsonl.17-140.partial"):
+    for name in ("last.ckpt.17-140.partial", "metrics.jsonl.17-140.partial"):
         (out / name).write_text("half")
     (out / "notes.partial").write_text("mine")
     assert invoke(*command, "--out", out).exit_code == 0
@@ -160,13 +162,13 @@ def test_a_damaged_checkpoint_does_not_change_the_student(finished, tmp_path, da
 
 
 def test_a_run_goes_on_from_the_checkpoint_that_is_there(finished, tmp_path):
-    """As a kill between the two renames leaves it."""
+    """The one before, where the newest was lost."""
     command, run = finished
     out = unfinished(run, tmp_path / "run")
-    (out / "last.ckpt").rename(out / "next.ckpt")
+    (out / "last.ckpt").unlink()
     assert "resuming after epoch 1" in invoke(*command, "--out", out).stderr
     assert file_sha256(out / "student.safetensors") == file_sha256(run / "student.safetensors")
-    assert not (out / "next.ckpt").exists()
+    assert not list(out.glob("*.partial"))
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
@@ -184,9 +186,9 @@ def test_a_full_disk_is_one_line_and_loses_nothing(finished, tmp_path):
 
 def test_a_checkpoint_that_does_not_fit_the_network_is_one_line(tmp_path):
     small, large = nn.Linear(2, 2), nn.Linear(2, 3)
-    save_progress(tmp_path, "same", small, torch.optim.SGD(small.parameters(), 0.1), Progress())
+    save_progress(Folder(tmp_path), "same", small, torch.optim.SGD(small.parameters(), 0.1), Progress())
     with pytest.raises(TrainingError, match="does not fit the network that the recipe builds"):
-        load_progress(tmp_path, "same", large, torch.optim.SGD(large.parameters(), 0.1), CPU)
+        load_progress(Folder(tmp_path), "same", large, torch.optim.SGD(large.parameters(), 0.1), CPU)
 
 
 @pytest.mark.gpu
@@ -195,9 +197,9 @@ def test_dropout_on_a_gpu_goes_on_where_it_was(tmp_path):
     device = torch.device("cuda")
     network = nn.Linear(2, 2).to(device)
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
-    save_progress(tmp_path, "same", network, optimizer, Progress())
+    save_progress(Folder(tmp_path), "same", network, optimizer, Progress())
     expected = torch.rand(8, device=device)
-    load_progress(tmp_path, "same", network, optimizer, device)
+    load_progress(Folder(tmp_path), "same", network, optimizer, device)
     assert torch.equal(torch.rand(8, device=device), expected)
 
 

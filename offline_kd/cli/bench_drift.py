@@ -27,6 +27,7 @@ from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows
+from offline_kd.support.places import Folder
 
 DRIFT_CODECS: dict[str, AnyCodec] = {"f32": Float32(), "f16": Float16(name="f16"), "int8": Int(name="int")}
 
@@ -94,7 +95,7 @@ def _train(
     """Exactly `steps` steps of the recipe, without evaluation."""
     optimizer = make_optimizer(recipe.training, student.network)
     student.network.train()
-    run = Run(recipe, "drift", terms, recipe.seeds[0], Path(), stream.device)
+    run = Run(recipe, "drift", terms, recipe.seeds[0], Folder(Path()), stream.device)
     for step in range(steps):
         epoch, in_epoch = divmod(step, stream.steps_per_pass)
         if in_epoch == 0:

@@ -251,7 +251,7 @@ def _training(this: Bench, stream: Loader, terms: Sequence[AnyTerm], ask: AskTea
     optimizer = make_optimizer(this.recipe.training, student.network)
     set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
     weights = [term.weight for term in terms]
-    run = Run(this.recipe, "bench", terms, 0, Path(), this.device)
+    run = Run(this.recipe, "bench", terms, 0, Folder(Path()), this.device)
 
     def work() -> None:
         for batch in stream.epoch(0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
@@ -56,7 +57,7 @@ def describe_objectives() -> list[tuple[str, str]]:
     type=click.IntRange(0, 2**63 - 1),
     help="How much of a remote store to keep.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--out", required=True, help="Run directory: a folder or a URL.")
 @click.option("--objective", help="Which objective of the recipe, if it has several.")
 @click.option("--seed", type=SEED, help="Seed of weights, order and views.  [default: the recipe's first]")
 @click.option("--allow-biased", is_flag=True, help="Train though the store's codec does not serve the objective.")
@@ -67,7 +68,7 @@ def command(
     manifest_path: Path,
     data_root: tuple[Path, ...],
     device: str,
-    out: Path,
+    out: str,
     **options: Unpack[DistillOptions],
 ) -> None:
     """Stage 2: train the student of RECIPE from a store, without its teacher. The same command again resumes.
@@ -78,6 +79,7 @@ def command(
     offline-kd distill recipe.yaml --store s3://team/stores/cifar10 --out runs/kd --objective kd
     offline-kd distill pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective wttm \\
         --store stores/cifar10-resnet56 --out runs/wttm
+    torchrun --nproc-per-node 8 -m offline_kd distill recipe.yaml --store stores/imagenet --out s3://team/runs/kd
     """
     from offline_kd.distill.training import distill
 
@@ -86,8 +88,10 @@ def command(
     show_result(result, out)
 
 
-def show_result(result: Result, out: Path) -> None:
-    """The table of one run, on standard output."""
+def show_result(result: Result, out: str) -> None:
+    """The table of one run, on standard output; of several ranks the first one prints it."""
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     from offline_kd.distill.report import group_runs, read_runs, summarise, table
     from offline_kd.support.console import say, show_table
 

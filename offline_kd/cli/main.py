@@ -4,9 +4,12 @@ Nothing heavy is imported here, nor at the top of any other file of this room: `
 wrong options answer at once, and a command imports what it needs when its arguments have been read.
 """
 
+import contextlib
+import os
 import re
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import click
 
@@ -75,8 +78,30 @@ class Group(click.Group):
             ctx.exit(130)
         from offline_kd.support.console import printable
 
-        click.echo(printable(f"Error: {message}"), err=True)
+        line = printable(f"Error: {of_rank()}{message}")
+        click.echo(line, err=True)
+        end_rank(line)
         ctx.exit(1)
+
+
+def of_rank() -> str:
+    """How a message begins that one of several processes gives."""
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "1") and "RANK" in os.environ
+    return f"rank {os.environ['RANK']}: " if several else ""
+
+
+def end_rank(line: str) -> None:
+    """Tell torchrun why a rank fails, and end it if it has met the others."""
+    import json
+    import time
+
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    if file:
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}), encoding="utf-8")
+    ranks = sys.modules.get("offline_kd.support.ranks")
+    if ranks is not None:
+        ranks.end_at_once_among_others()
 
 
 def is_text(argument: str) -> bool:

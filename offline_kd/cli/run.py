@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Unpack
 
 import click
 
 from offline_kd.cli.options import EngineChoice, Inputs, engine_options, read_inputs, recipe_options
+from offline_kd.support.errors import RecipeError
 
 
 @click.command("run")
@@ -28,6 +30,8 @@ def command(
     """
     from offline_kd.distill.run import run
 
+    if out is not None and re.match("[a-z0-9]+:/", str(out)):
+        raise RecipeError(f"--out {out}: `run` writes a folder. `distill --out` and `train --out` take URLs.")
     recipe, manifest, _, device = read_inputs(recipe_path, **inputs)
     out = out or Path("runs") / recipe.name
     run(recipe, manifest, list(inputs["data_root"]), out, device, gpus_per_run=gpus_per_run, **engine)

@@ -13,14 +13,15 @@ from offline_kd.cli.options import SEED, Inputs, read_inputs, recipe_options
 
 @click.command("train")
 @recipe_options
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory.")
+@click.option("--out", required=True, help="Run directory: a folder or a URL.")
 @click.option("--teacher", is_flag=True, help="Train the recipe's teacher instead of its student.")
 @click.option("--seed", type=SEED, help="Seed of the student's weights and order.  [default: the recipe's first]")
-def command(recipe_path: Path, out: Path, teacher: bool, seed: int | None, **inputs: Unpack[Inputs]) -> None:
+def command(recipe_path: Path, out: str, teacher: bool, seed: int | None, **inputs: Unpack[Inputs]) -> None:
     """Plain supervised training: cross-entropy on labels only, for teachers and baselines.
 
     \b
     offline-kd train pipelines/cifar10/resnet56_resnet20_cpu.yaml --out runs/ce
+    torchrun --nproc-per-node 8 -m offline_kd train recipe.yaml --teacher --out runs/teacher
     """
     from offline_kd.distill.training import distill, train_teacher
     from offline_kd.recipe import Recipe

@@ -7,9 +7,7 @@ another student. It is read without running anything of it.
 import hashlib
 import io
 import json
-import os
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +15,10 @@ from torch import Tensor, nn
 
 from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError
-from offline_kd.support.files import flush_to_disk, write_atomically
+from offline_kd.support.places import WritablePlace
+from offline_kd.support.ranks import from_first
 
+MAX_BYTES = 2**40  # of a checkpoint
 LAST_LINE = b"\noffline-kd checkpoint, sha256 "  # 64 digits and a line feed follow
 
 
@@ -46,7 +46,7 @@ class _Saved:
 
 
 def save_progress(
-    out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progress
+    out: WritablePlace, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progress
 ) -> None:
     """Everything that the rest of the run depends on; what was saved before becomes `previous.ckpt`."""
     device = next(network.parameters()).device
@@ -63,25 +63,24 @@ def save_progress(
         buffer,
     )
     content = buffer.getvalue()
-    newest, following = out / "last.ckpt", out / "next.ckpt"
-    # Written whole before anything is moved: a full disk, or a kill at any point, leaves one that is good.
-    write_atomically(following, content + LAST_LINE + hashlib.sha256(content).hexdigest().encode() + b"\n")
-    if newest.is_file():
-        os.replace(newest, out / "previous.ckpt")
-    os.replace(following, newest)
-    flush_to_disk(newest)
+    # The newest keeps its name until it is replaced whole: a full disk, or a kill at any point, leaves it good.
+    if out.size("last.ckpt") is not None:
+        out.copy("last.ckpt", "previous.ckpt")
+    out.put("last.ckpt", content + LAST_LINE + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
 
 def load_progress(
-    out: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    out: WritablePlace, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> Progress | None:
     """Bring network, optimizer and generators to where the run was; None where nothing was saved yet.
 
+    Of several ranks the first one reads, and tells the others.
+
     Raises TrainingError when no checkpoint can be used, or when it is another run's.
     """
-    if not any((out / name).exists() for name in ("last.ckpt", "previous.ckpt")):
+    saved = from_first(lambda: _newest_good(out))
+    if saved is None:
         return None
-    saved = _newest_good(out, device)
     if saved.identity != identity:
         raise TrainingError(
             f"{out}: holds a run of another recipe, objective, seed or store (see its recipe.yaml). "
@@ -104,26 +103,28 @@ def load_progress(
     return saved.progress
 
 
-def _newest_good(out: Path, device: torch.device) -> _Saved:
-    newest, previous = out / "last.ckpt", out / "previous.ckpt"
+def _newest_good(out: WritablePlace) -> _Saved | None:
+    if all(out.size(name) is None for name in ("last.ckpt", "previous.ckpt")):
+        return None
     try:
-        return _read(newest, device)
+        return _read(out, "last.ckpt")
     except TrainingError as error:
         problem = str(error)
     try:
-        saved = _read(previous, device)
+        saved = _read(out, "previous.ckpt")
     except TrainingError as error:
         raise TrainingError(
             f"{problem}, and {error}: this run cannot go on. Delete {out} to begin again, or give another --out folder."
         ) from error
     say(f"{problem}: going on from previous.ckpt")
-    os.replace(previous, newest)  # or the next save would put the damaged one in place of the good one
+    out.copy("previous.ckpt", "last.ckpt")  # or the next save would put the damaged one in place of the good one
     return saved
 
 
-def _read(file: Path, device: torch.device) -> _Saved:
+def _read(out: WritablePlace, name: str) -> _Saved:
+    file = f"{out}/{name}"
     try:
-        content = file.read_bytes()
+        content = out.read(name, MAX_BYTES)
     except FileNotFoundError:
         raise TrainingError(f"{file} is missing") from None
     whole, last_line, promised = content.rpartition(LAST_LINE)
@@ -132,7 +133,7 @@ def _read(file: Path, device: torch.device) -> _Saved:
     if promised != f"{hashlib.sha256(whole).hexdigest()}\n".encode():
         raise TrainingError(f"{file} was changed after it was written: its sha256 is not the one that it ends with")
     try:
-        saved = torch.load(io.BytesIO(whole), map_location=device, weights_only=True)
+        saved = torch.load(io.BytesIO(whole), map_location="cpu", weights_only=True)
         return _Saved(**{**saved, "progress": Progress(**json.loads(saved["progress"]))})
     except Exception as error:  # whatever a file leads to that was made by somebody else
         raise TrainingError(f"{file} is no checkpoint of this version ({_first_line(error)})") from error

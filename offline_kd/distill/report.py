@@ -15,10 +15,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from offline_kd.recipe import Recipe, load_recipe
+from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError, shorten
 from offline_kd.support.pages import data_url, render_page
+from offline_kd.support.places import Folder, Place, place_at
 
 COMPARED = ("data", "views", "student", "training")  # of the recipes of all students, whatever the objective
 NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps")
@@ -53,7 +54,7 @@ class Epoch(BaseModel):
 
 @dataclass(frozen=True)
 class RunRecord:
-    folder: Path
+    place: Place
     result: Outcome
     history: list[Epoch]  # empty where `metrics.jsonl` is missing
     fields: dict[str, str]  # path in the recipe -> value, of all that makes the student
@@ -95,33 +96,47 @@ class Summary:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
-    """Finished run directories, each once however often it is named.
+def read_runs(places: Sequence[str | Path]) -> list[RunRecord]:
+    """Finished run directories, folders and URLs, each once however often it is named.
 
     Raises TrainingError for one that holds no result, or files that no run wrote. One without `metrics.jsonl` is read,
     and said to have no curve.
     """
     runs = []
-    for folder in {os.path.realpath(folder): folder for folder in folders}.values():
-        for name in ("result.json", "recipe.yaml"):
-            if not os.path.isfile(folder / name):
+    for place in {_really(place): place for place in map(place_at, places)}.values():
+        found = {name: _content(place, name) for name in ("result.json", "recipe.yaml")}
+        for name, content in found.items():
+            if content is None:
                 raise TrainingError(
-                    f"{shorten(str(folder))}: no {name}: not a run directory, or the run is not finished."
+                    f"{shorten(str(place))}: no {name}: not a run directory, or the run is not finished."
                 )
-        result = _parse_json(Outcome, (folder / "result.json").read_bytes(), f"{folder / 'result.json'}")
-        recipe = load_recipe(folder / "recipe.yaml")
+        result = _parse_json(Outcome, found["result.json"] or b"", f"{place}/result.json")
+        recipe = read_recipe(found["recipe.yaml"] or b"", f"{place}/recipe.yaml")
         is_teacher = result.objective not in recipe.objectives
-        fields = _fields(recipe, result, is_teacher)
-        runs.append(RunRecord(folder, result, _history(folder / "metrics.jsonl"), fields, is_teacher))
+        runs.append(RunRecord(place, result, _history(place), _fields(recipe, result, is_teacher), is_teacher))
     return runs
 
 
-def _history(file: Path) -> list[Epoch]:
-    if not file.is_file():
+def _really(place: Place) -> str:
+    return os.path.realpath(place.path) if isinstance(place, Folder) else str(place)
+
+
+def _content(place: Place, name: str) -> bytes | None:
+    """A file of a run; None where there is none, which is all that is known of a folder with an impossible name."""
+    if isinstance(place, Folder) and not os.path.isfile(place.path / name):
+        return None
+    try:
+        return place.read(name)
+    except FileNotFoundError:
+        return None
+
+
+def _history(place: Place) -> list[Epoch]:
+    content, file = _content(place, "metrics.jsonl"), f"{place}/metrics.jsonl"
+    if content is None:
         say(f"{file}: missing, so the curve of this run is left out")
         return []
-    lines = file.read_bytes().splitlines()
-    return [_parse_json(Epoch, line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
+    return [_parse_json(Epoch, line, f"{file}, line {number}") for number, line in enumerate(content.splitlines(), 1)]
 
 
 def _parse_json(model: type[M], content: bytes, where: str) -> M:
@@ -179,7 +194,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
         student = (run.result.seed, run.result.student_sha256)
         same = [one for one in group.runs if (one.result.seed, one.result.student_sha256) == student]
         if same:
-            say(f"{run.folder}: the student of {same[0].folder} again, counted once")
+            say(f"{run.place}: the student of {same[0].place} again, counted once")
         else:
             group.runs.append(run)
     return list(groups.values())

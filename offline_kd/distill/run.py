@@ -30,6 +30,7 @@ from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
 from offline_kd.support.errors import DataError, RecipeError
 from offline_kd.support.files import write_atomically
+from offline_kd.support.places import Folder
 
 TEACHER_TOLERANCE = 0.5  # percentage points, between the evaluation after training and the gate
 
@@ -59,7 +60,7 @@ def run(
         raise RecipeError(
             "--gpus-per-run: students are tasks with GPUs on Ray only. Leave it out, or add --engine ray."
         )
-    with run_directory(out), _cluster(options):
+    with run_directory(Folder(out)), _cluster(options):
         _run(recipe, manifest, extra_roots, out, device, options)
 
 
@@ -88,7 +89,7 @@ def _run(
     started = time.monotonic()
     recipe = _with_digits(recipe, manifest, extra_roots, out)
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
-    folders: list[Path] = []
+    folders: list[str | Path] = []
 
     if recipe.teacher.training is not None and recipe.teacher.weights is None:
         say(f"training the teacher, {recipe.teacher.model}")

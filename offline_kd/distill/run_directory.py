@@ -1,21 +1,28 @@
-"""The folder of a run: one process writes it, one at a time.
+"""Where a run is written, a folder or a prefix in a bucket: by one process, one at a time.
 
 recipe.yaml                     resolved
 last.ckpt, previous.ckpt        how far the run is, and was before (`checkpoint.py`)
 metrics.jsonl                   one line per pass
 student.safetensors             the student, and
 result.json                     what it achieved, written last
-run.lock                        who writes here, or did: the lock is the kernel's, not the file's existence
+run.lock                        in a folder: who writes here, or did; the lock is the kernel's, not the file's existence
+leases/                         in a bucket: who writes here, or did, and signs of life
 """
 
 import fcntl
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from offline_kd.store.leases import POLL_SECONDS, leases_at, sweep_leases
+from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError
+from offline_kd.support.places import Bucket, WritablePlace, place_at
+from offline_kd.support.ranks import rank
+from offline_kd.support.web import Web
 
 _held: set[int] = set()  # descriptors of the locks of this process
 
@@ -30,21 +37,58 @@ os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def refuse_ranks() -> None:
-    """Raise TrainingError where torchrun has started several processes: each would train a whole student."""
+    """Raise TrainingError where torchrun has started several processes: each would do every stage."""
     ranks = os.environ.get("WORLD_SIZE", "").strip()
     if ranks not in ("", "1"):
         raise TrainingError(
-            f"WORLD_SIZE is {ranks}: students are trained by one process. Start it without torchrun; for several "
-            "students at once, give each process its own --out and CUDA_VISIBLE_DEVICES, and unset WORLD_SIZE."
+            f"WORLD_SIZE is {ranks}: `run` is one process. Start it without torchrun, which is for `cache-teacher`, "
+            "`distill` and `train`, and unset WORLD_SIZE."
         )
 
 
+def run_place(out: str | Path) -> WritablePlace:
+    """The folder or bucket of a run; raises TrainingError for an address that cannot be written."""
+    place = place_at(out)
+    if isinstance(place, Web):
+        raise TrainingError(f"{place}: web addresses can only be read. Give a folder, or s3://, gs:// or az://.")
+    return place
+
+
 @contextmanager
-def run_directory(out: Path) -> Iterator[None]:
-    """Make `out`, and keep every other process from writing it until the block is left or this process ends.
+def run_directory(place: WritablePlace) -> Iterator[None]:
+    """Keep every other process from writing a run until the block is left or this process ends.
+
+    Of several ranks the first one does it for all.
 
     Raises TrainingError when another process writes it, or when it is no folder that can be locked.
     """
+    if rank() > 0:
+        yield
+        return
+    with _leased(place) if isinstance(place, Bucket) else _locked(place.path):
+        yield
+
+
+@contextmanager
+def _leased(place: Bucket) -> Iterator[None]:
+    """A process that is gone elsewhere, or was cut off, is told from a living one by its signs of life."""
+    with leases_at(place) as leases:
+        signs = None
+        while not leases.claim("run"):
+            if signs is None:
+                say(f"{place}: another process writes this run, or did: waiting {leases.seconds:.0f} s for its signs")
+            elif leases.seen != signs:
+                raise TrainingError(
+                    f"{place}: another process is writing this run. Wait for it, end it, or give another --out."
+                )
+            signs = dict(leases.seen)
+            time.sleep(POLL_SECONDS)
+        sweep_leases(place)
+        yield
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
@@ -78,6 +122,6 @@ def _lock(out: Path, descriptor: int) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed run was about to write: it alone has such names, and it no longer runs."""
-    for name in ("recipe.yaml", "next.ckpt", "metrics.jsonl", "student.safetensors", "result.json"):
+    for name in ("recipe.yaml", "last.ckpt", "previous.ckpt", "metrics.jsonl", "student.safetensors", "result.json"):
         for partial in out.glob(f"{name}.*-*.partial"):
             partial.unlink()

@@ -1,22 +1,26 @@
 """The network that learns: built by name, with the KD layers that an objective's terms put into it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
 from offline_kd.models.networks import build, normalise
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.models.sync_batchnorm import synchronise_batchnorm
+from offline_kd.recipe import AnyTerm, Recipe, Training, kd_layer_terms
 from offline_kd.support.errors import RecipeError
+from offline_kd.support.ranks import world
 
 
 @dataclass(frozen=True)
 class Student:
     network: nn.Module
     kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
+    shared: nn.Module | None = None  # the network as ranks train it together: its gradients are those of all of them
 
 
 def new_student(
@@ -51,6 +55,21 @@ def new_student(
             network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
         )
     return Student(network, layers)
+
+
+def among_ranks(student: Student, training: Training, device: torch.device) -> Student:
+    """The student as several ranks train it; as it is, of one.
+
+    Without `sync_batchnorm` each rank's BatchNorm takes its statistics from its own rows, and the running statistics
+    are those of rank 0.
+    """
+    if world() == 1:
+        return student
+    if training.sync_batchnorm:
+        synchronise_batchnorm(student.network, device)
+    return replace(
+        student, shared=DistributedDataParallel(student.network, [device] if device.type == "cuda" else None)
+    )
 
 
 def kd_layer_scores(student: Student) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from offline_kd.distill.compatibility import check_all, check_teachers
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Result, Run, fit
 from offline_kd.distill.reader import Options, Source
-from offline_kd.distill.run_directory import refuse_ranks
+from offline_kd.distill.run_directory import run_place
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
 from offline_kd.models.networks import build
@@ -36,6 +36,8 @@ from offline_kd.store.signing import check_signed, open_as_demanded
 from offline_kd.support.console import say
 from offline_kd.support.downloads import DEFAULT_BYTES
 from offline_kd.support.errors import RecipeError
+from offline_kd.support.places import WritablePlace
+from offline_kd.support.ranks import joined, rank, world
 from offline_kd.views.epochs import view_groups
 
 
@@ -54,16 +56,33 @@ def distill(
     recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Path],
-    out: Path,
+    out: str | Path,
     device: torch.device,
     **options: Unpack[DistillOptions],
 ) -> Result:
     """Train the student of a recipe into the run directory `out`, from stores or with the live teacher.
 
+    Under torchrun all its processes train one student together; the first one writes `out`.
+
+    Args:
+        out: a folder, or a URL of an object store.
+
     Raises StoreMismatch when a store was not made for this recipe's data, views and teacher, and TrainingError when
     `out` is of another run or another process writes it.
     """
-    refuse_ranks()
+    with joined(device):
+        return fit(*prepare(recipe, manifest, roots, run_place(out), device, options))
+
+
+def prepare(
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Path],
+    out: WritablePlace,
+    device: torch.device,
+    options: DistillOptions,
+) -> tuple[Run, Student, Loader, BlockLoader, AskTeacher]:
+    """What `fit` takes: what a run is, its student, its batches, the evaluation split and the teacher."""
     name, terms = recipe.objective(options.get("objective"))
     if recipe.training.epochs % recipe.training.views_per_decode:
         raise RecipeError(
@@ -99,7 +118,7 @@ def distill(
     loader = make_loader(recipe, source, seed, device, live_size)
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest)
-    return fit(run, student, loader, evaluation_images(recipe, manifest, roots), ask)
+    return run, student, loader, evaluation_images(recipe, manifest, roots), ask
 
 
 def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:
@@ -122,20 +141,22 @@ def open_stores(
     return opened, Ensemble([one.weight for one in wanted], recipe.mix)
 
 
-def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out: Path, device: torch.device) -> Result:
+def train_teacher(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out: str | Path, device: torch.device
+) -> Result:
     """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights."""
     if recipe.teacher.model is None or recipe.teacher.training is None:
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
-    refuse_ranks()
-    images, seed = training_images(recipe, manifest, roots), recipe.seeds[0]
-    torch.manual_seed(seed)
-    network = build(recipe.teacher.model, len(images.dataset.classes), recipe.teacher.model_args).to(device)
-    normalisation = recipe.teacher.normalisation or recipe.data.normalisation
-    data = recipe.data.model_copy(update={"labelled_fraction": 1.0, "normalisation": normalisation})
-    plain = recipe.model_copy(update={"training": recipe.teacher.training, "data": data})
-    loader = make_loader(plain, source_of(plain, images), seed, device)
-    run = Run(plain, "teacher", [CE(term="ce")], seed, out, device)
-    return fit(run, Student(network, {}), loader, evaluation_images(recipe, manifest, roots), no_signal)
+    with joined(device):
+        images, seed = training_images(recipe, manifest, roots), recipe.seeds[0]
+        torch.manual_seed(seed)
+        network = build(recipe.teacher.model, len(images.dataset.classes), recipe.teacher.model_args).to(device)
+        normalisation = recipe.teacher.normalisation or recipe.data.normalisation
+        data = recipe.data.model_copy(update={"labelled_fraction": 1.0, "normalisation": normalisation})
+        plain = recipe.model_copy(update={"training": recipe.teacher.training, "data": data})
+        loader = make_loader(plain, source_of(plain, images), seed, device)
+        run = Run(plain, "teacher", [CE(term="ce")], seed, run_place(out), device)
+        return fit(run, Student(network, {}), loader, evaluation_images(recipe, manifest, roots), no_signal)
 
 
 def training_images(
@@ -200,6 +221,8 @@ def make_loader(
         workers=recipe.data.workers,
         views_per_decode=recipe.training.views_per_decode,
         live_size=live_size,
+        rank=rank(),
+        world=world(),
     )
     return Loader(source, options, device)
 

@@ -1,7 +1,7 @@
 """How good a classifier is on a dataset split."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import EvaluationCrop
 from offline_kd.support.console import progress
 from offline_kd.support.errors import ModelError
+from offline_kd.support.ranks import rank, total, world
 from offline_kd.views.render import plain_images
 
 ECE_BINS = 15
@@ -37,26 +38,28 @@ def evaluate(
 ) -> Evaluation:
     """Run `predict` (`[B, 3, H, W]` uint8 -> `[B, C]` logits) over every image of a split, un-augmented.
 
+    Several ranks share the batches, and all of them get the figures of the whole split.
+
     Args:
         crop: of images of different sizes; None: they are taken as they are.
 
     Raises ModelError when there is not one finite logit for every class of the dataset.
     """
-    logits, labels = [], []
+    classes = len(loader.dataset.classes)
+    logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
     with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for block in loader:
-            for start in range(0, len(block), batch_size):
-                images, rows = plain_images(block, crop, start, start + batch_size, threads)
-                if not rows:
-                    continue
-                labels.append(torch.from_numpy(block.labels[rows]).long())
-                logits.append(predict(images.to(device)).float().cpu())
-                meter.advance(len(images))
-                if logits[0].shape[1] != len(loader.dataset.classes):
-                    raise ModelError(
-                        f"{title}: the network gives {logits[0].shape[1]} logits, the dataset has "
-                        f"{len(loader.dataset.classes)} classes."
-                    )
+        for number, start in own_batches([tar.count for tar in loader.split.tars], batch_size):
+            block = loader[number]
+            images, rows = plain_images(block, crop, start, start + batch_size, threads)
+            if not rows:
+                continue
+            labels.append(torch.from_numpy(block.labels[rows]).long())
+            logits.append(predict(images.to(device)).float().cpu())
+            meter.advance(len(images))
+            if logits[-1].shape[1] != classes:
+                raise ModelError(
+                    f"{title}: the network gives {logits[-1].shape[1]} logits, the dataset has {classes} classes."
+                )
     z, y = torch.cat(logits), torch.cat(labels)
     if not z.isfinite().all():
         row, column = (~z.isfinite()).nonzero()[0].tolist()
@@ -65,9 +68,18 @@ def evaluate(
     correct = (predicted == y).double()
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
     gaps = torch.zeros(ECE_BINS, dtype=torch.float64).index_add_(0, bins, correct - confidence.double())
+    nll = F.cross_entropy(z, y, reduction="none").double().sum()
+    sums = total(torch.stack([torch.tensor(len(y)).double(), correct.sum(), nll, *gaps]))
+    samples = int(sums[0])
     return Evaluation(
-        samples=len(y),
-        top1=100 * correct.mean().item(),
-        nll=F.cross_entropy(z, y).item(),
-        ece=gaps.abs().sum().item() / len(y),
+        samples=samples,
+        top1=100 * sums[1].item() / samples,
+        nll=sums[2].item() / samples,
+        ece=sums[3:].abs().sum().item() / samples,
     )
+
+
+def own_batches(counts: Sequence[int], batch_size: int) -> list[tuple[int, int]]:
+    """Block and first row of the batches of this rank, of blocks of so many rows: every so-manieth of all batches."""
+    batches = [(number, start) for number, count in enumerate(counts) for start in range(0, count, batch_size)]
+    return batches[rank() :: world()]

@@ -18,6 +18,9 @@ class CE(Term):
     def needs(self) -> Needs:
         return Needs(logits=False)
 
+    def count(self, batch: LossBatch) -> Tensor | int:
+        return (batch.labels >= 0).sum()
+
     def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
         """Mean over the samples whose label is known, 0 if there is none; of a mixture, both labels by their shares."""
         known = (batch.labels >= 0).sum().clamp(min=1)

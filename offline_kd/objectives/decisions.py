@@ -106,6 +106,9 @@ class SubclassTerm(KDLayerTerm):
 
     term: Literal["subclass_decisions"]
 
+    def count(self, batch: LossBatch) -> Tensor | int:
+        return (batch.labels >= 0).sum()
+
     def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
         """As `subclass_decisions` says. Teacher's arrays: `subclass` `[B, H, W]` below s, and `table` `[C s, C s]`.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from offline_kd.objectives.needs import Needs
 from offline_kd.objectives.term import LossBatch, Positive, Signal, Term, logits_of
+from offline_kd.support.ranks import whole_batch
 
 EPS = 1e-8  # added to the product of norms, as in the published code
 
@@ -55,4 +56,8 @@ class DIST(Term):
         return Needs()
 
     def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
-        return dist(student_logits, logits_of(signal), beta=self.beta, gamma=self.gamma, temperature=self.temperature)
+        student, teacher = whole_batch(student_logits), whole_batch(logits_of(signal))
+        return dist(student, teacher, beta=self.beta, gamma=self.gamma, temperature=self.temperature)
+
+    def count(self, batch: LossBatch) -> Tensor | int:
+        return 1

@@ -66,6 +66,13 @@ class Term(Strict):
             student_logits: `[B, C]` float32, with gradient.
         """
 
+    def count(self, batch: LossBatch) -> Tensor | int:
+        """Of how many items the value is the mean: so much a rank's value counts among those of all ranks.
+
+        A term that couples rows computes its value from `whole_batch`, the same on every rank, and counts 1.
+        """
+        return len(batch.labels)
+
     def fallbacks(self, student_logits: Tensor, signal: Signal) -> Tensor | int:
         """For how many samples of a batch the term is undefined, so that it takes another's value for them."""
         return 0

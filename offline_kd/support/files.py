@@ -57,8 +57,13 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def partial_name(name: str) -> str:
+    """What a file is called while this thread makes it."""
+    return f"{name}.{this_machine()}-{os.getpid()}-{threading.get_ident()}.partial"
+
+
 def _write_partial(file: Path, content: str | bytes) -> Path:
-    partial = file.with_name(f"{file.name}.{this_machine()}-{os.getpid()}-{threading.get_ident()}.partial")
+    partial = file.with_name(partial_name(file.name))
     try:
         partial.unlink(missing_ok=True)  # of a process with this number that died, or a link to somewhere else
         with partial.open("xb") as writing:

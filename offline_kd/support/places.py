@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreForbidden, StoreUnreachable
-from offline_kd.support.files import create_exclusively, write_atomically
+from offline_kd.support.files import create_exclusively, flush_to_disk, partial_name, write_atomically
 from offline_kd.support.web import ATTEMPTS, CHECK_NETWORK, READ_BYTES, SILENCE_SECONDS, WHOLE_SECONDS, Web, too_long
 
 T = TypeVar("T")
@@ -79,6 +79,15 @@ class Folder:
         file = self._inside(name)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, content)
+
+    def copy(self, name: str, other: str) -> None:
+        """Let a file's content be found under another name too, at once, whatever that was before."""
+        partial = self._inside(partial_name(other), or_link=True)
+        partial.unlink(missing_ok=True)
+        os.link(self._inside(name), partial)  # files are never changed in place, so two names may share one
+        os.replace(partial, self._inside(other, or_link=True))
+        partial.unlink(missing_ok=True)  # where both were one file already, nothing was replaced
+        flush_to_disk(self._inside(other))
 
     def delete(self, name: str) -> None:
         """Remove a file; of a link, the link."""
@@ -222,6 +231,12 @@ class Bucket:
 
         self._write(name, lambda: obstore.put(self._client, name, content, use_multipart=False))
 
+    def copy(self, name: str, other: str) -> None:
+        """Let a file's content be found under another name too, at once, whatever that was before."""
+        import obstore
+
+        self._again(name, lambda: obstore.copy(self._client, name, other))
+
     def delete(self, name: str) -> None:
         import obstore
 
@@ -244,7 +259,8 @@ class Bucket:
         return self._write(prefix, ask)
 
 
-Place = Folder | Bucket | Web
+WritablePlace = Folder | Bucket
+Place = WritablePlace | Web
 
 
 def place_at(location: str | Path) -> Place:
