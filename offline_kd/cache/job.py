@@ -222,6 +222,9 @@ def describe_capture(
         measured: of the teacher, by its gate: where, and top-1 in percent.
         known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
     """
+    for name, config in recipe.capture.decisions.items():
+        if isinstance(config, SubclassDecisions):
+            need_labels(loader.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", f"capture.decisions.{name}")
     first = loader[0]
     example = plain_images(first, teacher.crop, 0, 8)[0][:1]
     rows_per_block = max(tar.count for tar in loader.split.tars)
@@ -236,6 +239,7 @@ def describe_capture(
             height=first.images.shape[2] if recipe.views.is_exact else None,
             width=first.images.shape[3] if recipe.views.is_exact else None,
             tars=loader.split.tars,
+            labels=loader.split.labels,
             licence=loader.dataset.licence,
         ),
         teacher=TeacherIdentity(
