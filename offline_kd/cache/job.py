@@ -13,10 +13,12 @@ from offline_kd.cache.tables import identify_decisions
 from offline_kd.cache.teacher import gate
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.checking import dataset_fingerprint
+from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.layout import parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity

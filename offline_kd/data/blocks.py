@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image, image_size
-from offline_kd.data.labels import Labels, labels_of
+from offline_kd.data.labels import CLS, Labels, labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import Proof, Sample, hash_key, read_tar
 from offline_kd.support.errors import DataError
@@ -138,7 +138,7 @@ def load_block(
     decode: bool = True,
     on_bad: OnBadImage = "fail",
     prove: Proof = "always",
-    labels: Labels = Labels(),
+    labels: Labels = CLS,
 ) -> ImageBlock:
     """Read and check one tar.
 

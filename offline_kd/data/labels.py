@@ -1,8 +1,8 @@
 """What says the label of a sample: `labels` of a split, in the manifest.
 
-    cls          its member `.cls`: the index of the class, in ASCII
-    json:FIELD   a field of its member `.json`: the index of the class, or its name
-    none         nothing: the label is UNLABELLED, as one that is hidden from a student
+cls          its member `.cls`: the index of the class, in ASCII
+json:FIELD   a field of its member `.json`: the index of the class, or its name
+none         nothing: the label is UNLABELLED, as one that is hidden from a student
 """
 
 import json
@@ -15,14 +15,15 @@ from pydantic import Field
 from offline_kd.support.errors import DataError, did_you_mean
 
 UNLABELLED = -1
-LabelRule = Annotated[str, Field(pattern=r"^(cls|none|json:[^\x00-\x1f]+)$")]
+LABEL_RULES = r"^(cls|none|json:[^\x00-\x1f]+)$"
+LabelRule = Annotated[str, Field(pattern=LABEL_RULES)]
 
 
 class Names(dict[str, int]):
-    """Numbers for names, in the order in which these come."""
+    """Any name is a class here: numbers below those of classes, in the order in which the names come."""
 
     def __missing__(self, name: str) -> int:
-        self[name] = len(self)
+        self[name] = UNLABELLED - 1 - len(self)
         return self[name]
 
 
@@ -54,6 +55,9 @@ class Labels:
         raise ValueError(f"the label is {said!r:.40}, no index and no name of a class")
 
 
+CLS = Labels()
+
+
 def labels_of(rule: str, classes: Sequence[str]) -> Labels:
     """How labels of a split with these classes are read."""
     return Labels(rule, {name: index for index, name in enumerate(classes)})
@@ -78,5 +82,6 @@ def need_labels(rule: str, where: str, what_for: str) -> None:
     """Raise DataError where a split has no labels and something cannot do without."""
     if rule == "none":
         raise DataError(
-            f"{where}: has no labels (`labels: none` in the manifest), which {what_for} needs. Name a split with labels."
+            f"{where}: has no labels (`labels: none` in the manifest), but {what_for} needs them. Name a split with "
+            "labels, or do without."
         )

@@ -200,7 +200,7 @@ class Manifest(Strict):
         return StoreReference(known.location, targets, known.digest.removeprefix("sha256:"), signed_by)
 
     def dataset(self, name: str) -> Dataset:
-        """A dataset with all its tars, those of indexes too; raises DataError for an index that is not the right one."""
+        """A dataset with all tars, those of indexes too; raises DataError for an index that is not the right one."""
         if name not in self.datasets:
             raise RecipeError(f"no dataset '{shorten(name)}' in the manifest.{did_you_mean(name, self.datasets)}")
         known = self.datasets[name]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset import tariterators
 
-from offline_kd.data.labels import Labels
+from offline_kd.data.labels import CLS, Labels
 from offline_kd.data.manifest import Tar
 from offline_kd.data.proofs import known_sha256, remember_sha256
 from offline_kd.support.errors import DataError
@@ -62,7 +62,11 @@ def problem_of_key(key: str) -> str:
 
 def pack_keys(keys: list[str]) -> NDArray[np.uint8]:
     """`[n, MAX_KEY_BYTES]`: every key in UTF-8, filled up with zeros; none may be longer."""
-    return np.array([key.encode() for key in keys], dtype=f"S{MAX_KEY_BYTES}").view(np.uint8).reshape(len(keys), MAX_KEY_BYTES)
+    return (
+        np.array([key.encode() for key in keys], dtype=f"S{MAX_KEY_BYTES}")
+        .view(np.uint8)
+        .reshape(len(keys), MAX_KEY_BYTES)
+    )
 
 
 def unpack_keys(packed: NDArray[np.uint8]) -> list[str]:
@@ -80,7 +84,7 @@ def tars_in(folder: Path) -> list[Path]:
 
 
 def read_tar(
-    path: Path, *, expected: Tar | None = None, prove: Proof = "always", labels: Labels = Labels()
+    path: Path, *, expected: Tar | None = None, prove: Proof = "always", labels: Labels = CLS
 ) -> tuple[list[Sample], str]:
     """Read all samples of a tar, in order, with the file's sha256.
 
@@ -117,10 +121,14 @@ def read_tar(
     return samples, sha256
 
 
-def parse_samples(content: bytes, where: str, labels: Labels) -> list[Sample]:
-    """The samples of a tar's bytes, in order; groups of files that are none of ours are left out.
+def parse_samples(content: bytes, where: str, labels: Labels, left_out: list[str] | None = None) -> list[Sample]:
+    """The samples of a tar's bytes, in order.
 
-    Raises what `read_tar` does of samples; `where` names the tar.
+    Args:
+        where: names the tar in messages.
+        left_out: gets the names of files that stand together and are none of ours.
+
+    Raises what `read_tar` does of samples.
     """
     samples: list[Sample] = []
     seen: dict[str, int] = {}
@@ -128,6 +136,8 @@ def parse_samples(content: bytes, where: str, labels: Labels) -> list[Sample]:
         for member in _members(content):
             sample = _parse_sample(where, member, labels)
             if sample is None:
+                if left_out is not None:
+                    left_out.append(str(member["__key__"]))
                 continue
             if sample.key in seen:
                 raise DataError(

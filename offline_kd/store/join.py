@@ -168,7 +168,7 @@ def _rows(block: ImageBlock, choice: Choice, signal: list[StoredSignal]) -> Rows
 
 
 def row_arrays(identity: StoreIdentity, block: ImageBlock) -> Arrays:
-    """What a store says of the rows of a tar whatever their view, `[n, ...]`: which samples they are, and their labels."""
+    """What a store says of the rows of a tar whatever their view, `[n, ...]`: which samples, and their labels."""
     label = _stored_labels(block)
     if not identity.keeps_digests:
         return {"key_hash": block.key_hash, "image_crc": block.image_crc, "label": label}
