@@ -138,6 +138,7 @@ def test_a_changed_tar_is_named_with_both_hashes(tmp_path):
         (members_of(1) + members_of(1), "duplicate file name"),
         ([("img.5.png", b"x"), ("img.5.cls", b"0")], "A key ends at the first dot"),
         ([("a\tb.png", b"x"), ("a\tb.cls", b"0")], "its key holds a control character"),
+        ([("b" * 257 + ".png", b"x"), ("b" * 257 + ".cls", b"0")], "its key has 257 bytes, a key has 1 to 256"),
         ([("../a.png", b"x"), ("../a.cls", b"0")], "its key begins or ends with '/', or leads through"),
         ([("a.png", encode_png(pixels(0)))], "found .png"),
         ([("a.cls", b"0")], "found .cls"),
