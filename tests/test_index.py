@@ -16,6 +16,7 @@ from test_data import raw_tar
 from test_remote import s3, server  # noqa: F401
 from webdataset import ShardWriter, TarWriter
 
+import offline_kd as okd
 from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.labels import CLS, labels_of
 from offline_kd.data.manifest import Manifest, load_manifest
@@ -61,10 +62,10 @@ def test_imagenet_as_timm_has_it_is_indexed_checked_and_grows_by_a_split(tmp_pat
     (tmp_path / "names.txt").write_text("\n".join(SYNSETS) + "\n")
     (tmp_path / "data_manifest.yaml").write_text("# ours\nmanifest_version: 1\n")
     index = ["data", "index", "--name", "imagenet", "--classes", "names.txt"]
-    said = invoke(*index, train, "--split", "train", "--workers", "2").stderr
+    said = invoke(*index, train, "--split", "train", "--workers", 1).stderr
     assert "samples by class: n02018795 4, n01440764 3, n07717410 3" in said
     assert "3 tars, 10 samples" in said
-    invoke(*index, validation, "--split", "val", "--label", "json:label", "--workers", "1")
+    invoke(*index, validation, "--split", "val", "--label", "json:label", "--workers", 1)
 
     text = (tmp_path / "data_manifest.yaml").read_text()
     assert text.startswith("# ours")
@@ -189,7 +190,7 @@ def test_what_is_wrong_with_tars_is_named_and_only_what_is_open_is_read_again(tm
 KEYS = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufffd"), min_size=1, max_size=90)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(st.lists(KEYS, min_size=1, max_size=6, unique=True), st.sampled_from([tarfile.PAX_FORMAT, tarfile.GNU_FORMAT]))
 def test_any_key_that_the_rule_allows_survives_a_tar_and_a_store(keys, tar_format):
     keys = [key for key in keys if not problem_of_key(key) and "." not in key.rpartition("/")[2]]
@@ -205,7 +206,20 @@ def test_any_key_that_the_rule_allows_survives_a_tar_and_a_store(keys, tar_forma
 
 @pytest.mark.parametrize(
     "key",
-    ["", "/a", "a/", "a/../b", "..", "a\nb", "a\x00", "\x85", "\ufffd", "a\udcff", "a" * (MAX_KEY_BYTES + 1), "é" * 129],
+    [
+        "",
+        "/a",
+        "a/",
+        "a/../b",
+        "..",
+        "a\nb",
+        "a\x00",
+        "\x85",
+        "\ufffd",
+        "a\udcff",
+        "a" * (MAX_KEY_BYTES + 1),
+        "é" * 129,
+    ],
 )
 def test_a_key_that_the_rule_refuses_is_refused(key):
     assert problem_of_key(key)
@@ -236,18 +250,18 @@ def crawled(recipe, tmp_path_factory) -> tuple[Path, Manifest]:
     keys = [*ODD, *(f"{index:09d}" for index in range(60 - len(ODD)))]
     for shard in range(2):
         some = slice(30 * shard, 30 * shard + 30)
-        img2dataset(folder / "tars", f"{shard:05d}", dict(zip(keys[some], images[some], strict=True)))
+        img2dataset(folder / "digits", f"{shard:05d}", dict(zip(keys[some], images[some], strict=True)))
     members = [
         (f"{one.key}.{kind}", value)
         for one in digits["test"][:80]
         for kind, value in (("cls", str(one.label).encode()), ("png", one.encoded))
     ]
-    raw_tar(folder / "tars" / "val.tar", members)
+    raw_tar(folder / "digits" / "val.tar", members)
     index = ["data", "index", "--name", "digits", "--manifest", folder / "m.yaml", "--workers", 1]
-    assert "nothing says the classes" in refused(*index, folder / "tars" / "0*.tar", "--label", "none")
-    said = invoke(*index, folder / "tars" / "0*.tar", "--label", "none", "--num-classes", 10).stderr
+    assert "nothing says the classes" in refused(*index, folder / "digits" / "0*.tar", "--label", "none")
+    said = invoke(*index, folder / "digits" / "0*.tar", "--label", "none", "--num-classes", 10).stderr
     assert "no labels; 10 classes" in said
-    invoke(*index, folder / "tars" / "val.tar", "--split", "test")
+    invoke(*index, folder / "digits" / "val.tar", "--split", "test")
     return folder, load_manifest(folder / "m.yaml")
 
 
@@ -271,21 +285,14 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     assert (opened.read(0, 0, ["label"])["label"] == NO_LABEL).all()
     assert "there are no labels" in (store / "README.md").read_text()
     assert invoke("store", "verify", store, "--dataset", *where).exit_code == 0
-    assert (
-        invoke(
-            "store", "inspect", store, "--key", ODD[4], "--out", tmp_path / "page.html", *where, "--data-root", folder
-        ).exit_code
-        == 0
-        if (folder / "digits").exists()
-        else True
-    )
+    page = tmp_path / "page.html"
+    invoke("store", "inspect", store, "--key", ODD[4], "--out", page, *where, "--data-root", folder)
+    assert ODD[4] in page.read_text()
 
     dataset = manifest.dataset("digits")
     block = BlockLoader(dataset, dataset.splits["train"], [])[0]
     rows = join(opened, block, 0, np.zeros(len(block), dtype=np.int64), Wanted())
     assert rows.labels.tolist() == [-1] * len(block)
-    labelled = load_block(folder / "tars" / "val.tar", dataset.splits["test"].tars[0], 10)
-    assert (labelled.labels >= 0).all()
 
     distill = ("distill", recipe_file, "--store", store, *where, "--out")
     message = refused(*distill, tmp_path / "refused", "--objective", "kd")
@@ -294,8 +301,8 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     alone = "objectives.kd=[{term: kd, temperature: 4}]"
     invoke(*distill, tmp_path / "run", "--objective", "kd", "--set", alone)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] >= 0
-    for batch in opened.loader(folder / "tars", batch_size=20).epoch(0) if hasattr(opened, "loader") else ():
-        assert (batch.labels == -1).all()
+    batches = list(okd.open_store(store).loader(folder / "digits", batch_size=20).epoch(0))
+    assert sum(int((batch.labels == -1).sum()) for batch in batches) == 60
 
 
 def test_a_bucket_is_indexed_where_it_is_and_what_was_replaced_is_read_again(s3, tmp_path):  # noqa: F811

@@ -133,7 +133,7 @@ def on_ray(location: str, files: Sequence[str], rule: str, workers: int) -> Iter
         except ray.exceptions.RayTaskError as error:
             raise error.cause if isinstance(error.cause, OfflineKDError) else error from None
         except ray.exceptions.RayError as error:
-            raise DataError(f"{location}: Ray lost a task that read a tar ({error}). Run the same command again.") from error
+            raise DataError(f"{location}: Ray lost a task that read a tar ({error}). Run the command again.") from error
 
 
 ENGINES: dict[str, Callable[[str, Sequence[str], str, int], Iterator[TarFacts]]] = {

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -79,7 +79,6 @@ class Split(Strict):
         return self if numbers is None else Split(tars=[self.tars[number] for number in numbers], labels=self.labels)
 
 
-@cache
 def read_index(file: Path, sha256: str) -> list[Tar]:
     """The tars of an index that must have this sha256; raises DataError otherwise."""
     remedy = "Put the file beside the manifest that names it, or make both again: `offline-kd data index`."
@@ -91,10 +90,16 @@ def read_index(file: Path, sha256: str) -> list[Tar]:
     if found != sha256:
         raise DataError(f"{file}: sha256 is {found}, the manifest says {sha256}. {remedy}")
     try:
-        index = TarIndex.model_validate_json(content)
+        return _tars_of(content)
     except ValidationError as error:
         raise DataError(f"{file}: is no index of tars: {error.errors()[0]['msg']}. {remedy}") from error
-    return [Tar(file=tar.file, count=tar.count, sha256=tar.sha256) for tar in index.tars]
+
+
+@lru_cache(8)
+def _tars_of(index: bytes) -> list[Tar]:
+    """A command asks for one dataset many times."""
+    found = TarIndex.model_validate_json(index).tars
+    return [Tar(file=tar.file, count=tar.count, sha256=tar.sha256) for tar in found]
 
 
 class Dataset(Strict):
