@@ -257,11 +257,14 @@ def crawled(recipe, tmp_path_factory) -> tuple[Path, Manifest]:
         for kind, value in (("cls", str(one.label).encode()), ("png", one.encoded))
     ]
     raw_tar(folder / "digits" / "val.tar", members)
+    (folder / "names.txt").write_text("\n".join(reversed("0123456789")))
     index = ["data", "index", "--name", "digits", "--manifest", folder / "m.yaml", "--workers", 1]
     assert "nothing says the classes" in refused(*index, folder / "digits" / "0*.tar", "--label", "none")
     said = invoke(*index, folder / "digits" / "0*.tar", "--label", "none", "--num-classes", 10).stderr
     assert "no labels; 10 classes" in said
-    invoke(*index, folder / "digits" / "val.tar", "--split", "test")
+    labelled = ["data", "index", folder / "digits" / "val.tar", "--name", "labelled", *index[4:], "--split", "test"]
+    invoke(*labelled)
+    invoke(*labelled[:3], "--name", "shuffled", *labelled[5:], "--classes", folder / "names.txt")
     return folder, load_manifest(folder / "m.yaml")
 
 
@@ -269,6 +272,8 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     crawled, recipe, recipe_file, tmp_path
 ):
     folder, manifest = crawled
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"evaluation": "labelled/test"})})
+    recipe_file.write_text(yaml.safe_dump(recipe.model_dump(mode="json", exclude_none=True)))
     store, where = tmp_path / "store", ("--manifest", folder / "m.yaml")
     assert "has no labels" in refused(
         "cache-teacher", recipe_file, "--store", store, *where, "--set", "data.evaluation=train"
@@ -298,6 +303,7 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     message = refused(*distill, tmp_path / "refused", "--objective", "kd")
     assert "digits/train: has no labels" in message
     assert "the term 'ce' of the objective needs them" in message
+    assert "has other classes" in refused(*distill, tmp_path / "run", "--set", "data.evaluation=shuffled/test")
     alone = "objectives.kd=[{term: kd, temperature: 4}]"
     invoke(*distill, tmp_path / "run", "--objective", "kd", "--set", alone)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] >= 0

@@ -92,7 +92,9 @@ def gate(
     Raises TeacherError when it is further from the expected accuracy than the tolerance.
     """
     expected = teacher.expected
-    dataset, split = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
+    dataset, split = manifest.evaluation(
+        *((expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation))
+    )
     loader = BlockLoader(
         manifest.dataset(dataset),
         manifest.split(dataset, split),

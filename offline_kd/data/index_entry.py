@@ -44,10 +44,11 @@ def find_tars(patterns: Sequence[str]) -> tuple[str, list[str]]:
     starts = {found[0] if (found := SERVER.match(tar)) else "" for tar in tars}
     if len(starts) > 1:
         raise RecipeError(f"the tars lie in {' and '.join(sorted(starts))}: those of a dataset must lie in one place.")
-    location = os.path.commonpath([os.path.dirname(tar.replace("://", ":", 1)) for tar in tars])
-    if starts != {""}:
-        location = location.replace(":", "://", 1)
-    return location, [tar[len(location) :].lstrip("/") for tar in tars]
+    parts = [tar.split("/") for tar in tars]
+    folders = [one[:-1] for one in parts]
+    apart = (index for index, pair in enumerate(zip(min(folders), max(folders), strict=False)) if pair[0] != pair[1])
+    common = next(apart, min(map(len, folders)))  # of names in order, the first and the last differ earliest
+    return "/".join(parts[0][:common]) or "/", ["/".join(one[common:]) for one in parts]
 
 
 def _expanded(pattern: str) -> list[str]:

@@ -211,6 +211,22 @@ class Manifest(Strict):
         known = self.datasets[name]
         return known.model_copy(update={"splits": {part: split.with_tars() for part, split in known.splits.items()}})
 
+    def evaluation(self, dataset: str, split: str) -> tuple[str, str]:
+        """The dataset and the split that `data.evaluation` names: a split of that dataset, or DATASET/SPLIT.
+
+        Raises RecipeError for another dataset with other classes.
+        """
+        other, _, name = split.rpartition("/")
+        known = self.dataset(dataset)
+        if not other or split in known.splits:
+            return dataset, split
+        if self.dataset(other).classes != known.classes:
+            raise RecipeError(
+                f"data.evaluation: '{other}' has other classes than '{dataset}', or another order of them. Evaluate on "
+                "images of the same classes."
+            )
+        return other, name
+
     def split(self, dataset: str, split: str) -> Split:
         splits = self.dataset(dataset).splits
         if split not in splits:

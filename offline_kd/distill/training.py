@@ -166,10 +166,11 @@ def training_images(
 
 
 def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
-    split = manifest.split(recipe.data.dataset, recipe.data.evaluation)
-    need_labels(split.labels, f"{recipe.data.dataset}/{recipe.data.evaluation}", "evaluation")
+    dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
+    split = manifest.split(dataset, name)
+    need_labels(split.labels, f"{dataset}/{name}", "evaluation")
     return BlockLoader(
-        manifest.dataset(recipe.data.dataset),
+        manifest.dataset(dataset),
         split,
         roots,
         keep_bytes=recipe.data.keep_bytes,
