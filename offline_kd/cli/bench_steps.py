@@ -20,6 +20,7 @@ from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Dataset, Manifest, Split, locate
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
@@ -102,7 +103,7 @@ class Timed:
 def bench(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     device: torch.device,
     *,
     objective: str | None,
@@ -214,15 +215,16 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _small(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], folder: Path, steps: int
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], folder: Path, steps: int
 ) -> tuple[Recipe, Manifest]:
     """The recipe on its first `steps` batches and at most BENCH_VIEWS views; the teacher's gate is left out."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     wanted = steps * recipe.training.batch_size
     samples: list[Sample] = []
+    folders = folders_of(dataset, roots)
     for tar in split.tars:
-        samples += read_tar(locate(f"{dataset.folder}/{tar.file}", roots))[0][: wanted - len(samples)]
+        samples += read_tar(locate(tar.file, folders))[0][: wanted - len(samples)]
     small = Dataset(
         folder="bench",
         classes=dataset.classes,

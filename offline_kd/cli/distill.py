@@ -65,7 +65,7 @@ def command(
     recipe_path: Path,
     overrides: tuple[str, ...],
     manifest_path: Path,
-    data_root: tuple[Path, ...],
+    data_root: tuple[str, ...],
     device: str,
     out: Path,
     **options: Unpack[DistillOptions],

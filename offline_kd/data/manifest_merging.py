@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import yaml
 
@@ -18,27 +18,37 @@ class Entry(TypedDict):
     """A dataset, as YAML has it."""
 
     folder: str
+    location: NotRequired[str]
     classes: list[str]
     splits: dict[str, dict[str, list[dict[str, object]]]]
 
 
-def manifest_entry(folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]) -> Entry:
-    """A dataset as a manifest describes it."""
+def manifest_entry(
+    folder: str, location: str | None, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]
+) -> Entry:
+    """A dataset as a manifest describes it; `location`: a URL where its tars lie."""
     tars = {name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in splits.items()}
-    return {"folder": folder, "classes": list(classes), "splits": tars}
+    if location is None:
+        return {"folder": folder, "classes": list(classes), "splits": tars}
+    return {"folder": folder, "location": location, "classes": list(classes), "splits": tars}
 
 
 def entry_yaml(content: Mapping[str, object]) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=120, default_flow_style=None, allow_unicode=True)
 
 
-def check_same_dataset(file: Path, name: str, folder: str, classes: Sequence[str]) -> None:
-    """Raises DataError when a manifest, if there is one, knows a dataset of that name with other classes or folder."""
+def check_same_dataset(file: Path, name: str, folder: str, location: str | None, classes: Sequence[str]) -> None:
+    """Raises DataError when a manifest, if there is one, knows a dataset of that name with other classes or elsewhere."""
     known = load_manifest(file).datasets.get(name) if os.path.lexists(file) else None
     if known is None:
         return
     if known.folder != folder:
         raise DataError(f"{file}: dataset '{name}' is in folder '{known.folder}', not in '{folder}'. Correct one.")
+    if location not in (None, known.location):
+        raise DataError(
+            f"{file}: dataset '{name}' has {f'its location at {known.location}' if known.location else 'no location'}, "
+            f"not {location}. Correct it there, or pack without --write."
+        )
     if known.classes != list(classes):
         changed = [f"'{old}' is now '{new}'" for old, new in zip(known.classes, classes, strict=False) if old != new]
         what = changed[0] if changed else f"it has {len(known.classes)}, not {len(classes)}"
@@ -51,7 +61,7 @@ def merge_dataset(file: Path, name: str, entry: Entry) -> None:
     Raises DataError when the manifest has another dataset of that name, or is written in a way that no line can be put
     into; it is unchanged then.
     """
-    check_same_dataset(file, name, entry["folder"], entry["classes"])
+    check_same_dataset(file, name, entry["folder"], entry.get("location"), entry["classes"])
     text = file.read_text(encoding="utf-8") if os.path.lexists(file) else "manifest_version: 1\n"
     expected = parse_yaml(text, where=str(file)) or {}
     assert isinstance(expected, dict)

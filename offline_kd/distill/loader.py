@@ -55,7 +55,7 @@ class Loader:
         has_logits = len(source.stores) == 1 and source.wanted[0].logits
         self._decode = logits_decoder(source.stores[0], device) if has_logits else None
         self.pieces: DataLoader[Piece] | None = None
-        is_remote = any(store.place.is_remote for store in source.stores)
+        is_remote = source.images.is_remote or any(store.place.is_remote for store in source.stores)
         if options.workers:
             self.pieces = DataLoader(
                 self.reader,

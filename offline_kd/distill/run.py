@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from offline_kd.cache.pipeline import cache_teacher
-from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, locate
+from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
@@ -25,13 +25,12 @@ from offline_kd.distill.run_directory import refuse_ranks, run_directory
 from offline_kd.distill.training import distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
-from offline_kd.support.errors import DataError
 from offline_kd.support.files import write_atomically
 
 TEACHER_TOLERANCE = 0.5  # percentage points, between the evaluation after training and the gate
 
 
-def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path, device: torch.device) -> None:
+def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path, device: torch.device) -> None:
     """Pack, train the teacher, cache it, distil every objective with every seed, report. Resumes by itself.
 
     Raises TrainingError when another process writes `out`.
@@ -41,7 +40,9 @@ def run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Pa
         _run(recipe, manifest, extra_roots, out, device)
 
 
-def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path, device: torch.device) -> None:
+def _run(
+    recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path, device: torch.device
+) -> None:
     started = time.monotonic()
     recipe = _with_digits(recipe, manifest, extra_roots, out)
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
@@ -89,20 +90,17 @@ def _run(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: P
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
 
 
-def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path) -> Recipe:
+def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path) -> Recipe:
     """Pack the bundled digits into OUT/data, unless they are somewhere already."""
     if recipe.data.dataset != "digits":
         return recipe
-    folder = manifest.dataset("digits").folder
-    try:
-        for split in manifest.dataset("digits").splits.values():
-            for tar in split.tars:
-                locate(f"{folder}/{tar.file}", data_roots(extra_roots))
-    except DataError:
-        say("packing the digits")
-        pack_digits(out / "data" / folder)
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(out / "data")})})
-    return recipe
+    dataset = manifest.dataset("digits")
+    own_root = [recipe.data.root] if recipe.data.root else []
+    if is_complete(dataset, data_roots([*extra_roots, *own_root])):
+        return recipe
+    say("packing the digits")
+    pack_digits(out / "data" / dataset.folder)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(out / "data")})})
 
 
 def pack_digits(folder: Path) -> None:

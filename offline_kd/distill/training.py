@@ -12,6 +12,7 @@ import torch
 
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.compatibility import check_all, check_teachers
@@ -46,14 +47,14 @@ class DistillOptions(TypedDict, total=False):
     seed: int | None  # of weights, order and views; None: the recipe's first
     stores: Sequence[str]  # folders, URLs or manifest names; none: what the recipe says
     online: bool  # ask the live teacher instead of the stores
-    download_bytes: int  # how much of remote stores is kept on the local disk
+    download_bytes: int  # how much of remote stores and images is kept on the local disk
     allow_biased: bool  # train even where a store's codec has not kept what a term needs
 
 
 def distill(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     out: Path,
     device: torch.device,
     **options: Unpack[DistillOptions],
@@ -73,9 +74,11 @@ def distill(
     chosen, online = options.get("seed"), options.get("online", False)
     seed = recipe.seeds[0] if chosen is None else chosen
     wanted = wanted_stores(recipe, options.get("stores", ()))
-    opened, ensemble = open_stores(recipe, manifest, wanted, options.get("download_bytes", DEFAULT_BYTES))
+    limit = options.get("download_bytes", DEFAULT_BYTES)
+    opened, ensemble = open_stores(recipe, manifest, wanted, limit)
     # Where a store is read, the join compares every key, image and label with what the teacher saw, at every read.
-    images = training_images(recipe, manifest, roots, prove="always" if online or not opened else "once")
+    proof: Proof = "always" if online or not opened else "once"
+    images = training_images(recipe, manifest, roots, prove=proof, download_bytes=limit)
     for store in [] if online else opened:
         if not store.created.keeps_digests:
             say(f"{store.place}: {proof_of_images(store.created)}")
@@ -99,7 +102,7 @@ def distill(
     loader = make_loader(recipe, source, seed, device, live_size)
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest)
-    return fit(run, student, loader, evaluation_images(recipe, manifest, roots), ask)
+    return fit(run, student, loader, evaluation_images(recipe, manifest, roots, download_bytes=limit), ask)
 
 
 def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:
@@ -122,7 +125,7 @@ def open_stores(
     return opened, Ensemble([one.weight for one in wanted], recipe.mix)
 
 
-def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out: Path, device: torch.device) -> Result:
+def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], out: Path, device: torch.device) -> Result:
     """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights."""
     if recipe.teacher.model is None or recipe.teacher.training is None:
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
@@ -139,9 +142,14 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
 
 
 def training_images(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], *, prove: Proof = "always"
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Root],
+    *,
+    prove: Proof = "always",
+    download_bytes: int = DEFAULT_BYTES,
 ) -> BlockLoader:
-    """The training split; `prove`: when the sha256 of a tar is compared with the manifest's, see `read_tar`."""
+    """The training split; the last two arguments are those of `HowRead`."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     return BlockLoader(
@@ -152,10 +160,13 @@ def training_images(
         decode=recipe.views.is_exact,
         on_bad=recipe.data.bad_images,
         prove=prove,
+        download_bytes=download_bytes,
     )
 
 
-def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
+def evaluation_images(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], *, download_bytes: int = DEFAULT_BYTES
+) -> BlockLoader:
     split = manifest.split(recipe.data.dataset, recipe.data.evaluation)
     return BlockLoader(
         manifest.dataset(recipe.data.dataset),
@@ -164,6 +175,7 @@ def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path])
         keep_bytes=recipe.data.keep_bytes,
         decode=recipe.evaluation_crop is None,
         on_bad=recipe.data.bad_images,
+        download_bytes=download_bytes,
     )
 
 
