@@ -59,9 +59,7 @@ def sampled_logits(
             rows = np.sort(counter_hash(SAMPLE_STREAM, block.key_hash).argsort(kind="stable")[: shares[number]])
             answers += _ask(teacher, views.with_count(num_views), block, rows, device, threads)
     if not answers:
-        raise DataError(
-            f"{loader.files[0]} and the tars beside it: none of {num_rows} images can be decoded. Pack it anew."
-        )
+        raise DataError(f"{loader.files[0]} and others: none of {num_rows} images can be decoded. Pack them anew.")
     return torch.cat(answers).numpy()
 
 

@@ -21,7 +21,7 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
-from offline_kd.data.manifest import Dataset, Manifest, Split, locate
+from offline_kd.data.manifest import Dataset, Manifest, Split, folders_of, locate
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Loader

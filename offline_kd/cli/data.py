@@ -55,7 +55,7 @@ def pack_command(
     from offline_kd.data.fetching import root_at
     from offline_kd.data.manifest_merging import check_same_dataset, entry_yaml, manifest_entry, merge_dataset
     from offline_kd.support.console import say
-    from offline_kd.support.places import Web
+    from offline_kd.support.web import Web
 
     to = root_at(out or f"data/{kind}")
     folder = to.resolve().name if isinstance(to, Path) else str(to).rsplit("/", 1)[-1]
@@ -129,7 +129,9 @@ def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
 @click.argument("name")
 @common_options
 def check_command(name: str, manifest_path: Path, data_root: tuple[str, ...]) -> None:
-    """Prove the copy of NAME below the data roots. A dataset: sha256, count, keys, labels, every image decodable. Weights: sha256.
+    """Prove what lies below the data roots as NAME.
+
+    Of a dataset: sha256, count, keys, labels, every image decodable. Of weights: sha256.
 
     \b
     offline-kd data check digits

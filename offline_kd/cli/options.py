@@ -55,7 +55,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _roots(context: click.Context, option: click.Parameter, roots: tuple[str, ...]) -> tuple[str, ...]:
-    """The data roots, none of which is left out without a word; raises RecipeError for what is no folder here nor URL."""
+    """The data roots, none of which is left out without a word; raises RecipeError for no folder here and no URL."""
     if roots:
         from offline_kd.data.manifest import data_roots
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from offline_kd.support.downloads import Downloads
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt, StoreError, shorten
-from offline_kd.support.places import SCHEMES, Bucket, Web, place_at
+from offline_kd.support.places import SCHEMES, Bucket, place_at
 from offline_kd.support.proven import difference, read_proven
+from offline_kd.support.web import Web
 
 Root = Path | Bucket | Web  # of a folder, the links in it are followed
 MAX_FILE_BYTES = 2**33  # of a tar or of weights: what a server offers beyond that is not read

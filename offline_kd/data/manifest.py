@@ -1,6 +1,6 @@
 """`data_manifest.yaml`: the datasets and teachers that recipes may name, and what proves a local copy of them.
 
-A file is named relative to a data root, which is a folder or a URL. The roots are, in this order: those given explicitly
+A file is named relative to a data root, a folder or a URL. The roots are, in this order: those given explicitly
 (`--data-root`, or `data.root` of a recipe), those of the environment variable `OFFLINE_KD_DATA` (separated as in PATH),
 `./data`. The tars of a dataset are looked for in its `location` at last, if it has one.
 """
@@ -23,7 +23,7 @@ from offline_kd.support.strict import Sha256, Strict, parse
 from offline_kd.support.strict_yaml import read_yaml
 
 MANIFEST_NAME = "data_manifest.yaml"
-# A root in OFFLINE_KD_DATA where ':' separates: a URL reaches to the next ':', and a port behind its host belongs to it.
+# In OFFLINE_KD_DATA, where ':' separates: a URL reaches to the next ':', and a port behind its host belongs to it.
 ONE_ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^:/]*(?::[0-9]+(?=[:/]|$))?[^:]*|[^:]+")
 
 

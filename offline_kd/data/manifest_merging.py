@@ -38,7 +38,7 @@ def entry_yaml(content: Mapping[str, object]) -> str:
 
 
 def check_same_dataset(file: Path, name: str, folder: str, location: str | None, classes: Sequence[str]) -> None:
-    """Raises DataError when a manifest, if there is one, knows a dataset of that name with other classes or elsewhere."""
+    """Raises DataError when a manifest, if there is one, has that dataset elsewhere, or with other classes."""
     known = load_manifest(file).datasets.get(name) if os.path.lexists(file) else None
     if known is None:
         return

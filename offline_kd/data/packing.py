@@ -19,7 +19,8 @@ from offline_kd.data.manifest import Tar
 from offline_kd.data.tars import IMAGE_EXTENSIONS, KEY_PATTERN, Sample, hash_key
 from offline_kd.support.errors import DataError, StoreUnreachable, shorten
 from offline_kd.support.files import file_sha256, flush_to_disk
-from offline_kd.support.places import Bucket, Web
+from offline_kd.support.places import Bucket
+from offline_kd.support.web import Web
 
 PUTS = 2  # of a tar into a bucket, where a network lies between
 

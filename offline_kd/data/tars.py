@@ -19,7 +19,7 @@ from offline_kd.data.fetching import Fetched, Remote, Root
 from offline_kd.data.manifest import Tar
 from offline_kd.data.proofs import known_sha256, remember_sha256
 from offline_kd.support.errors import DataError
-from offline_kd.support.places import Web
+from offline_kd.support.web import Web
 
 TARS = (".tar", ".tar.gz")
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
@@ -61,7 +61,7 @@ def unpack_keys(packed: NDArray[np.uint8]) -> list[str]:
 def tars_in(folder: Root) -> list[Path | Remote]:
     """The image tars of a folder, by name; raises DataError for a web address, which cannot list."""
     if isinstance(folder, Path):
-        return sorted(path for path in folder.glob("*.tar*") if path.name.endswith(TARS))
+        return [*sorted(path for path in folder.glob("*.tar*") if path.name.endswith(TARS))]
     if isinstance(folder, Web):
         raise DataError(f"{folder}: a web address does not list its tars. Name a dataset of the manifest, or a bucket.")
     names = sorted(name for name in folder.sizes() if "/" not in name and name.endswith(TARS))

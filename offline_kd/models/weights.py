@@ -75,7 +75,7 @@ def load_weights(model: nn.Module, path: Path | Fetched) -> None:
 
 
 def find_weights(weights: str, manifest: Manifest, roots: Sequence[Root]) -> tuple[Path | Fetched, str]:
-    """Path (or content from afar) and sha256 of weights named by a recipe: a manifest name, a path, or a torchvision weights name."""
+    """Path, or content from afar, and sha256 of weights of a recipe: a manifest name, a path, or torchvision's name."""
     if entry := manifest.weights(weights):
         return locate_weights(entry, roots), entry.sha256
     if Path(weights).is_file():
