@@ -104,7 +104,7 @@ class Reader(IterableDataset[Piece]):
             yield from self._pieces(order, position)
 
     def _fetch_ahead(self, order: Order, number: int) -> None:
-        """Begin to fetch a tar, and what it needs of the stores, as far as it is a block of theirs, where they lie afar."""
+        """Begin to fetch a tar that lies afar, and what it needs of remote stores, as far as it is a block of them."""
         source = self.source
         source.images.fetch_ahead(number)
         for epoch in range(order.first_epoch, order.first_epoch + order.epochs):
