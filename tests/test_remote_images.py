@@ -1,9 +1,13 @@
 """Images and weights in buckets, against a real S3 server on loopback: the right pixels, or a clear error."""
 
+import functools
 import hashlib
+import http.server
 import json
 import pickle
 import re
+import shutil
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -134,10 +138,11 @@ def test_a_changed_tar_is_named_with_both_sha256_and_a_missing_one_with_where_it
     assert "s3://no-such-bucket/data/digits: there is no such bucket" in refused("data", "check", "digits", *options)
 
 
-def test_what_is_broken_on_its_way_is_read_once_more(root, s3, manifest, data_root):
+def test_what_is_broken_on_its_way_is_read_once_more(root, s3, manifest, data_root, tmp_path):
     s3.fate = first_answer_is_corrupt()
     there, here = train_tars(manifest, root), train_tars(manifest, data_root)
     assert all(torch.equal(one.images, other.images) for one, other in zip(there, here, strict=True))
+    shutil.rmtree(tmp_path / "downloads")
     s3.fate = lambda method, path: "corrupt answer"
     with pytest.raises(StoreUnreachable, match=r"train-000001.tar: read 2 times, other bytes each time"):
         train_tars(manifest, root)[1].images  # noqa: B018
@@ -159,6 +164,7 @@ def test_the_cache_is_bounded_and_saves_requests(root, s3, manifest, tmp_path):
     assert all(len(block) for block in train_tars(manifest, root))
     assert len(asked) == 3
     limit = kept_bytes(tmp_path) // 2
+    shutil.rmtree(tmp_path / "downloads")
     for _ in range(2):
         assert len(list(train_tars(manifest, root, download_bytes=limit))) == 3
     assert 0 < kept_bytes(tmp_path) <= limit
@@ -188,9 +194,13 @@ def test_the_first_root_that_has_a_tar_counts(root, s3, manifest, data_root, tmp
     elsewhere = f"s3://team/{tmp_path.name}-other"
     tar = manifest.split("digits", "train").tars[0]
     Bucket(elsewhere).put(f"digits/{tar.file}", (data_root / "digits" / tar.file).read_bytes())
-    web = f"{s3.url}/team/{tmp_path.name}"
-    for roots in ([elsewhere, root], [elsewhere, data_root], [web], [elsewhere, web]):
-        assert len(list(train_tars(manifest, *roots, download_bytes=0))) == 3
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=data_root)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_port}"
+        for roots in ([elsewhere, root], [elsewhere, data_root], [web], [elsewhere, web]):
+            assert len(list(train_tars(manifest, *roots, download_bytes=0))) == 3
+        server.shutdown()
     loader = train_tars(manifest, data_root, root)
     assert not loader.is_remote
     with pytest.raises(DataError, match=rf"train-000001.tar: not found in {elsewhere}/digits"):
