@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offline_kd.cache.in_memory import ModuleOptions, cache_module
+from offline_kd.data.fetching import is_url, root_at
 from offline_kd.data.manifest import MANIFEST_NAME, Manifest, Normalisation, load_manifest
 from offline_kd.store.info import store_info
 from offline_kd.store.lookup import decisions_of, keys_from_tars, logits_of, rows_of, stored_keys
@@ -50,7 +51,7 @@ class TeacherStore:
     """
 
     reader: Store  # everything beneath: identity, ledger, arrays by block
-    data: Path | None = None  # the folder of the dataset's tars, where it is known
+    data: str | Path | None = None  # the folder or URL of the dataset's tars, where it is known
 
     def __repr__(self) -> str:
         return f"TeacherStore({str(self.reader.place)!r}, digest={self.digest!r})"
@@ -79,15 +80,15 @@ class TeacherStore:
         """The key of every row, in the store's order.
 
         Args:
-            data: the folder of the dataset's tars (by default the one that the store was opened with), from which the
-                keys of a store before schema 3 come: it holds their hashes only.
+            data: the folder or URL of the dataset's tars (by default the one that the store was opened with), from
+                which the keys of a store before schema 3 come: it holds their hashes only.
 
         Raises StoreCorrupt where a key is not the one of its row's hash; of a store before schema 3, StoreError when
         no folder is known and StoreMismatch when its tars lack the key of a row.
         """
         if self.reader.created.keeps_digests:
             return stored_keys(self.reader)
-        return keys_from_tars(self.reader, self._folder(data))
+        return keys_from_tars(self.reader, root_at(self._folder(data)))
 
     def logits(self, keys: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
         """`[n, V, C]` float32 logits of n samples in the given views (by default all that are stored), on the CPU.
@@ -115,7 +116,7 @@ class TeacherStore:
         Images are rendered as the teacher saw them, and every image, label and key is compared with the store.
 
         Args:
-            data: the folder of the dataset's tars; by default the one that the store was opened with.
+            data: the folder or URL of the dataset's tars; by default the one that the store was opened with.
             options: see `LoaderOptions`.
 
         Raises RecipeError for more ranks than a batch has rows, and StoreMismatch when images, labels or keys are not
@@ -150,16 +151,16 @@ class TeacherStore:
 
         return rows_of(self.reader, keys, known)
 
-    def _folder(self, data: str | Path | None) -> Path:
-        folder = self.data if data is None else Path(data)
+    def _folder(self, data: str | Path | None) -> str | Path:
+        folder = self.data if data is None else data
         if folder is None:
             about = self.reader.identity.dataset
             raise StoreError(
                 f"{self.reader.place}: holds no images{'' if self.reader.created.keeps_digests else ' and no keys'}. "
-                f"Name the folder of the tars of {about.name}/{about.split}: here, or with open_store(..., "
+                f"Name the folder or URL of the tars of {about.name}/{about.split}: here, or with open_store(..., "
                 "data=FOLDER)."
             )
-        if not folder.is_dir():
+        if not is_url(folder) and not Path(folder).is_dir():
             raise DataError(f"{folder}: no such folder. Name the one that holds the dataset's tars.")
         return folder
 
@@ -171,7 +172,7 @@ def open_store(location: str | Path, *, digest: str | None = None, data: str | P
         location: a folder, a URL (`s3://`, `gs://`, `az://`, `https://`), or a name in the `data_manifest.yaml` of the
             current folder; `#TARGETS` (another teacher of the store) and `@sha256:DIGEST` may follow.
         digest: `sha256:...` that the store must have, or must have had before it grew; the same as `@sha256:...`.
-        data: the folder of the dataset's tars, for `loader`, and for `keys` of a store before schema 3.
+        data: the folder or URL of the dataset's tars, for `loader`, and for `keys` of a store before schema 3.
 
     Raises RecipeError for a reference that cannot be understood, StoreError where there is no store, StoreIncomplete
     for one that is not finished, StoreCorrupt when its parts disagree, StoreMismatch when it has another digest,
@@ -182,7 +183,7 @@ def open_store(location: str | Path, *, digest: str | None = None, data: str | P
     if wanted is not None and where.digest not in (None, wanted):
         raise RecipeError(f"store '{location}': is pinned to sha256:{where.digest}, wanted is {digest}. Correct one.")
     reader = open_as_demanded(replace(where, digest=wanted or where.digest))
-    return TeacherStore(reader, None if data is None else Path(data))
+    return TeacherStore(reader, data)
 
 
 def cache_teacher(
@@ -202,8 +203,8 @@ def cache_teacher(
     Args:
         network: `[B, 3, H, W]` float32 normalised images -> `[B, C]` raw logits. It runs in evaluation mode, without
             gradients, and gets its own modes back. The store knows it by the sha256 of its parameters and buffers.
-        dataset: a folder of image tars, all of which are captured, or a name in the `data_manifest.yaml` of the current
-            folder, of which split `train` is.
+        dataset: a folder or bucket of image tars, all of which are captured, or a name in the `data_manifest.yaml` of
+            the current folder, of which split `train` is.
         views: which augmentations, as recipes write them: `{"kind": "pad_crop_flip", "count": 4}`.
         out: the store: a folder or a URL.
         normalisation: of the module's input: `{"mean": [r, g, b], "std": [r, g, b]}` of pixels in 0..1.
@@ -213,7 +214,7 @@ def cache_teacher(
     logit per class, StoreMismatch when `out` is a store of something else.
     """
     cache_module(network, dataset, manifest_here(), views, out, _normalisation(normalisation), options)
-    return open_store(out, data=dataset if Path(dataset).is_dir() else None)
+    return open_store(out, data=dataset if is_url(dataset) or Path(dataset).is_dir() else None)
 
 
 def manifest_here() -> Manifest:

@@ -151,7 +151,7 @@ def ratio(times: dict[str, list[float]], above: str, below: str) -> float:
 
 def reading(store: Store, loader: BlockLoader, rounds: int) -> None:
     position = np.zeros(len(loader[0]), dtype=np.int64)
-    urls = [str(path) for path in loader.paths]
+    urls = [str(path) for path in loader.files]
 
     def alone() -> int:
         return sum(1 for _ in webdataset.WebDataset(urls, shardshuffle=False))
@@ -230,7 +230,7 @@ def large_photographs(folder: Path, loader: BlockLoader, scale: float = 1.75) ->
     import io
 
     samples = []
-    for sample in read_tar(loader.paths[0])[0][:400]:
+    for sample in read_tar(loader.files[0])[0][:400]:
         image = decode_image(sample.encoded)
         size = (round(image.width * scale), round(image.height * scale))
         buffer = io.BytesIO()
@@ -320,7 +320,7 @@ def _stream(folder: Path, loader: BlockLoader, workers: int) -> Loader:
     torch.set_num_threads(1)
     store = open_store(folder)
     first = Split(tars=loader.split.tars[:1])
-    one = BlockLoader(loader.dataset, first, [loader.paths[0].parent.parent], keep_bytes=0, decode=False, prove="never")
+    one = BlockLoader(loader.dataset, first, [loader.files[0].parent.parent], keep_bytes=0, decode=False, prove="never")
     source = Source(one, store.identity.views, store.identity.groups, [store], [Wanted()])
     return Loader(source, Options(batch_size=100, pool_blocks=1, size=224, workers=workers), CPU)
 

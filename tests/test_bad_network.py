@@ -104,7 +104,7 @@ def test_bytes_that_are_always_changed_are_blamed_on_the_network_and_damage_on_t
     network.fate = lambda method, path: "corrupt answer" if "logits/code/c/" in path else ""
     message = refused("store", "pull", address, tmp_path / "pulled")
     assert "other bytes each time" in message
-    assert "The store may be whole" in message
+    assert "What lies there may be whole" in message
     assert "other bytes each time" in refused("store", "verify", address)
     network.fate = lambda method, path: ""
     name = "targets.zarr/logits/code/c/0/0/0"

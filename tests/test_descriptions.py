@@ -11,6 +11,7 @@ import yaml
 from conftest import RECIPE, ROOT, invoke, make_recipe, merged, refused
 from hypothesis import strategies as st
 
+from offline_kd.data.manifest import data_roots
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
 from offline_kd.recipe import Recipe, dump_recipe, load_recipe, parse_codec
@@ -296,10 +297,10 @@ def test_a_run_without_curve_has_a_row_and_damaged_files_are_one_line(tmp_path):
     assert "no recipe.yaml" in refused("report", run, "--out", page)
 
 
-# ---- folders of data -------------------------------------------------------------------------------------------------
+# ---- where data lies -------------------------------------------------------------------------------------------------
 
 
-def test_a_data_root_that_is_a_url_is_refused_everywhere(recipe_file, tmp_path, where, monkeypatch):
+def test_a_data_root_that_is_no_folder_and_no_url_is_refused_everywhere(recipe_file, tmp_path, where, monkeypatch):
     from test_end_to_end import all_commands
 
     from offline_kd.cli import main as cli
@@ -307,11 +308,21 @@ def test_a_data_root_that_is_a_url_is_refused_everywhere(recipe_file, tmp_path, 
     takes = [path for path, one in all_commands(cli.main) if any(option.name == "data_root" for option in one.params)]
     assert len(takes) >= 15
     for path in takes:
-        for url in ("s3://team/data", "https://example.org/data", "file:///data"):
-            assert "a URL, but images are read from folders" in refused(*path, "--data-root", url)
+        for url in ("ftp://example.org/data", "S3://team/data", "file:///data", "s3:/team/data"):
+            message = refused(*path, "--data-root", url)
+            assert url in message
+            assert "s3, gs, az, http, https" in message
     assert "no such folder" in refused("data", "list", "--data-root", tmp_path / "none")
     run = ("run", recipe_file, "--out", tmp_path / "out", *where)
-    assert "a URL" in refused(*run, "--set", "data.root=s3://team/data")
-    for value in ("s3://team/data", f"{tmp_path}{os.pathsep}https://example.org"):
-        monkeypatch.setenv("OFFLINE_KD_DATA", value)
-        assert "(OFFLINE_KD_DATA): a URL" in refused(*run)
+    assert "'ftp://' is not known" in refused(*run, "--set", "data.root=ftp://team/data")
+    monkeypatch.setenv("OFFLINE_KD_DATA", f"{tmp_path}{os.pathsep}file:///data")
+    assert "data root file:///data: 'file://' is not known" in refused(*run)
+
+
+def test_urls_stand_beside_folders_in_the_environment(monkeypatch):
+    entries = ["/a", "s3://team/data", "https://host:8080/x", "http://host:9000", "b/c", "gs://d", "az://e/f", "8080/x"]
+    monkeypatch.setenv("OFFLINE_KD_DATA", os.pathsep.join(entries))
+    found = data_roots(["https://first/x/"])
+    assert [str(root) for root in found] == ["https://first/x", *entries, "data"]
+    kinds = [type(root).__name__.removeprefix("Posix") for root in found]
+    assert kinds == ["Web", "Path", "Bucket", "Web", "Web", "Path", "Bucket", "Bucket", "Path", "Path"]

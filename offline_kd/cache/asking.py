@@ -160,7 +160,7 @@ def _refuse_other_map(about: DecisionsIdentity, features: Tensor, where: str) ->
 def _without_bad_rows(block: ImageBlock, decoder: Decoder, parameters: Parameters) -> tuple[ImageBlock, Parameters]:
     """Block and parameters without the rows that could not be decoded; partners are numbered anew."""
     if len(decoder.bad) == len(block):
-        raise DataError(f"{block.path}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
+        raise DataError(f"{block.where}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
     if not decoder.bad:
         return block, parameters
     return block.without(decoder.bad), without_rows(parameters, decoder.bad)

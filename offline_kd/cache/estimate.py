@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import describe_capture
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader, ImageBlock
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import Recipe
@@ -43,7 +43,7 @@ class Plan:
     break_even_students: int
 
 
-def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], device: torch.device) -> Plan:
+def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torch.device) -> Plan:
     """Ask the teacher about some views of the first tar, pack them, and work out the whole capture."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)

@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from itertools import zip_longest
 from typing import TypedDict
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from offline_kd.cache.sample import spread
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import ImageBlock
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
@@ -45,7 +46,7 @@ def ask_again(
     store: Store,
     recipe: CaptureRecipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     num_rows: int | None,
     device: torch.device,
 ) -> Fidelity:
@@ -86,6 +87,7 @@ def measure_fidelity(
     num_rows: int | None,
     device: torch.device,
     seed: int = 0,
+    fetch_ahead: Callable[[int], None] | None = None,
 ) -> Fidelity:
     """Run the teacher on `num_rows` stored rows (None, or more than there are: all), joined and rendered as in stage 2.
 
@@ -94,6 +96,7 @@ def measure_fidelity(
     Args:
         images: gives the images of a block of the store.
         seed: of the choice of rows.
+        fetch_ahead: is told of which block the images will be asked for next.
 
     Raises StoreCorrupt when a logit is further from the teacher's than codec and arithmetic explain, or when decisions
     are not the teacher's.
@@ -104,7 +107,10 @@ def measure_fidelity(
     answers = _Answers(store, teacher, device)
     waiting: list[Rows] = []
     with progress("fidelity", sum(wanted.values()), "rows") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, count in wanted.items():
+        for number, later in zip_longest(wanted, list(wanted)[1:]):
+            if fetch_ahead is not None and later is not None:
+                fetch_ahead(later)
+            count = wanted[number]
             block = as_stored(store, images(number))
             for rows in _some_rows(store, block, number, count, seed):
                 for start in range(0, len(rows.labels), teacher.batch_size):

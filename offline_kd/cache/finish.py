@@ -130,7 +130,10 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
 def _measure(capture: Capture, store: Store) -> Fidelity:
     """Ask the teacher about as many rows as the recipe says, and no block is believed unseen."""
     num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))
-    found = measure_fidelity(store, capture.loader.__getitem__, capture.teacher, num_rows, capture.device)
+    images = capture.loader
+    found = measure_fidelity(
+        store, images.__getitem__, capture.teacher, num_rows, capture.device, fetch_ahead=images.fetch_ahead
+    )
     say(f"{capture.place}: the teacher was asked again about {found.looked_at}")
     return found
 

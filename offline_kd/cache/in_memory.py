@@ -12,6 +12,7 @@ from torch import nn
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import DEFAULT_BATCH_SIZE
+from offline_kd.data.fetching import Root, is_url, root_at
 from offline_kd.data.manifest import Dataset, Manifest, Normalisation, Split, Tar, data_roots
 from offline_kd.data.tars import read_tar, tars_in
 from offline_kd.models.teacher import Teacher
@@ -47,12 +48,16 @@ def cache_module(
     """Make, or go on making, the store of a module: `api.cache_teacher`, whose arguments these are.
 
     Args:
-        manifest: where `dataset` is looked up when it is no folder.
+        manifest: where `dataset` is looked up when it is neither folder nor URL.
     """
-    about, roots = str(dataset), data_roots()
-    if Path(dataset).is_dir():
+    about, roots, folder = str(dataset), data_roots(), None
+    if is_url(dataset):
+        folder = root_at(dataset)
+        about, roots = str(folder).rsplit("/", 1)[-1], [folder]
+    elif Path(dataset).is_dir():
         folder = Path(dataset).resolve()
         about, roots = folder.name, [folder.parent]
+    if folder is not None:
         manifest = Manifest(manifest_version=1, datasets={about: dataset_of(folder, options.get("classes"))})
     splits = manifest.dataset(about).splits
     module, codec = type(network), options.get("codec", "f16")
@@ -92,8 +97,11 @@ def cache_module(
         cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
 
 
-def dataset_of(folder: Path, classes: list[str] | None) -> Dataset:
-    """A folder of tars as a manifest would describe it: one split, `train`, of all tars in the order of their names."""
+def dataset_of(folder: Root, classes: list[str] | None) -> Dataset:
+    """A folder of tars as a manifest would describe it: one split, `train`, of all tars in the order of their names.
+
+    A local one lies below its parent; one afar is a root itself.
+    """
     paths = tars_in(folder)
     if not paths:
         raise DataError(f"{folder}: holds no .tar or .tar.gz. Pack images with `offline-kd data pack`.")
@@ -102,10 +110,10 @@ def dataset_of(folder: Path, classes: list[str] | None) -> Dataset:
         samples, sha256 = read_tar(path)
         if not samples:
             raise DataError(f"{path}: holds no samples. Remove it, or pack the dataset again.")
-        tars.append(Tar(file=path.name, count=len(samples), sha256=sha256))
+        tars.append(Tar(file=str(path).rsplit("/", 1)[-1], count=len(samples), sha256=sha256))
         most = max(most, *(sample.label for sample in samples))
     return Dataset(
-        folder=folder.name,
+        folder=folder.name if isinstance(folder, Path) else ".",
         classes=classes or [str(label) for label in range(most + 1)],
         splits={"train": Split(tars=tars)},
         source=f"the {len(tars)} tars of a folder",

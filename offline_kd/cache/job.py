@@ -4,7 +4,6 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -13,6 +12,7 @@ from offline_kd.cache.tables import identify_decisions
 from offline_kd.cache.teacher import gate
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.checking import dataset_fingerprint
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
@@ -187,7 +187,7 @@ def _with(additions: list[Addition], one: Addition) -> list[Addition]:
 def identify(
     recipe: CaptureRecipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     loader: BlockLoader,
     teacher: Teacher,
     place: Place,

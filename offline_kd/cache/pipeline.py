@@ -20,6 +20,7 @@ from offline_kd.cache.job import Capture, announce, identify, refuse_uneven_view
 from offline_kd.cache.tables import fit_tables
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CaptureRecipe
@@ -61,7 +62,7 @@ class CaptureOptions(TypedDict, total=False):
 def cache_teacher(
     recipe: CaptureRecipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     location: Place | str | Path,
     device: torch.device,
     **options: Unpack[CaptureOptions],

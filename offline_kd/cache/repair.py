@@ -1,11 +1,11 @@
 """Do the damaged blocks of a store again, and no others."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 
 from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.leftovers import sweep
@@ -20,7 +20,7 @@ def repair(
     place: Place,
     recipe: CaptureRecipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     device: torch.device,
     show: Callable[[Verification], None],
     remove_extra: bool = False,

@@ -54,13 +54,12 @@ def sampled_logits(
     chosen = [index * len(tars) // count for index in range(count)]
     answers: list[Tensor] = []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, wanted in zip(chosen, spread(num_rows, [tars[one].count for one in chosen]), strict=True):
-            if wanted:
-                block = loader[number]
-                rows = np.sort(counter_hash(SAMPLE_STREAM, block.key_hash).argsort(kind="stable")[:wanted])
-                answers += _ask(teacher, views.with_count(num_views), block, rows, device, threads)
+        shares = dict(zip(chosen, spread(num_rows, [tars[one].count for one in chosen]), strict=True))
+        for number, block in loader.in_order(number for number, wanted in shares.items() if wanted):
+            rows = np.sort(counter_hash(SAMPLE_STREAM, block.key_hash).argsort(kind="stable")[: shares[number]])
+            answers += _ask(teacher, views.with_count(num_views), block, rows, device, threads)
     if not answers:
-        raise DataError(f"dataset in {loader.paths[0].parent}: none of {num_rows} images can be decoded. Pack it anew.")
+        raise DataError(f"{loader.files[0]} and others: none of {num_rows} images can be decoded. Pack them anew.")
     return torch.cat(answers).numpy()
 
 

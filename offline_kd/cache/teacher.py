@@ -1,11 +1,11 @@
 """The teacher of a recipe: found, checked against the manifest, measured before it is believed."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation
 from offline_kd.models.evaluation import evaluate
@@ -20,7 +20,7 @@ DEFAULT_BATCH_SIZE = {"cpu": 64, "cuda": 512}
 
 
 def load_teacher(
-    recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Path], num_classes: int, device: torch.device
+    recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Root], num_classes: int, device: torch.device
 ) -> Teacher:
     """The teacher of a recipe, in evaluation mode; what the recipe leaves open comes from the manifest.
 
@@ -85,7 +85,7 @@ def teacher_input(recipe: CaptureRecipe, manifest: Manifest, model: str) -> tupl
 
 
 def gate(
-    teacher: Teacher, recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Path], device: torch.device
+    teacher: Teacher, recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Root], device: torch.device
 ) -> tuple[str, float]:
     """Measure the teacher before it is believed: `DATASET/SPLIT` and top-1 in percent.
 

@@ -128,7 +128,7 @@ def capture_block(
             _refuse_other_rows(work.capture, arrays, images, number, group)
         elif group == 0:
             for bad in left_out:
-                say(f"{images.path}: sample '{bad.key}' is left out: {bad.problem}")
+                say(f"{images.where}: sample '{bad.key}' is left out: {bad.problem}")
         entry = LedgerEntry(
             addition=work.part.name,
             block=number,
@@ -189,13 +189,15 @@ def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, num
 def read_blocks(loader: BlockLoader, numbers: Iterator[int], workers: int) -> Iterator[tuple[int, ImageBlock]]:
     """Blocks with their numbers, in the given order, read ahead by so many worker processes if there are any."""
     if workers == 0:
-        return ((number, loader[number]) for number in numbers)
+        return loader.in_order(numbers)
     return iter(
         DataLoader(
             _Numbered(loader),
             batch_size=None,
             sampler=_Once(numbers),
             num_workers=min(workers, len(loader)),
+            # Clients of object stores have threads of their own, which do not survive a fork: children would hang.
+            multiprocessing_context="spawn" if loader.is_remote else None,
         )
     )
 

@@ -46,7 +46,7 @@ def bench_codecs_command(
     out: Path | None,
     as_json: bool,
     manifest_path: Path,
-    data_root: tuple[Path, ...],
+    data_root: tuple[str, ...],
 ) -> None:
     """What every codec makes of the logits of STORE (f32 or f16): bytes, speed, and how much is lost for whom.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Run, train_step
@@ -33,7 +34,7 @@ DRIFT_CODECS: dict[str, AnyCodec] = {"f32": Float32(), "f16": Float16(name="f16"
 
 
 def measure_drift(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], steps: int, device: torch.device
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], steps: int, device: torch.device
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Train `steps` steps with the live teacher and from a store of each codec, everything else equal.
 

@@ -20,6 +20,7 @@ from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import labels_of, need_labels
 from offline_kd.data.manifest import Dataset, Manifest, Split, folders_of, locate
 from offline_kd.data.packing import pack
@@ -103,7 +104,7 @@ class Timed:
 def bench(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     device: torch.device,
     *,
     objective: str | None,
@@ -215,7 +216,7 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def _small(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], folder: Path, steps: int
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], folder: Path, steps: int
 ) -> tuple[Recipe, Manifest]:
     """The recipe on its first `steps` batches and at most BENCH_VIEWS views; the teacher's gate is left out."""
     dataset = manifest.dataset(recipe.data.dataset)

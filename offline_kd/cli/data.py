@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -36,14 +36,14 @@ def command() -> None:
 @command.command("pack")
 @click.argument("kind", type=click.Choice(["digits", "cifar10", "cifar100", "imagefolder"]))
 @click.option("--source", type=click.Path(path_type=Path), help="Your copy of the data (not for digits).")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder of the tars.  [default: data/KIND]")
+@click.option("--out", type=click.Path(), help="Folder or bucket of the tars.  [default: data/KIND]")
 @click.option("--samples-per-tar", type=click.IntRange(min=1), help="[default: 5000; digits 512, imagefolder 1000]")
 @click.option("--split", help="Name of the only split (imagefolder).  [default: folders in --source, or train]")
 @click.option("--write", "manifest_file", type=click.Path(path_type=Path), help="Merge the entry into this manifest.")
 def pack_command(
     kind: str,
     source: Path | None,
-    out: Path | None,
+    out: str | None,
     samples_per_tar: int | None,
     split: str | None,
     manifest_file: Path | None,
@@ -57,21 +57,35 @@ def pack_command(
     offline-kd data pack cifar100 --source DIR      (DIR holds cifar-100-python)
     offline-kd data pack imagefolder --source photos --out data/photos --write data_manifest.yaml
     offline-kd data pack imagefolder --source photos/train --split train --out data/photos
+    offline-kd data pack imagefolder --source photos --out s3://team/photos --write data_manifest.yaml
     """
     from offline_kd.data import packing
-    from offline_kd.data.manifest_merging import check_same_dataset, entry_yaml, manifest_entry, merge_dataset
+    from offline_kd.data.fetching import root_at
+    from offline_kd.data.manifest_merging import (
+        check_same_dataset,
+        check_same_place,
+        entry_yaml,
+        manifest_entry,
+        merge_dataset,
+    )
     from offline_kd.support.console import say
+    from offline_kd.support.web import Web
 
-    out = out or Path("data") / kind
-    folder = out.resolve().name
+    to = root_at(out or f"data/{kind}")
+    folder = to.resolve().name if isinstance(to, Path) else str(to).rsplit("/", 1)[-1]
+    location = None if isinstance(to, Path) else str(to)
+    if isinstance(to, Web):
+        raise RecipeError(f"data pack --out {to}: web addresses can be read only. Write to a folder or a bucket.")
     name = folder if kind == "imagefolder" else kind
     splits, classes = _samples(kind, source, split)
     if manifest_file is not None:
         check_same_dataset(manifest_file, name, folder, classes)  # before hours of packing
+        if location is not None:
+            check_same_place(manifest_file, name, location)
     size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
-    packed = {part: packing.pack(samples, out, part, size) for part, samples in splits.items()}
-    entry = manifest_entry(folder, classes, packed)
-    say(f"{out}: {sum(tar.count for tars in packed.values() for tar in tars):,} samples. For {MANIFEST_NAME}:")
+    packed = {part: packing.pack(samples, to, part, size) for part, samples in splits.items()}
+    entry = manifest_entry(folder, location, classes, packed)
+    say(f"{to}: {sum(tar.count for tars in packed.values() for tar in tars):,} samples. For {MANIFEST_NAME}:")
     click.echo(entry_yaml({"datasets": {name: entry}}))
     if manifest_file is not None:
         merge_dataset(manifest_file, name, entry)
@@ -137,41 +151,40 @@ def index_command(tars: tuple[str, ...], **options: Unpack[IndexOptions]) -> Non
 
 @command.command("list")
 @common_options
-def list_command(manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
     """The datasets and teachers of the manifest, and whether they are here.
 
     \b
     offline-kd data list
     """
-    from offline_kd.data.manifest import data_roots, folders_of, load_manifest
+    from offline_kd.data.manifest import data_roots, is_complete, is_there, load_manifest
     from offline_kd.support.console import show_table
 
     manifest, roots = load_manifest(manifest_path), data_roots(data_root)
 
-    def is_here(files: list[str], folders: Sequence[Path] = roots) -> str:
-        return "yes" if all(any(os.path.isfile(folder / file) for folder in folders) for file in files) else "no"
+    def here(file: str) -> str:
+        return "yes" if is_there(file, roots) else "no"
 
     rows = []
     for name in manifest.datasets:
         dataset = manifest.dataset(name)
-        files = [tar.file for split in dataset.splits.values() for tar in split.tars]
         counts = ", ".join(f"{split} {part.count:,}" for split, part in dataset.splits.items())
-        here = is_here(files, folders_of(dataset, roots))
-        if here == "no" and dataset.location and "://" in dataset.location:
-            here = dataset.location
-        rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", here])
+        complete = "yes" if is_complete(dataset, roots) else "no"
+        rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", complete])
     for name, teacher in manifest.teachers.items():
         expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
-        rows.append([name, "teacher", f"{teacher.model}{expected}", is_here([teacher.weights.file])])
-    rows += [[name, "file", weights.file, is_here([weights.file])] for name, weights in manifest.files.items()]
+        rows.append([name, "teacher", f"{teacher.model}{expected}", here(teacher.weights.file)])
+    rows += [[name, "file", weights.file, here(weights.file)] for name, weights in manifest.files.items()]
     show_table(str(manifest_path), ["name", "kind", "what", "here"], rows)
 
 
 @command.command("check")
 @click.argument("name")
 @common_options
-def check_command(name: str, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
-    """Prove a local copy of NAME. A dataset: sha256, count, keys, labels, every image decodable. Weights: sha256.
+def check_command(name: str, manifest_path: Path, data_root: tuple[str, ...]) -> None:
+    """Prove what lies below the data roots as NAME.
+
+    Of a dataset: sha256, count, keys, labels, every image decodable. Of weights: sha256.
 
     \b
     offline-kd data check digits

@@ -66,7 +66,7 @@ def command(
     recipe_path: Path,
     overrides: tuple[str, ...],
     manifest_path: Path,
-    data_root: tuple[Path, ...],
+    data_root: tuple[str, ...],
     device: str,
     out: str,
     **options: Unpack[DistillOptions],

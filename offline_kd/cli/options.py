@@ -17,6 +17,7 @@ from offline_kd.support.errors import RecipeError, shorten
 if TYPE_CHECKING:
     import torch
 
+    from offline_kd.data.fetching import Root
     from offline_kd.data.manifest import Manifest
     from offline_kd.recipe import Recipe
     from offline_kd.store.reader import Store
@@ -44,10 +45,10 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option(
                 "--data-root",
                 "data_root",
-                type=click.Path(path_type=Path),
+                type=click.Path(),
                 multiple=True,
-                callback=_folders,
-                help="Folder of the data, before those of OFFLINE_KD_DATA and ./data.",
+                callback=_roots,
+                help="Folder or URL of the data, before those of OFFLINE_KD_DATA and ./data.",
             ),
         ]
     ):
@@ -55,14 +56,14 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _folders(context: click.Context, option: click.Parameter, roots: tuple[Path, ...]) -> tuple[Path, ...]:
-    """The data roots, none of which is left out without a word; raises RecipeError for one that is no folder here."""
+def _roots(context: click.Context, option: click.Parameter, roots: tuple[str, ...]) -> tuple[str, ...]:
+    """The data roots, none of which is left out without a word; raises RecipeError for no folder here and no URL."""
     if roots:
         from offline_kd.data.manifest import data_roots
 
-        data_roots(roots)
-    for root in roots:
-        if not os.path.isdir(root):
+        known = data_roots(roots)
+    for number, root in enumerate(roots):
+        if isinstance(known[number], Path) and not os.path.isdir(root):
             raise RecipeError(f"--data-root {shorten(str(root))}: no such folder. Correct it, or leave the option out.")
     return roots
 
@@ -123,19 +124,19 @@ class Inputs(TypedDict):
 
     overrides: tuple[str, ...]
     manifest_path: Path
-    data_root: tuple[Path, ...]
+    data_root: tuple[str, ...]
     device: str
 
 
 def read_inputs(
-    recipe_path: Path, overrides: tuple[str, ...], manifest_path: Path, data_root: tuple[Path, ...], device: str
-) -> tuple[Recipe, Manifest, list[Path], torch.device]:
-    """The recipe, the manifest, the folders of data and the device that `recipe_options` name."""
+    recipe_path: Path, overrides: tuple[str, ...], manifest_path: Path, data_root: tuple[str, ...], device: str
+) -> tuple[Recipe, Manifest, list[Root], torch.device]:
+    """The recipe, the manifest, the roots of data and the device that `recipe_options` name."""
     from offline_kd.data.manifest import data_roots, load_manifest
     from offline_kd.recipe import load_recipe
 
     recipe = load_recipe(recipe_path, overrides)
-    own_root = [Path(recipe.data.root)] if recipe.data.root else []
+    own_root = [recipe.data.root] if recipe.data.root else []
     return recipe, load_manifest(manifest_path), data_roots([*data_root, *own_root]), choose_device(device)
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("reference", metavar="STORE")
 @click.option("--key", required=True, type=click.Path(path_type=Path), help="Elliptic-curve private key, PEM.")
 @common_options
-def sign_command(reference: str, key: Path, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+def sign_command(reference: str, key: Path, manifest_path: Path, data_root: tuple[str, ...]) -> None:
     """Sign a finished store: its manifest.json, which vouches for everything. Copies carry the signature.
 
     \b

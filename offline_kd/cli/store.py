@@ -45,7 +45,7 @@ command.add_command(sign_command)
 @click.argument("reference", metavar="STORE")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
 @common_options
-def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: tuple[str, ...]) -> None:
     """What a store holds, from whom, how faithfully, and which objectives it serves.
 
     \b
@@ -97,7 +97,7 @@ def verify_command(
     signed_by: Path | None,
     as_json: bool,
     manifest_path: Path,
-    data_root: tuple[Path, ...],
+    data_root: tuple[str, ...],
 ) -> None:
     """Prove a store: every file is read, hashed, unpacked and looked at. Exit 1 and a list of places on any fault.
 
@@ -255,7 +255,7 @@ class CopyOptions(TypedDict):
     views: str | None
     only: tuple[str, ...]
     manifest_path: Path
-    data_root: tuple[Path, ...]
+    data_root: tuple[str, ...]
 
 
 @command.command("push")
@@ -319,17 +319,17 @@ def from_to(option: str, text: str | None) -> range | None:
 @click.option("--key", required=True, help="Key of the sample.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write.")
 @common_options
-def inspect_command(reference: str, key: str, out: Path, manifest_path: Path, data_root: tuple[Path, ...]) -> None:
+def inspect_command(reference: str, key: str, out: Path, manifest_path: Path, data_root: tuple[str, ...]) -> None:
     """A page about one sample: its views, the teacher's five likeliest classes, the template map over the image.
 
     \b
     offline-kd store inspect runs/digits/store --key 0042 --data-root runs/digits/data --out 0042.html
     """
-    from offline_kd.data.manifest import data_roots, load_manifest
+    from offline_kd.data.manifest import data_roots, folders_of, load_manifest
     from offline_kd.store.sample_page import write_inspect_page
     from offline_kd.support.console import say
 
     store = open_named(reference, manifest_path)
-    folder = load_manifest(manifest_path).dataset(store.identity.dataset.name).folder
-    write_inspect_page(store, key, folder, data_roots(data_root), out)
+    dataset = load_manifest(manifest_path).dataset(store.identity.dataset.name)
+    write_inspect_page(store, key, folders_of(dataset, data_roots(data_root)), out)
     say(f"{out} written")

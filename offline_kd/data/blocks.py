@@ -6,10 +6,13 @@ A tar is read whole: the bytes whose sha256 is checked are the bytes that are de
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import google_crc32c
 import numpy as np
@@ -18,12 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image, image_size
+from offline_kd.data.fetching import Fetched, Remote, Root
 from offline_kd.data.labels import CLS, Labels, labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import Proof, Sample, hash_key, read_tar
+from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
 from offline_kd.support.errors import DataError
+from offline_kd.support.files import cache_folder
 
 DIGEST_BYTES = 16
+READ_AHEAD = 2  # tars, from afar
+THREADS = 4  # that fetch them
+AHEAD_BYTES = 2**28  # of tars on their way or waiting to be read; one of any size is always fetched
 
 
 @dataclass(frozen=True)
@@ -41,7 +50,7 @@ OnBadImage = Literal["fail", "skip"]
 class ImageBlock:
     """One image tar. Row i of every field is the i-th sample of the tar that was not left out."""
 
-    path: Path
+    where: str  # path or URL
     sha256: str
     keys: list[str]
     key_hash: NDArray[np.uint64]  # [n]
@@ -58,7 +67,7 @@ class ImageBlock:
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.where.rsplit("/", 1)[-1]
 
     @property
     def images(self) -> Tensor:
@@ -81,7 +90,7 @@ class ImageBlock:
         """The block without these rows, which are listed as left out."""
         kept = np.array([row for row in range(len(self)) if row not in bad], dtype=np.int64)
         return ImageBlock(
-            path=self.path,
+            where=self.where,
             sha256=self.sha256,
             keys=[self.keys[row] for row in kept],
             key_hash=self.key_hash[kept],
@@ -115,7 +124,7 @@ class Decoder:
                 why = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
                 problem = f"the image cannot be decoded ({why})"
                 if self.block.on_bad == "fail":
-                    raise _bad_image(self.block.path, self.block.keys[row], problem) from error
+                    raise _bad_image(self.block.where, self.block.keys[row], problem) from error
                 self.kept[row] = None
                 self.bad[row] = problem
         return self.kept[row]
@@ -124,14 +133,14 @@ class Decoder:
         self.kept.clear()
 
 
-def _bad_image(path: Path, key: str, problem: str) -> DataError:
+def _bad_image(where: str, key: str, problem: str) -> DataError:
     return DataError(
-        f"{path}: sample '{key}': {problem}. Repair or remove it, or leave such images out: --set data.bad_images=skip"
+        f"{where}: sample '{key}': {problem}. Repair or remove it, or leave such images out: --set data.bad_images=skip"
     )
 
 
 def load_block(
-    path: Path,
+    file: Path | Remote | Fetched,
     tar: Tar,
     num_classes: int,
     *,
@@ -143,20 +152,21 @@ def load_block(
     """Read and check one tar.
 
     Args:
+        file: the tar; what lies afar is fetched, unless it has been.
         decode: decode all images, which must have one size; otherwise a `Decoder` does it when they are needed.
         on_bad: whether an image that cannot be decoded is an error, or left out and listed.
         prove: when the file's sha256 is compared with the manifest's: see `read_tar`.
         labels: what says the label of a sample.
     """
-    samples, sha256 = read_tar(path, expected=tar, prove=prove, labels=labels)
+    samples, sha256 = read_tar(file, expected=tar, prove=prove, labels=labels)
     for sample in samples:
         if sample.label >= num_classes:
             raise DataError(
-                f"{path}: sample '{sample.key}': label {sample.label}, but the dataset has {num_classes} classes "
+                f"{file}: sample '{sample.key}': label {sample.label}, but the dataset has {num_classes} classes "
                 f"(0..{num_classes - 1}). Correct `classes` in the manifest, or pack the dataset again."
             )
     block = ImageBlock(
-        path=path,
+        where=str(file),
         sha256=sha256,
         keys=[sample.key for sample in samples],
         key_hash=np.array([hash_key(sample.key) for sample in samples], dtype=np.uint64),
@@ -185,12 +195,12 @@ def _with_pixels(block: ImageBlock) -> ImageBlock:
         pixels.append(image)
         if pixels[-1].shape != pixels[0].shape:
             raise DataError(
-                f"{block.path}: sample '{key}': the image is {_size(pixels[-1])}, the first of the tar is "
+                f"{block.where}: sample '{key}': the image is {_size(pixels[-1])}, the first of the tar is "
                 f"{_size(pixels[0])}. Images of different sizes need views that resize them: `views: {{kind: "
                 "random_resized_crop, ...}` or `{kind: center_crop, ...}`."
             )
     if not pixels:
-        raise DataError(f"{block.path}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
+        raise DataError(f"{block.where}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
     kept = block.without(decoder.bad) if decoder.bad else block
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
     return replace(kept, pixels=images, encoded=[])
@@ -200,44 +210,60 @@ def _size(pixels: NDArray[np.uint8]) -> str:
     return f"{pixels.shape[1]}x{pixels.shape[0]}"
 
 
+class HowRead(TypedDict, total=False):
+    """How a `BlockLoader` reads; everything may be left out."""
+
+    decode: bool  # all images when a tar is read: they must have one size; True if absent
+    on_bad: OnBadImage  # is an image that cannot be decoded an error, or left out and listed? "fail" if absent
+    prove: Proof  # when sha256 of local tars are compared with the manifest's, see `read_tar`; "always" if absent
+    download_bytes: int  # how much of what comes from afar is kept on the local disk; 10 GiB if absent
+
+
 class BlockLoader:
     """Blocks of one dataset split by number; those that were read are kept while they fit `keep_bytes`.
 
     A kept block saves reading, checking and decoding its tar again in every later epoch.
 
     Args:
-        decode: decode all images when a tar is read; they must have one size.
-        on_bad: whether an image that cannot be decoded is an error, or left out and listed.
-        prove: when sha256 are compared with the manifest's: see `read_tar`.
+        roots: where the tars are looked for: local ones now, those afar when they are read.
+        how: see `HowRead`.
+
+    Raises DataError when a tar is in no folder, and no root lies afar.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         split: Split,
-        roots: Sequence[Path],
+        roots: Sequence[Root],
         keep_bytes: int = 2**30,
-        *,
-        decode: bool = True,
-        on_bad: OnBadImage = "fail",
-        prove: Proof = "always",
+        **how: Unpack[HowRead],
     ) -> None:
         self.dataset, self.split, self.keep_bytes = dataset, split, keep_bytes
-        self.decode, self.on_bad, self.prove = decode, on_bad, prove
+        self.decode, self.on_bad = how.get("decode", True), how.get("on_bad", "fail")
+        self.prove: Proof = how.get("prove", "always")
         folders = folders_of(dataset, roots)
-        self.paths = [locate(tar.file, folders) for tar in split.tars]
+        self.files = [locate(tar.file, folders) for tar in split.tars]
+        self.downloads = shared_downloads(cache_folder(), how.get("download_bytes", DEFAULT_BYTES))
         self.labels = labels_of(split.labels, dataset.classes)
         self.kept: dict[int, ImageBlock] = {}
         self.kept_bytes = 0
+        self.coming: dict[int, Future[Path | Fetched]] = {}
+        self.sizes: dict[int, int] = {}  # bytes of the tars that came from afar so far
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Neither threads nor what they fetch travel to another process."""
+        return {name: value for name, value in self.__dict__.items() if name != "_threads"} | {"coming": {}}
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     def __getitem__(self, number: int) -> ImageBlock:
         if number in self.kept:
             return self.kept[number]
+        coming = self.coming.pop(number, None)
         block = load_block(
-            self.paths[number],
+            coming.result() if coming else self._fetched(number),
             self.split.tars[number],
             len(self.dataset.classes),
             decode=self.decode,
@@ -252,4 +278,51 @@ class BlockLoader:
         return block
 
     def __iter__(self) -> Iterator[ImageBlock]:
-        return (self[number] for number in range(len(self)))
+        return (block for _, block in self.in_order(range(len(self))))
+
+    # ---- from afar -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether any tar lies afar, as far as is known before it is read."""
+        return any(isinstance(file, Remote) for file in self.files)
+
+    def in_order(self, numbers: Iterable[int]) -> Iterator[tuple[int, ImageBlock]]:
+        """Blocks with their numbers; while one is worked on, the next ones are fetched, if they lie afar."""
+        waiting: deque[int] = deque()
+        ahead = READ_AHEAD if self.is_remote else 0
+        for number in numbers:
+            waiting.append(number)
+            if len(waiting) > ahead:
+                yield self._first_of(waiting)
+        while waiting:
+            yield self._first_of(waiting)
+
+    def _first_of(self, waiting: "deque[int]") -> tuple[int, ImageBlock]:
+        number = waiting.popleft()
+        for later in waiting:
+            self.fetch_ahead(later)
+        return number, self[number]
+
+    def fetch_ahead(self, number: int) -> None:
+        """Begin to fetch the tar of a block, if it lies afar and there is room; errors come out where it is read.
+
+        Bytes only: unpacking and decoding stay with who reads the block.
+        """
+        if number in self.kept or number in self.coming or not isinstance(self.files[number], Remote):
+            return
+        largest = max(list(self.sizes.values()), default=AHEAD_BYTES)  # as large may be what has not come yet
+        if not self.coming or sum(self.sizes.get(one, largest) for one in [*self.coming, number]) <= AHEAD_BYTES:
+            self.coming[number] = self._threads.submit(self._fetched, number)
+
+    def _fetched(self, number: int) -> Path | Fetched:
+        file = self.files[number]
+        if isinstance(file, Path):
+            return file
+        fetched = file.fetch(self.split.tars[number].sha256, self.downloads)
+        self.sizes[number] = len(fetched.content)
+        return fetched
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(THREADS)

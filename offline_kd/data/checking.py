@@ -1,11 +1,11 @@
-"""Is a local copy of a dataset what its manifest says?"""
+"""Is a copy of a dataset what its manifest says?"""
 
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import read_tar
@@ -24,11 +24,11 @@ def dataset_fingerprint(dataset: Dataset, split: Split) -> str:
 
 
 def check_dataset(
-    dataset: Dataset, roots: Sequence[Path], progress: Callable[[Iterable[Tar]], Iterable[Tar]]
+    dataset: Dataset, roots: Sequence[Root], progress: Callable[[Iterable[Tar]], Iterable[Tar]]
 ) -> dict[str, int]:
-    """Prove a local copy: sha256, count, keys, labels and decodability of every tar. Returns samples per split.
+    """Prove a copy, as it lies here or afar: sha256, count, keys, labels and decodability of every tar.
 
-    Raises DataError naming the first difference: file, sample and both values.
+    Returns samples per split. Raises DataError naming the first difference: file, sample and both values.
     """
     counts: dict[str, int] = {}
     first_use: dict[str, str] = {}

@@ -1,13 +1,15 @@
 """`data_manifest.yaml`: the datasets and teachers that recipes may name, and what proves a local copy of them.
 
-A file is named relative to a data root. The roots are, in this order: those given explicitly (`--data-root`, or
-`data.root` of a recipe), the folders of the environment variable `OFFLINE_KD_DATA` (separated as in PATH), `./data`.
+A file is named relative to a data root, a folder or a URL. The roots are, in this order: those given explicitly
+(`--data-root`, or `data.root` of a recipe), those of the environment variable `OFFLINE_KD_DATA` (separated as in PATH),
+`./data`. The tars of a dataset are looked for in its `location` at last, if it has one.
 """
 
 import hashlib
 import os
 import re
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +17,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from offline_kd.data.fetching import Fetched, Remote, Root, below, not_found, root_at
 from offline_kd.data.labels import LabelRule
+from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
 from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean, shorten
-from offline_kd.support.files import file_sha256
+from offline_kd.support.files import cache_folder, file_sha256
 from offline_kd.support.strict import Sha256, Strict, parse
 from offline_kd.support.strict_yaml import read_yaml
 
 MANIFEST_NAME = "data_manifest.yaml"
-SCHEME = "[A-Za-z][A-Za-z0-9+.-]+"  # of URLs; drives of Windows have one letter
+# In OFFLINE_KD_DATA, where ':' separates: a URL reaches to the next ':', and a port behind its host belongs to it.
+ONE_ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^:/]*(?::[0-9]+(?=[:/]|$))?[^:]*|[^:]+")
 
 
 class Tar(Strict):
@@ -264,45 +269,71 @@ def _beside(manifest: Path, dataset: Dataset) -> Dataset:
     return dataset.model_copy(update={"splits": splits, "location": location})
 
 
-def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:
-    """Folders in which the manifest's files are looked for, most specific first; raises RecipeError for a URL."""
+def data_roots(explicit: Sequence[str | Path] = ()) -> list[Root]:
+    """Where the manifest's files are looked for, most specific first; raises RecipeError for what is no such place."""
     environment = os.environ.get("OFFLINE_KD_DATA", "")
-    urls = [str(root) for root in explicit if re.match(f"{SCHEME}:/", str(root))]  # pathlib makes one slash of two
-    if re.search(f"(^|:){SCHEME}://", environment):
-        urls.append(f"{environment} (OFFLINE_KD_DATA)")
-    if urls:
-        raise RecipeError(f"data root {shorten(urls[0])}: a URL, but images are read from folders: copy them to one.")
-    return [Path(root) for root in (*explicit, *filter(None, environment.split(os.pathsep)), "data")]
+    named = ONE_ROOT.findall(environment) if os.pathsep == ":" else environment.split(os.pathsep)
+    return [root_at(root) for root in (*explicit, *filter(None, named), "data")]
 
 
-def folders_of(dataset: Dataset, roots: Sequence[Path]) -> list[Path]:
+def folders_of(dataset: Dataset, roots: Sequence[Root]) -> list[Root]:
     """Where the tars of a dataset are looked for: its folder below every root, then its location."""
-    if Path(dataset.folder).is_absolute() or ".." in Path(dataset.folder).parts:
-        raise DataError(f"{dataset.folder}: a manifest names folders inside the data root, never absolute or by '..'")
-    location = dataset.location or ""
-    return [*(root / dataset.folder for root in roots), *([Path(location)] if location else [])]
+    _refuse_outside(dataset.folder)
+    location = [] if dataset.location is None else [root_at(dataset.location)]
+    return [*(below(root, dataset.folder) for root in roots), *location]
 
 
-def locate(file: str, roots: Sequence[Path]) -> Path:
-    """The first existing `root / file`; raises DataError listing where it was looked for."""
+def locate(file: str, roots: Sequence[Root]) -> Path | Remote:
+    """The first existing `root / file`, or a file that may be below a remote root before that, which reading will show.
+
+    Raises DataError listing where it was looked for.
+    """
+    _refuse_outside(file)
+    possible: list[Root] = []
+    for root in roots:
+        if not isinstance(root, Path):
+            possible.append(root)
+        elif os.path.isfile(root / file):
+            if not possible:
+                return root / file
+            possible.append(root)
+            break
+    if not possible:
+        raise not_found(file, roots)
+    return Remote(file, tuple(possible))
+
+
+def is_complete(dataset: Dataset, roots: Sequence[Root]) -> bool:
+    """Whether every tar of a dataset is where it is looked for: a request each for what lies afar."""
+    folders = folders_of(dataset, roots)
+    files = [tar.file for split in dataset.splits.values() for tar in split.tars]
+    with ThreadPoolExecutor(16) as threads:
+        return all(threads.map(lambda file: is_there(file, folders), files))
+
+
+def is_there(file: str, roots: Sequence[Root]) -> bool:
+    """Whether a file is below one of the roots now."""
+    try:
+        found = locate(file, roots)
+    except DataError:
+        return False
+    return found.is_there() if isinstance(found, Remote) else True
+
+
+def _refuse_outside(file: str) -> None:
     if Path(file).is_absolute() or ".." in Path(file).parts:
         raise DataError(f"{file}: a manifest names files inside the data root, never absolute or through '..'")
-    for root in roots:
-        if os.path.isfile(root / file):
-            return root / file
-    raise DataError(
-        f"{shorten(file)}: not found in {', '.join(str(root) for root in roots)}. "
-        "Set OFFLINE_KD_DATA or pass --data-root, or make it with `offline-kd data pack`."
-    )
 
 
-def locate_weights(weights: Weights, roots: Sequence[Path]) -> Path:
-    """Path of a weights file whose sha256 was just found to be the manifest's."""
-    path = locate(weights.file, roots)
-    found = file_sha256(path)
+def locate_weights(weights: Weights, roots: Sequence[Root]) -> Path | Fetched:
+    """A weights file whose sha256 was just found to be the manifest's: its path, or its content from afar."""
+    file = locate(weights.file, roots)
+    if isinstance(file, Remote):
+        return file.fetch(weights.sha256, shared_downloads(cache_folder(), DEFAULT_BYTES))
+    found = file_sha256(file)
     if found != weights.sha256:
         raise ModelError(
-            f"{path}: sha256 is {found}, the manifest says {weights.sha256}. "
+            f"{file}: sha256 is {found}, the manifest says {weights.sha256}. "
             "These are other weights, or a damaged copy: fetch the file again, or correct the manifest."
         )
-    return path
+    return file

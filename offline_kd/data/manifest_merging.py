@@ -23,12 +23,16 @@ class Entry(TypedDict):
     splits: dict[str, dict[str, object]]
 
 
-def manifest_entry(folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]) -> Entry:
-    """A dataset as a manifest describes it."""
+def manifest_entry(
+    folder: str, location: str | None, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]
+) -> Entry:
+    """A dataset as a manifest describes it; `location`: a URL where its tars lie."""
     tars: dict[str, dict[str, object]] = {
         name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in splits.items()
     }
-    return {"folder": folder, "classes": list(classes), "splits": tars}
+    if location is None:
+        return {"folder": folder, "classes": list(classes), "splits": tars}
+    return {"folder": folder, "location": location, "classes": list(classes), "splits": tars}
 
 
 def entry_yaml(content: Mapping[str, object]) -> str:

@@ -4,8 +4,9 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import webdataset
@@ -13,10 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image
+from offline_kd.data.fetching import MAX_FILE_BYTES, Root
 from offline_kd.data.manifest import Tar
 from offline_kd.data.tars import IMAGE_EXTENSIONS, Sample, hash_key, problem_of_key
-from offline_kd.support.errors import DataError, shorten
-from offline_kd.support.files import flush_to_disk
+from offline_kd.support.errors import DataError, StoreUnreachable, shorten
+from offline_kd.support.files import file_sha256, flush_to_disk
+from offline_kd.support.places import Bucket
+from offline_kd.support.web import Web
+
+PUTS = 2  # of a tar into a bucket, where a network lies between
 
 
 def encode_png(pixels: NDArray[np.uint8]) -> bytes:
@@ -29,28 +35,20 @@ def encode_png(pixels: NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def pack(samples: Iterable[Sample], folder: Path, prefix: str, samples_per_tar: int) -> list[Tar]:
-    """Write samples to `folder/PREFIX-NNNNNN.tar`, each under a temporary name that is renamed when complete.
+def pack(samples: Iterable[Sample], folder: Root, prefix: str, samples_per_tar: int) -> list[Tar]:
+    """Write samples to `folder/PREFIX-NNNNNN.tar`, each of which appears when it is complete, here or in a bucket.
 
-    The bytes depend on the samples alone. Raises DataError for an illegal key or one that was used before.
+    The bytes depend on the samples alone. Raises DataError for an illegal key or one that was used before, StoreError
+    for a web address, which cannot be written to, and StoreUnreachable when a tar does not arrive as it was sent.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tars: list[Tar] = []
     seen: set[str] = set()
     chunk: list[Sample] = []
 
     def flush() -> None:
-        path = folder / f"{prefix}-{len(tars):06d}.tar"
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("wb") as file:
-            with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
-                for sample in chunk:
-                    label = str(sample.label).encode()
-                    writer.write({"__key__": sample.key, sample.extension: sample.encoded, "cls": label})
-        sha256 = hashlib.sha256(partial.read_bytes()).hexdigest()
-        flush_to_disk(partial)
-        os.replace(partial, path)
-        tars.append(Tar(file=path.name, count=len(chunk), sha256=sha256))
+        name = f"{prefix}-{len(tars):06d}.tar"
+        sha256 = _write(folder / name, chunk) if isinstance(folder, Path) else _send(folder, name, chunk)
+        tars.append(Tar(file=name, count=len(chunk), sha256=sha256))
         chunk.clear()
 
     for sample in samples:
@@ -67,6 +65,37 @@ def pack(samples: Iterable[Sample], folder: Path, prefix: str, samples_per_tar: 
     if not tars:
         raise DataError(f"{folder}: nothing to pack: no samples were found.")
     return tars
+
+
+def _write_tar(file: IO[bytes], samples: Sequence[Sample]) -> None:
+    with webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+        for sample in samples:
+            label = str(sample.label).encode()
+            writer.write({"__key__": sample.key, sample.extension: sample.encoded, "cls": label})
+
+
+def _write(path: Path, samples: Sequence[Sample]) -> str:
+    """Under a temporary name that is renamed when complete; returns the sha256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        _write_tar(file, samples)
+    sha256 = file_sha256(partial)
+    flush_to_disk(partial)
+    os.replace(partial, path)
+    return sha256
+
+
+def _send(place: Bucket | Web, name: str, samples: Sequence[Sample]) -> str:
+    """In one request, which is atomic; read back, because a network may change what it carries. Returns the sha256."""
+    content = io.BytesIO()
+    _write_tar(content, samples)
+    sha256 = hashlib.sha256(content.getbuffer()).hexdigest()
+    for _ in range(PUTS):
+        place.put(name, content.getvalue())
+        if hashlib.sha256(place.read(name, MAX_FILE_BYTES)).hexdigest() == sha256:
+            return sha256
+    raise StoreUnreachable(f"{place}/{name}: did not arrive as it was sent. Check the network, and pack again.")
 
 
 def digits_samples() -> dict[str, list[Sample]]:

@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 from webdataset import tariterators
 
+from offline_kd.data.fetching import Fetched, Remote, Root
 from offline_kd.data.labels import CLS, Labels
 from offline_kd.data.manifest import Tar
 from offline_kd.data.proofs import known_sha256, remember_sha256
 from offline_kd.support.errors import DataError
+from offline_kd.support.web import Web
 
+TARS = (".tar", ".tar.gz")
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_KEY_BYTES = 256  # of a key in UTF-8: tars without extended headers have none longer
 NOT_IN_KEYS = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")  # control characters, and what stands for broken text
@@ -78,34 +81,36 @@ def unpack_keys(packed: NDArray[np.uint8]) -> list[str]:
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def tars_in(folder: Path) -> list[Path]:
-    """The image tars of a folder, by name."""
-    return sorted(path for path in folder.glob("*.tar*") if path.name.endswith((".tar", ".tar.gz")))
+def tars_in(folder: Root) -> list[Path | Remote]:
+    """The image tars of a folder, by name; raises DataError for a web address, which cannot list."""
+    if isinstance(folder, Path):
+        return [*sorted(path for path in folder.glob("*.tar*") if path.name.endswith(TARS))]
+    if isinstance(folder, Web):
+        raise DataError(f"{folder}: a web address does not list its tars. Name a dataset of the manifest, or a bucket.")
+    names = sorted(name for name in folder.sizes() if "/" not in name and name.endswith(TARS))
+    return [Remote(name, (folder,)) for name in names]
 
 
 def read_tar(
-    path: Path, *, expected: Tar | None = None, prove: Proof = "always", labels: Labels = CLS
+    file: Path | Remote | Fetched, *, expected: Tar | None = None, prove: Proof = "always", labels: Labels = CLS
 ) -> tuple[list[Sample], str]:
     """Read all samples of a tar, in order, with the file's sha256.
 
     Args:
-        prove: hash the file always; "once" for every state of the file on this machine; "never" where a sha256 is
+        file: what lies afar is fetched, unless it has been, and is always hashed.
+        prove: hash a local file always; "once" for every state of the file on this machine; "never" where a sha256 is
             expected, which is then returned, because every image is compared with something else.
 
     Raises DataError when the file is damaged or truncated, when a key is used twice, is not legal or lacks its image
     or its label, and when sha256 or count are not the `expected` ones.
     """
-    with path.open("rb") as file:
-        about = os.fstat(file.fileno())
-        content = file.read()
-        unchanged = os.fstat(file.fileno()).st_ctime_ns == about.st_ctime_ns
-    sha256 = known_sha256(path, about) if prove == "once" else None
-    if prove == "never" and expected is not None:
-        sha256 = expected.sha256
-    if sha256 is None:
-        sha256 = hashlib.sha256(content).hexdigest()
-        if prove == "once" and unchanged:
-            remember_sha256(path, about, sha256)
+    if isinstance(file, Remote):
+        file = file.fetch(expected.sha256 if expected else None)
+    if isinstance(file, Path):
+        content, sha256 = _read_local(file, expected, prove)
+    else:
+        content, sha256 = file.content, file.sha256
+    path = str(file)
     if expected is not None and expected.sha256 not in (None, sha256):
         problem = _why_unreadable(content)
         raise DataError(
@@ -119,6 +124,22 @@ def read_tar(
             "The file may be cut: fetch or pack it again, or correct the manifest."
         )
     return samples, sha256
+
+
+def _read_local(path: Path, expected: Tar | None, prove: Proof) -> tuple[bytes, str]:
+    """Content and sha256 of a file; "once" and "never" do not hash what need not be hashed."""
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        content = file.read()
+        unchanged = os.fstat(file.fileno()).st_ctime_ns == about.st_ctime_ns
+    sha256 = known_sha256(path, about) if prove == "once" else None
+    if prove == "never" and expected is not None:
+        sha256 = expected.sha256
+    if sha256 is None:
+        sha256 = hashlib.sha256(content).hexdigest()
+        if prove == "once" and unchanged:
+            remember_sha256(path, about, sha256)
+    return content, sha256
 
 
 def parse_samples(content: bytes, where: str, labels: Labels, left_out: list[str] | None = None) -> list[Sample]:

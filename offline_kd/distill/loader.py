@@ -54,7 +54,7 @@ class Loader:
         self.homes = home_workers([tar.count for tar in source.images.split.tars], max(options.workers, 1))
         has_logits = len(source.stores) == 1 and source.wanted[0].logits
         self._decode = logits_decoder(source.stores[0], device) if has_logits else None
-        is_remote = any(store.place.is_remote for store in source.stores)
+        is_remote = source.images.is_remote or any(store.place.is_remote for store in source.stores)
         # One loader of one process each: pieces are taken from the worker that has the next tar, and from no other.
         self.workers = [
             DataLoader(

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import root_at
 from offline_kd.data.manifest import Dataset, Normalisation, Split
 from offline_kd.data.tars import Proof
 from offline_kd.distill.loader import Loader
@@ -30,7 +31,7 @@ def open_loader(
 
     Args:
         store: as `open_store` gives it.
-        data: the folder with the image tars that the store was made from.
+        data: the folder or URL of the image tars that the store was made from.
         options: size of batches, their order, how many processes read, and which share of every batch this rank gets.
         decisions: names of the decisions that batches hold beside the logits.
         normalisation: give images as the float32 input of a network, `(pixels / 255 - mean) / std`; None: uint8 pixels.
@@ -38,8 +39,9 @@ def open_loader(
     Raises DataError when a tar is not there, StoreMismatch when the store holds no such decisions; and, while batches
     are read, StoreMismatch for a sample that is not the one the teacher saw.
     """
-    folder = Path(data).absolute()
-    if not folder.is_dir():
+    root = root_at(data)
+    folder = root.absolute() if isinstance(root, Path) else root
+    if isinstance(folder, Path) and not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the one with the tars that {store.place} was made from.")
     about = store.identity.dataset
     split = Split(tars=[about.tars[block] for block in store.blocks], labels=about.labels)

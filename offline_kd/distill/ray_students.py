@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.distill.loop import Result
 from offline_kd.distill.training import DistillOptions, distill
@@ -25,7 +26,7 @@ RETRIES = 3  # of a task whose process or node was lost
 def distill_on_ray(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     students: Mapping[Path, DistillOptions],
     gpus_per_run: float,
 ) -> Iterator[tuple[Path, Result]]:
@@ -60,7 +61,7 @@ def distill_on_ray(
 
 
 def _train(
-    inputs: tuple[Recipe, Manifest, list[Path]], folder: Path, about: DistillOptions, driver_folder: str, device: str
+    inputs: tuple[Recipe, Manifest, list[Root]], folder: Path, about: DistillOptions, driver_folder: str, device: str
 ) -> Result:
     """In a process of the cluster."""
     in_folder(driver_folder)

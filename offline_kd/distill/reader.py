@@ -26,7 +26,7 @@ from offline_kd.views.mixing import NO_PARTNER, PARTNERS
 from offline_kd.views.random_resized_crop import RandomCrop
 from offline_kd.views.render import render_choice
 
-READ_AHEAD = 4  # tars, from a remote store
+READ_AHEAD = 4  # tars, from afar
 ALONE = 8  # images that are decoded together where none is mixed with another
 PIECE_BYTES = 2**26  # of pixels that a worker hands over at once
 
@@ -131,8 +131,9 @@ class Reader(IterableDataset[Piece]):
                         yield pool, position
 
     def _fetch_ahead(self, order: Order, number: int) -> None:
-        """Begin to fetch what a tar will need of remote stores, as far as a tar is known to be a block of theirs."""
+        """Begin to fetch a tar that lies afar, and what it needs of remote stores, as far as it is a block of them."""
         source = self.source
+        source.images.fetch_ahead(number)
         for epoch in range(order.first_epoch, order.first_epoch + order.epochs):
             group, _ = view_of_epoch(order.seed, np.empty(0, dtype=np.uint64), epoch, source.groups)
             for store, wanted in zip(source.stores, source.wanted, strict=True):
@@ -152,7 +153,7 @@ class Reader(IterableDataset[Piece]):
         wanted = (slots >= done) & (order.ranks(slots, options.world) == options.rank)
         joined = [self._joined(block, epoch) for epoch in range(order.first_epoch, order.first_epoch + order.epochs)]
         decoder = Decoder(block)
-        bad = [f"{block.path}: sample '{one.key}': {one.problem}" for one in block.left_out]
+        bad = [f"{block.where}: sample '{one.key}': {one.problem}" for one in block.left_out]
         step = self.rows_in_piece(0 if block.pixels is None else block.pixels[0].nbytes)
         for first in range(0, max(len(block), 1), step):
             stop = min(first + step, len(block))
@@ -168,7 +169,7 @@ class Reader(IterableDataset[Piece]):
             else:
                 rows, rendered = self._rendered(decoder, some)
                 places = places[rendered]
-            bad += [f"{block.path}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
+            bad += [f"{block.where}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
             decoder.bad.clear()
             yield Piece(position, stop == len(block), rows, places, bad)
             bad = []

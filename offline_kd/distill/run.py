@@ -20,7 +20,8 @@ import torch
 
 from offline_kd.cache.engines import DEFAULT_ENGINE, EngineOption, find_engine
 from offline_kd.cache.pipeline import cache_teacher
-from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, locate
+from offline_kd.data.fetching import Root
+from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
@@ -28,7 +29,7 @@ from offline_kd.distill.run_directory import refuse_ranks, run_directory
 from offline_kd.distill.training import DistillOptions, distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
-from offline_kd.support.errors import DataError, RecipeError
+from offline_kd.support.errors import RecipeError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.places import Folder
 
@@ -46,7 +47,7 @@ class RunOptions(TypedDict, total=False):
 def run(
     recipe: Recipe,
     manifest: Manifest,
-    extra_roots: Sequence[Path],
+    extra_roots: Sequence[str | Path],
     out: Path,
     device: torch.device,
     **options: Unpack[RunOptions],
@@ -81,7 +82,7 @@ def _cluster(options: RunOptions) -> Iterator[None]:
 def _run(
     recipe: Recipe,
     manifest: Manifest,
-    extra_roots: Sequence[Path],
+    extra_roots: Sequence[str | Path],
     out: Path,
     device: torch.device,
     options: RunOptions,
@@ -138,7 +139,7 @@ def _run(
 def _distill_all(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     students: Mapping[Path, DistillOptions],
     device: torch.device,
     options: RunOptions,
@@ -155,20 +156,17 @@ def _distill_all(
     yield from distill_on_ray(recipe, manifest, roots, students, gpus)
 
 
-def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[Path], out: Path) -> Recipe:
+def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path) -> Recipe:
     """Pack the bundled digits into OUT/data, unless they are somewhere already."""
     if recipe.data.dataset != "digits":
         return recipe
-    folder = manifest.dataset("digits").folder
-    try:
-        for split in manifest.dataset("digits").splits.values():
-            for tar in split.tars:
-                locate(f"{folder}/{tar.file}", data_roots(extra_roots))
-    except DataError:
-        say("packing the digits")
-        pack_digits(out / "data" / folder)
-        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(out / "data")})})
-    return recipe
+    dataset = manifest.dataset("digits")
+    own_root = [recipe.data.root] if recipe.data.root else []
+    if is_complete(dataset, data_roots([*extra_roots, *own_root])):
+        return recipe
+    say("packing the digits")
+    pack_digits(out / "data" / dataset.folder)
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(out / "data")})})
 
 
 def pack_digits(folder: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
@@ -49,14 +50,14 @@ class DistillOptions(TypedDict, total=False):
     seed: int | None  # of weights, order and views; None: the recipe's first
     stores: Sequence[str]  # folders, URLs or manifest names; none: what the recipe says
     online: bool  # ask the live teacher instead of the stores
-    download_bytes: int  # how much of remote stores is kept on the local disk
+    download_bytes: int  # how much of remote stores and images is kept on the local disk
     allow_biased: bool  # train even where a store's codec has not kept what a term needs
 
 
 def distill(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     out: str | Path,
     device: torch.device,
     **options: Unpack[DistillOptions],
@@ -78,7 +79,7 @@ def distill(
 def prepare(
     recipe: Recipe,
     manifest: Manifest,
-    roots: Sequence[Path],
+    roots: Sequence[Root],
     out: WritablePlace,
     device: torch.device,
     options: DistillOptions,
@@ -93,9 +94,11 @@ def prepare(
     chosen, online = options.get("seed"), options.get("online", False)
     seed = recipe.seeds[0] if chosen is None else chosen
     wanted = wanted_stores(recipe, options.get("stores", ()))
-    opened, ensemble = open_stores(recipe, manifest, wanted, options.get("download_bytes", DEFAULT_BYTES))
+    limit = options.get("download_bytes", DEFAULT_BYTES)
+    opened, ensemble = open_stores(recipe, manifest, wanted, limit)
     # Where a store is read, the join compares every key, image and label with what the teacher saw, at every read.
-    images = training_images(recipe, manifest, roots, prove="always" if online or not opened else "once")
+    proof: Proof = "always" if online or not opened else "once"
+    images = training_images(recipe, manifest, roots, prove=proof, download_bytes=limit)
     for store in [] if online else opened:
         if not store.created.keeps_digests:
             say(f"{store.place}: {proof_of_images(store.created)}")
@@ -106,7 +109,7 @@ def prepare(
     check_all(opened, recipe, images, [] if options.get("allow_biased") or online else terms)
     check_teachers(opened, [manifest.store(one.store).digest is not None for one in wanted], recipe, manifest)
     _refuse_labels_that_are_not(recipe, images, terms)
-    evaluated = evaluation_images(recipe, manifest, roots)
+    evaluated = evaluation_images(recipe, manifest, roots, download_bytes=limit)
     student = new_student(recipe, images, seed, device, terms)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
@@ -151,7 +154,7 @@ def open_stores(
 
 
 def train_teacher(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out: str | Path, device: torch.device
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], out: str | Path, device: torch.device
 ) -> Result:
     """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights."""
     if recipe.teacher.model is None or recipe.teacher.training is None:
@@ -170,9 +173,14 @@ def train_teacher(
 
 
 def training_images(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Path], *, prove: Proof = "always"
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Root],
+    *,
+    prove: Proof = "always",
+    download_bytes: int = DEFAULT_BYTES,
 ) -> BlockLoader:
-    """The training split; `prove`: when the sha256 of a tar is compared with the manifest's, see `read_tar`."""
+    """The training split; the last two arguments are those of `HowRead`."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     return BlockLoader(
@@ -183,10 +191,13 @@ def training_images(
         decode=recipe.views.is_exact,
         on_bad=recipe.data.bad_images,
         prove=prove,
+        download_bytes=download_bytes,
     )
 
 
-def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
+def evaluation_images(
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], *, download_bytes: int = DEFAULT_BYTES
+) -> BlockLoader:
     dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
     split = manifest.split(dataset, name)
     need_labels(split.labels, f"{dataset}/{name}", "evaluation")
@@ -197,6 +208,7 @@ def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path])
         keep_bytes=recipe.data.keep_bytes,
         decode=recipe.evaluation_crop is None,
         on_bad=recipe.data.bad_images,
+        download_bytes=download_bytes,
     )
 
 

@@ -1,5 +1,6 @@
 """Weights for networks: found, read without executing anything, loaded whole."""
 
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from offline_kd.data.fetching import Fetched, Root
 from offline_kd.data.manifest import Manifest, locate_weights
 from offline_kd.support.errors import ModelError, did_you_mean
 from offline_kd.support.files import file_sha256
@@ -17,19 +19,24 @@ from offline_kd.support.files import file_sha256
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path | Fetched) -> dict[str, Tensor]:
     """Tensors of a `.safetensors` file or of a PyTorch checkpoint, which is read with `weights_only=True`.
+
+    What was fetched from afar is not read again: the bytes that were proven are the bytes that are loaded.
 
     Of a checkpoint that holds more than the network (RepDistiller's and mdistiller's `.pth`), the entry `model` or
     `state_dict` is taken, and the `module.` that DataParallel puts before names is dropped.
     """
-    if path.suffix == ".safetensors":
+    if str(path).endswith(".safetensors"):
         try:
+            if isinstance(path, Fetched):
+                return safetensors.torch.load(path.content)
             return safetensors.torch.load_file(path)
         except (safetensors.SafetensorError, OSError) as error:
             raise ModelError(f"{path}: not readable as safetensors: {error}") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        source = io.BytesIO(path.content) if isinstance(path, Fetched) else path
+        content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the damage leads to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -44,7 +51,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path | Fetched) -> None:
     """Load weights into `model`; raises ModelError naming the first tensor that does not fit.
 
     Tensors stored in half precision are widened. Missing `num_batches_tracked` counters, which inference does not
@@ -67,8 +74,8 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({name: state[name].to(own[name].dtype) for name in state}, strict=False)
 
 
-def find_weights(weights: str, manifest: Manifest, roots: Sequence[Path]) -> tuple[Path, str]:
-    """Path and sha256 of weights named by a recipe: a manifest name, a path, or a torchvision weights name."""
+def find_weights(weights: str, manifest: Manifest, roots: Sequence[Root]) -> tuple[Path | Fetched, str]:
+    """Path, or content from afar, and sha256 of weights of a recipe: a manifest name, a path, or torchvision's name."""
     if entry := manifest.weights(weights):
         return locate_weights(entry, roots), entry.sha256
     if Path(weights).is_file():

@@ -1,12 +1,12 @@
 """A store beside what its contents must follow from: views from keys and the view spec, rows from images."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock, load_block
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import labels_of
 from offline_kd.data.manifest import Manifest, folders_of, locate
 from offline_kd.store.join import as_stored, join, left_out_of
@@ -21,7 +21,7 @@ DRAWN_AT_ONCE = 2**20  # numbers of one array, whatever a store says of its rows
 ROUNDED = ("share", "mix_box")
 
 
-def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callable[[int], ImageBlock]:
+def images_of(store: Store, manifest: Manifest, roots: Sequence[Root]) -> Callable[[int], ImageBlock]:
     """The images of each block of a store: those tars that it was made from, whatever a recipe says.
 
     Raises StoreMismatch when the dataset of the manifest has other classes.

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offline_kd.data.fetching import Root
+from offline_kd.data.manifest import locate
 from offline_kd.data.tars import hash_key, read_tar, tars_in, unpack_keys
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.reader import Arrays, Store
@@ -127,22 +129,24 @@ def problem_of_keys(keys: Sequence[str], key_hash: NDArray[np.uint64]) -> str:
     return f"{len(wrong)} keys are not those that were hashed, the first is {keys[wrong[0]]!r}" if wrong else ""
 
 
-def keys_from_tars(store: Store, folder: Path) -> list[str]:
+def keys_from_tars(store: Store, folder: Root) -> list[str]:
     """The key of every row of a store before schema 3, which has hashes only, from the dataset's tars in `folder`.
 
     Raises StoreMismatch when the tars lack the key of a row.
     """
-    named = [folder / store.identity.dataset.tars[block].file for block in store.blocks]
-    # Another packing of the same samples has the same keys.
-    paths = named if all(path.is_file() for path in named) else tars_in(folder)
-    keys = {hash_key(sample.key): sample.key for path in paths for sample in read_tar(path)[0]}
+    named = [store.identity.dataset.tars[block].file for block in store.blocks]
+    if isinstance(folder, Path) and not all((folder / name).is_file() for name in named):
+        files = tars_in(folder)  # another packing of the same samples has the same keys
+    else:
+        files = [locate(name, [folder]) for name in named]
+    keys = {hash_key(sample.key): sample.key for file in files for sample in read_tar(file)[0]}
     hashes, rows = store.row_index
     ordered = hashes[np.argsort(rows)].tolist()
     lacking = sum(one not in keys for one in ordered)
     if lacking:
         about = store.identity.dataset
         raise StoreMismatch(
-            f"{folder}: its {len(paths)} tars lack the keys of {lacking:,} of {len(ordered):,} rows of {store.place}, "
+            f"{folder}: its {len(files)} tars lack the keys of {lacking:,} of {len(ordered):,} rows of {store.place}, "
             f"which was made from {about.name}/{about.split}. Name the folder of those tars."
         )
     return [keys[one] for one in ordered]

@@ -23,7 +23,7 @@ from offline_kd.store.schema import (
     ledger_name,
     store_digest,
 )
-from offline_kd.support.downloads import DEFAULT_BYTES, Downloads
+from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
 from offline_kd.support.errors import StoreCorrupt, StoreError, StoreIncomplete, StoreMismatch, did_you_mean
 from offline_kd.support.files import cache_folder
 from offline_kd.support.places import Place, can_list, place_at
@@ -84,7 +84,7 @@ def open_store(
     if manifest.held:
         num_views = min(num_views, manifest.held.views)
     effective = identity_of_targets(created, additions, chosen, num_views)
-    downloads = Downloads(cache_folder(), download_bytes) if place.is_remote else None
+    downloads = shared_downloads(cache_folder(), download_bytes) if place.is_remote else None
     store = Store(place, created, additions, chosen, effective, parsed, digest or manifest.digest, manifest, downloads)
     check_bounds(f"{place}/store.json", store.parts)
     missing = set(entry_names(created, store.parts, views)) - set(parsed)

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock, OnBadImage, load_block
+from offline_kd.data.fetching import Root
 from offline_kd.data.labels import UNLABELLED, labels_of
 from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
@@ -27,19 +28,19 @@ MAX_VIEWS, MAX_TEMPLATES = 8, 12
 CELLS_ACROSS_PATCH = 3
 
 
-def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path], file: Path) -> None:
+def write_inspect_page(store: Store, key: str, folders: Sequence[Root], file: Path) -> None:
     """Write the page; raises DataError when the store does not know the key.
 
     Args:
-        folder: of the dataset's tars, below one of the data `roots`.
+        folders: where the dataset's tars are looked for.
     """
     hashes, rows = store.row_index
     place = int(np.searchsorted(hashes, np.uint64(hash_key(key))))
     if place == len(hashes) or hashes[place] != hash_key(key):
-        raise DataError(f"{store.place}: holds no sample '{key}'. Keys look like '{_some_key(store, folder, roots)}'.")
+        raise DataError(f"{store.place}: holds no sample '{key}'. Keys look like '{_some_key(store, folders)}'.")
     identity = store.identity
     number, row = divmod(int(rows[place]), identity.rows_per_block)
-    images = _Images(store, folder, roots)
+    images = _Images(store, folders)
     block = images.block(number)
     classes = identity.dataset.classes
     maps = [name for name, one in identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
@@ -62,14 +63,14 @@ def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path
 class _Images:
     """The tars that the store was made from, decoded when needed."""
 
-    def __init__(self, store: Store, folder: str, roots: Sequence[Path]) -> None:
-        self.store, self.folder, self.roots = store, folder, roots
+    def __init__(self, store: Store, folders: Sequence[Root]) -> None:
+        self.store, self.folders = store, folders
         self.blocks: dict[int, ImageBlock] = {}
 
     def block(self, number: int) -> ImageBlock:
         if number not in self.blocks:
             tar = self.store.identity.dataset.tars[number]
-            path = locate(f"{self.folder}/{tar.file}", self.roots)
+            path = locate(tar.file, self.folders)
             identity = self.store.identity
             on_bad: OnBadImage = "skip" if self.store.entry("", number, 0).left_out else "fail"
             block = load_block(
@@ -84,8 +85,8 @@ class _Images:
         return self.blocks[number]
 
 
-def _some_key(store: Store, folder: str, roots: Sequence[Path]) -> str:
-    return _Images(store, folder, roots).block(0).keys[0]
+def _some_key(store: Store, folders: Sequence[Root]) -> str:
+    return _Images(store, folders).block(0).keys[0]
 
 
 def _view(

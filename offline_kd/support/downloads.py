@@ -1,6 +1,6 @@
-"""A bounded folder of objects that were read from remote stores, named by their sha256.
+"""A bounded folder of what was read from afar, objects of stores and tars of images, named by their sha256.
 
-Content has one name whatever store it comes from, so nothing in here can be stale, and readers check the sha256 of what
+Content has one name wherever it comes from, so nothing in here can be stale, and readers check the sha256 of what
 they take from here as of anything else. Processes may share the folder; each counts anew after writing a twentieth of
 the limit, so that together they may exceed it by that much each for a while.
 """
@@ -8,6 +8,8 @@ the limit, so that together they may exceed it by that much each for a while.
 import contextlib
 import os
 import threading
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from offline_kd.support.files import write_atomically
@@ -24,8 +26,8 @@ class Downloads:
         self.written = 0  # bytes, since they were counted
         self.lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["Downloads"], tuple[Path, int]]:
-        return Downloads, (self.folder, self.limit)  # a lock does not travel to another process
+    def __reduce__(self) -> tuple[Callable[[Path, int], "Downloads"], tuple[Path, int]]:
+        return shared_downloads, (self.folder, self.limit)  # a lock does not travel to another process
 
     def get(self, sha256: str, limit: int) -> bytes | None:
         """The object of that name, unless it is not here or has more than `limit` bytes."""
@@ -66,3 +68,9 @@ class Downloads:
                 break
             Path(path).unlink(missing_ok=True)
             self.held -= size
+
+
+@cache
+def shared_downloads(folder: Path, limit: int) -> Downloads:
+    """The same for all that a process reads, so that stores and images are counted together."""
+    return Downloads(folder, limit)

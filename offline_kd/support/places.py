@@ -1,4 +1,4 @@
-"""Where a store lies: a folder, a prefix of an object store (`s3://`, `gs://`, `az://`), or a web address.
+"""Where stores and images lie: a folder, a prefix of an object store (`s3://`, `gs://`, `az://`), or a web address.
 
 All hand out whole files by name, never more bytes than the caller expects. Folders and buckets also create files that
 must not exist yet in one atomic step, which is all that the commit protocol needs. Credentials and endpoints of object
@@ -169,6 +169,10 @@ class Bucket:
             denied = isinstance(error, obstore.exceptions.PermissionDeniedError)
             kind = StoreForbidden if denied else StoreUnreachable
             raise kind(f"{self.url}/{name}: {said:.400} {CHECK_NETWORK}") from error
+        except FileNotFoundError as error:
+            if any(one in str(error) for one in NO_BUCKET):
+                raise StoreUnreachable(f"{self.url}: {MISSING_BUCKET}") from error
+            raise
 
     def _again(self, name: str, ask: Callable[[], T]) -> T:
         """Ask until an answer arrives whole. Only those that were cut short: the client retries everything else."""

@@ -69,6 +69,6 @@ def difference(size: int | None, sha256: str, content: bytes) -> str:
 def differs(times: int) -> str:
     """Says that so many reads of a file gave as many contents."""
     return (
-        f"read {times} times, other bytes each time: a proxy or the network changes them on their way. The store may "
-        "be whole: run the same command again, or use another connection."
+        f"read {times} times, other bytes each time: a proxy or the network changes them on their way. What lies "
+        "there may be whole: run the same command again, or use another connection."
     )

@@ -24,8 +24,8 @@ CHECK_NETWORK = (
 
 def too_long(where: str, found: int, limit: int) -> StoreCorrupt:
     return StoreCorrupt(
-        f"{where}: {found:,} bytes, no more than {limit:,} can be right: it was not read. Run "
-        "`offline-kd store repair`, or copy the store again."
+        f"{where}: {found:,} bytes, no more than {limit:,} can be right: it was not read. Copy or make it again; for a "
+        "file of a store, `offline-kd store repair` does."
     )
 
 
