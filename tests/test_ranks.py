@@ -203,7 +203,7 @@ def test_a_killed_run_goes_on_with_other_ranks_at_the_same_sample(made, where, t
     whole = seen(tmp_path / "whole")
     assert len(whole) == steps
     first, second, third = draw.randint(2, 8), draw.randint(2, 8), draw.randint(2, 8)
-    # The same command with 2 ranks is killed, and restarted by torchrun with what is left; it is stopped before the end.
+    # The same command with 2 ranks is killed, and restarted by torchrun with what is left; it stops before the end.
     assert go_on("two", 2, first) != 0
     found, at = seen(tmp_path / "two"), 0
     for name, ranks, kill_at, more in (
