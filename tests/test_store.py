@@ -451,7 +451,7 @@ def test_store_info_is_a_table_and_json(store_path):
 def test_the_digest_speaks_of_content_only(store_path):
     store = open_store(store_path)
     raw = json.loads((store_path / "store.json").read_text())
-    entries = store.entries
+    entries = store.listed
     assert store_digest(raw, [], entries) == store.digest
     assert store_digest({**raw, "versions": {"torch": "0"}}, [], dict(reversed(entries.items()))) == store.digest
     assert store_digest({**raw, "views": {**raw["views"], "count": 3}}, [], entries) == store.digest
