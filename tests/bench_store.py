@@ -7,7 +7,6 @@ read from the page cache by one core, against sha256 alone over the same bytes. 
 """
 
 import hashlib
-import json
 import statistics
 import tempfile
 import time
@@ -15,100 +14,32 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from made_stores import declare, made_up_identity
 
 from offline_kd.cli.main import keep_freed_memory
 from offline_kd.data.blocks import DIGEST_BYTES
-from offline_kd.data.manifest import Normalisation, Tar
+from offline_kd.data.manifest import Tar
 from offline_kd.data.tars import pack_keys
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.int_ import Int
-from offline_kd.store.layout import entry_names, parts_of, zarr_metadata
+from offline_kd.store.layout import entry_names, parts_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import stored_object
-from offline_kd.store.schema import (
-    SCHEMA_VERSION,
-    DatasetIdentity,
-    Fidelity,
-    LedgerEntry,
-    StoreIdentity,
-    StoreManifest,
-    TeacherIdentity,
-    store_digest,
-)
+from offline_kd.store.schema import LedgerEntry, StoreIdentity
 from offline_kd.store.verification import verify
-from offline_kd.store.writer import commit, create_or_resume, manifest_bytes
+from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.console import say, show_table
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.places import Folder
 from offline_kd.views.pad_crop_flip import PadCropFlip
 
 ROWS, VIEWS, CLASSES, BLOCKS, MANY_BLOCKS, ROUNDS = 4096, 4, 1000, 8, 10_000, 5
-NOTHING = Fidelity(
-    rows=0,
-    teacher_top1=0,
-    mean_top1_probability=0,
-    top1_agreement=0,
-    mean_error=0,
-    max_error=0,
-    max_error_allowed=0,
-    kl={},
-    total_variation={},
-)
 
 
 def identity_of(codec: AnyCodec, blocks: int) -> StoreIdentity:
-    teacher = TeacherIdentity(
-        name="made-up",
-        model="made-up",
-        model_args={},
-        weights_sha256="0" * 64,
-        normalisation=Normalisation(mean=(0, 0, 0), std=(1, 1, 1)),
-        dtype="float32",
-        evaluated_on="nothing",
-        measured_top1=0,
-        licence="",
-    )
-    dataset = DatasetIdentity(
-        name="made-up",
-        split="train",
-        fingerprint="0" * 64,
-        classes=[f"class {index}" for index in range(CLASSES)],
-        height=32,
-        width=32,
-        tars=[Tar(file=f"train-{block:06d}.tar", count=ROWS, sha256="0" * 64) for block in range(blocks)],
-        licence="",
-    )
-    return StoreIdentity(
-        schema_version=SCHEMA_VERSION,
-        name="bench",
-        dataset=dataset,
-        teacher=teacher,
-        views=PadCropFlip(kind="pad_crop_flip", count=VIEWS),
-        codec=codec,
-        rows_per_block=ROWS,
-        views_per_group=VIEWS,
-        versions={},
-    )
-
-
-def declare(place: Folder, identity: StoreIdentity, entries: dict[str, str], total_bytes: int) -> None:
-    """What `finish` writes, without a teacher to ask."""
-    raw = json.loads(place.read("store.json"))
-    for name in ("README.md", "index.html"):
-        place.put(name, b"")
-    names = ["store.json", "README.md", "index.html", *zarr_metadata(parts_of(identity))]
-    manifest = StoreManifest(
-        schema_version=SCHEMA_VERSION,
-        digest=store_digest(raw, [], entries),
-        views={"": VIEWS},
-        entries=entries,
-        files={name: stored_object(place.read(name)) for name in names},
-        fidelity={"": NOTHING},
-        total_bytes=total_bytes,
-        bytes_by_array={},
-    )
-    place.put("manifest.json", manifest_bytes(manifest))
+    tars = [Tar(file=f"train-{block:06d}.tar", count=ROWS, sha256="0" * 64) for block in range(blocks)]
+    return made_up_identity(tars, PadCropFlip(kind="pad_crop_flip", count=VIEWS), codec, CLASSES, 32, VIEWS)
 
 
 def make_full(folder: Path, codec: AnyCodec) -> Folder:
@@ -133,7 +64,7 @@ def make_full(folder: Path, codec: AnyCodec) -> Folder:
             block=block, first_view=0, end_view=VIEWS, rows=ROWS, tar=tar, tar_sha256="0" * 64, objects={}
         )
         entry = commit(place, part, 0, about, arrays)
-        entries[entry.file_name] = stored_object(place.read(f"ledger/{entry.file_name}")).sha256
+        entries[entry.file_name] = hashlib.sha256(place.read(f"ledger/{entry.file_name}")).digest()
         total += sum(one.bytes for one in entry.objects.values())
     declare(place, identity, entries, total)
     return place
@@ -145,14 +76,14 @@ def make_many(folder: Path) -> Folder:
     create_or_resume(place, identity)
     (folder / "ledger").mkdir()
     specs, entries = parts_of(identity)[""].specs, {}
-    for block, name in enumerate(entry_names(identity, parts_of(identity), {"": VIEWS})):
+    for block, name in enumerate(entry_names(identity, {"": VIEWS})):
         objects = {spec.object_key(block, 0): stored_object(b"") for spec in specs}
         content = LedgerEntry(
             block=block, first_view=0, end_view=VIEWS, rows=ROWS, tar="x", tar_sha256="0" * 64, objects=objects
         ).model_dump_json(indent=1)
         (folder / "ledger" / name).write_text(content + "\n")
-        entries[name] = hashlib.sha256(f"{content}\n".encode()).hexdigest()
-    declare(place, identity, entries, 0)
+        entries[name] = hashlib.sha256(f"{content}\n".encode()).digest()
+    declare(place, identity, entries)
     return place
 
 

@@ -7,6 +7,7 @@ Real photographs (imagenet_sample); their targets are made up, which changes no 
 """
 
 import argparse
+import hashlib
 import multiprocessing
 import os
 import statistics
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import webdataset
+from made_stores import declare
 from PIL import Image
 
 from offline_kd.cli.main import keep_freed_memory
@@ -48,11 +50,9 @@ from offline_kd.store.schema import (
     DatasetIdentity,
     LedgerEntry,
     StoreIdentity,
-    StoreManifest,
     TeacherIdentity,
-    store_digest,
 )
-from offline_kd.store.writer import commit, create_or_resume, write_manifest
+from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.places import Folder
 from offline_kd.views.choice import choose
 from offline_kd.views.kind import draw
@@ -108,21 +108,12 @@ def make_store(folder: Path, loader: BlockLoader, views: RandomCrop, codec: Floa
         entry = commit(place, part, 0, about, arrays)
         entries[entry.file_name] = entry
     contents = {name: place.read(f"ledger/{name}") for name in entries}
-    finish(place, contents, views.count)
+    finish(place, identity, contents)
     return open_store(folder)
 
 
-def finish(place: Folder, contents: dict[str, bytes], num_views: int) -> None:
-    import hashlib
-    import json
-
-    raw = json.loads(place.read("store.json"))
-    sums = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
-    manifest = StoreManifest(
-        schema_version=SCHEMA_VERSION, digest=store_digest(raw, [], sums), views={"": num_views}, entries=sums,
-        files={}, fidelity={}, total_bytes=0, bytes_by_array={},
-    )  # fmt: skip
-    write_manifest(place, manifest)
+def finish(place: Folder, identity: StoreIdentity, contents: dict[str, bytes]) -> None:
+    declare(place, identity, {name: hashlib.sha256(content).digest() for name, content in contents.items()})
 
 
 def seconds(work: Callable[[], int]) -> float:
@@ -270,7 +261,7 @@ def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
     probes = choose(parameters, first["probe/row"].astype(np.int64), np.zeros(len(first["probe/row"]), dtype=np.int64))
     arrays["probe/pixels"] = render_some(block, probes, VIEWS, store.created.seen_size[0])
     contents = {}
-    names = entry_names(identity, parts_of(identity), {"": views})
+    names = entry_names(identity, {"": views})
     for view in range(views):
         about = LedgerEntry(
             block=0, first_view=view, end_view=view + 1, rows=len(block), tar=block.name, tar_sha256=block.sha256,
@@ -280,7 +271,7 @@ def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
         contents[entry.file_name] = place.read(f"ledger/{entry.file_name}")
     # The rest of the index: the worker must hold it, but reads none of these blocks.
     contents |= {name: name.encode() for name in names if name not in contents}
-    finish(place, contents, views)
+    finish(place, identity, contents)
     print(f"a worker process, store of {blocks:,} blocks x {views} views ({blocks * views:,} ledger entries), in MB:")
     for kind in ("forked, as for folders", "spawned, as for buckets"):
         private, shared_out, resident = _most_memory(folder, loader, kind.startswith("forked"))

@@ -10,7 +10,7 @@ import numpy as np
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import stored_object
-from offline_kd.store.schema import StoreManifest, ledger_name, store_digest
+from offline_kd.store.schema import PAGE_BLOCKS, StoreManifest, ledger_name, store_digest
 from offline_kd.store.writer import parse_entry, write_manifest
 from offline_kd.support.places import Folder
 
@@ -43,13 +43,23 @@ def rewrite(path: Path, name: str, block: int, group: int, change: Change) -> No
 
 
 def vouch_for_ledger(path: Path) -> None:
-    """Make the manifest vouch for identity, small files and ledger as they are now."""
+    """Make pages and manifest vouch for identity, small files and ledger as they are now."""
     manifest = StoreManifest.model_validate_json((path / "manifest.json").read_bytes())
+    raw = json.loads((path / "store.json").read_bytes())
+    for name in manifest.pages:
+        first, views, *addition = name.removesuffix(".bin").replace("-", ".", 1).split(".")
+        ending = ".".join([views, *addition, "json"])
+        blocks = range(int(first), min(int(first) + PAGE_BLOCKS, len(raw["dataset"]["tars"])))
+        content = b"".join(
+            hashlib.sha256((path / "ledger" / f"{block:06d}-{ending}").read_bytes()).digest() for block in blocks
+        )
+        (path / "hashes" / name).write_bytes(content)
+    pages = {name: hashlib.sha256((path / "hashes" / name).read_bytes()).hexdigest() for name in manifest.pages}
     hashes = {name: hashlib.sha256((path / "ledger" / name).read_bytes()).hexdigest() for name in manifest.entries}
     files = {name: stored_object((path / name).read_bytes()) for name in manifest.files}
-    raw = json.loads((path / "store.json").read_bytes())
     added = [json.loads((path / f"additions/{name}.json").read_bytes()) for name in manifest.views if name]
-    update = {"entries": hashes, "files": files, "digest": store_digest(raw, added, hashes)}
+    digest = store_digest(raw, added, {**pages, **hashes})
+    update = {"pages": pages, "entries": hashes, "files": files, "digest": digest}
     write_manifest(Folder(path), manifest.model_copy(update=update))
 
 

@@ -164,8 +164,9 @@ def test_known_keys_are_those_of_all_other_blocks(blocks, moment):
         keys = np.array(blocks[number], dtype=np.uint64)
         expected = [row for row, key in enumerate(blocks[number]) if owners.get(key, number) != number]
         first_time = number not in known.blocks
-        found = known.add(number, keys)
+        found, of = known.add(number, keys)
         assert found.tolist() == (expected if first_time else [])
+        assert [blocks[owner].count(keys[row]) for row, owner in zip(found, of, strict=True)] == [1] * len(found)
         for key in blocks[number]:
             owners.setdefault(key, number)
     assert len(known.runs) <= 8

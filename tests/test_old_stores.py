@@ -1,4 +1,4 @@
-"""Stores of schema versions 2 and 3 that were written before are read, trained from, grown and captured again."""
+"""Stores of schema versions 2 to 4 that were written before are read, trained from, grown and captured again."""
 
 import hashlib
 import json
@@ -11,13 +11,14 @@ import pytest
 import torch
 from conftest import ROOT, invoke
 
-from offline_kd.store.opening import open_store
+from offline_kd.store.opening import all_digests, open_store
 from offline_kd.support.downloads import Downloads
 
 FIXTURE = ROOT / "tests" / "fixtures" / "store_v2"
 STORE = FIXTURE / "store"
-STORE_3 = ROOT / "tests" / "fixtures" / "store_v3" / "store"
+STORE_3, STORE_4 = (ROOT / "tests" / "fixtures" / name / "store" for name in ("store_v3", "store_v4"))
 DIGEST_3 = "2b49f14f5b4c918b72858717d83efc3ec543490663f2622102c4d2ef54e514a5"
+DIGEST_4 = "52df384bd49693f5c0a4c0019c356078744578424ee1d6e1f8f3e44d540c405c"
 DIGEST = "73a894c6e8c7bf8441f8383816dadcf1eeb7ef9c9627384eaa0be70374c52865"
 AT_FIRST = "ae26f6c757501d144a86d685b32cfc4388c8a2088d6b312818faf0759ba3f3bf"
 CPU_OF_FIXTURE = "AVX512"
@@ -52,23 +53,40 @@ def test_of_version_3_it_says_the_same_of_every_sample_and_knows_more_of_it():
         assert all(one[name].tobytes() == two[name].tobytes() for name in same)
 
 
-@pytest.mark.parametrize("store", [STORE, STORE_3])
+def test_version_4_differs_from_3_in_its_pages_of_hashes_alone():
+    store = open_store(STORE_4, digest=DIGEST_4)
+    pages = store.manifest.pages
+    assert len(pages) == 4  # of two view groups of two teachers, of one tar
+    assert sorted(store.manifest.entries) == [f"templates-{name}.json" for name in ("codec", "last", "sub")]
+    for folder in ("ledger", "targets.zarr", "additions"):
+        for file in (path for path in (STORE_3 / folder).rglob("*") if path.is_file()):
+            assert (STORE_4 / file.relative_to(STORE_3)).read_bytes() == file.read_bytes()
+    first = (STORE_4 / "hashes" / "000000-00001-00002.second.bin").read_bytes()
+    assert first == hashlib.sha256((STORE_4 / "ledger" / "000000-00001-00002.second.json").read_bytes()).digest()
+    (_, first_views), *_ = list(all_digests(store).items())[::-1]
+    assert first_views == {"": 1}  # as of the other versions
+    for digest, views in all_digests(store).items():
+        assert open_store(STORE_4, digest=digest).identity.views.num_views == views[""]
+
+
+@pytest.mark.parametrize("store", [STORE, STORE_3, STORE_4])
 def test_the_store_verifies_against_itself_and_against_the_dataset(store, where):
     ran("store", "verify", store)
     ran("store", "verify", store, "--quick")
     ran("store", "verify", store, "--dataset", *where)
 
 
-def test_a_store_of_version_2_grows_as_what_it_is_and_keeps_its_digests(where, tmp_path):
+@pytest.mark.parametrize("version", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_store_of_an_earlier_version_grows_as_what_it_is_and_keeps_its_digests(version, where, tmp_path):
     path = tmp_path / "store"
-    shutil.copytree(STORE, path)
+    shutil.copytree(STORE if version == 2 else STORE_3, path)
     capture(path, "recipe.yaml", where, "--set", "views.count=3")
     grown = open_store(path)
     assert grown.identity.views.num_views == 3
-    assert (grown.created.schema_version, grown.manifest.schema_version) == (2, 2)
-    assert "image_crc" in grown.arrays
-    assert "key" not in grown.arrays
-    assert open_store(path, digest=DIGEST).identity.views.num_views == 2
+    assert (grown.created.schema_version, grown.manifest.schema_version) == (version, version)
+    assert ("image_crc" in grown.arrays) == ("key" not in grown.arrays) == (version == 2)
+    assert not (path / "hashes").exists()
+    assert open_store(path, digest=DIGEST if version == 2 else DIGEST_3).identity.views.num_views == 2
     ran("store", "verify", path, "--dataset", *where)
 
 
@@ -84,15 +102,15 @@ def test_captured_anew_the_store_verifies_and_on_the_same_machine_has_the_same_d
     capture(path, "recipe.yaml", where)
     capture(path, "second.yaml", where, "--add")
     ran("store", "verify", path)
-    before, anew = open_store(STORE_3), open_store(path)
+    before, anew = open_store(STORE_4), open_store(path)
     for group in range(2):
         # Of no arithmetic that machines round differently.
         names = [name for name in before.arrays if not name.startswith(("logits/", "decisions/"))]
         old, new = before.read(0, group, names), anew.read(0, group, names)
         assert all(np.array_equal(old[name], new[name]) for name in names)
-    versions = [json.loads((one / "store.json").read_text())["versions"] for one in (STORE_3, path)]
+    versions = [json.loads((one / "store.json").read_text())["versions"] for one in (STORE_4, path)]
     if versions[0] == versions[1] and torch.backends.cpu.get_cpu_capability() == CPU_OF_FIXTURE:
-        assert anew.digest == DIGEST_3
+        assert anew.digest == DIGEST_4
 
 
 def test_an_object_is_hashed_once_whether_it_is_fetched_or_was_downloaded_before(tmp_path, monkeypatch):

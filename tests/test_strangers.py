@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, invoke, refused
+from tampering import vouch_for_ledger
 from test_old_stores import DIGEST, FIXTURE, STORE
 
 from offline_kd.store.card import is_whole_card
@@ -23,10 +24,9 @@ from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.layout import parts_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import stored_object
-from offline_kd.store.schema import Addition, StoreIdentity, StoreManifest, store_digest
+from offline_kd.store.schema import Addition, StoreIdentity, StoreManifest
 from offline_kd.store.sync import copy_store
 from offline_kd.store.verification import verify
-from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.errors import StoreCorrupt, StoreError
 from offline_kd.support.pages import render_page
 from offline_kd.support.places import Folder, place_at
@@ -49,12 +49,7 @@ def vouch(path: Path) -> None:
             content = (path / "targets.zarr" / key).read_bytes()
             entry["objects"][key] = stored_object(content).model_dump()
         (path / "ledger" / name).write_text(json.dumps(entry))
-    entries = {name: hashlib.sha256((path / "ledger" / name).read_bytes()).hexdigest() for name in manifest.entries}
-    files = {name: stored_object((path / name).read_bytes()) for name in manifest.files}
-    raw = json.loads((path / "store.json").read_text())
-    added = [json.loads(file.read_text()) for file in (path / "additions").iterdir()]
-    update = {"entries": entries, "files": files, "digest": store_digest(raw, added, entries)}
-    (path / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update=update)))
+    vouch_for_ledger(path)
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------
@@ -241,7 +236,6 @@ for name, location in json.loads(sys.argv[1]).items():
     said = []
     def opened():
         store = open_store(location, download_bytes=0)
-        store.check_sizes()
         for part in ("codec", "last"):
             store.read_tables(part)
         store.read(0, 0, list(store.arrays))
@@ -285,7 +279,7 @@ def hostile_stores(folder: Path, everything: bool = True) -> dict[str, str]:
         return {name: str(path) for name, path in stores.items()}
     stores["tars"] = path = copy("tars")
     identity = json.loads((path / "store.json").read_text())
-    identity["dataset"]["tars"] = [{"file": f"{n}", "count": 1} for n in range(80_000)]
+    identity["dataset"]["tars"] = [{"file": f"{n}", "count": 1} for n in range(400_000)]
     (path / "store.json").write_text(json.dumps(identity))
     stores["stated size"] = path = copy("stated")
     entry = path / "ledger/000000-00000-00001.json"
@@ -293,11 +287,7 @@ def hostile_stores(folder: Path, everything: bool = True) -> dict[str, str]:
     content["objects"]["logits/code/c/0/0/0"]["bytes"] = 2**32
     entry.write_text(json.dumps(content))
     os.truncate(path / "targets.zarr/logits/code/c/0/0/0", 2**32)
-    manifest = StoreManifest.model_validate_json((path / "manifest.json").read_text())
-    entries = manifest.entries | {entry.name: hashlib.sha256(entry.read_bytes()).hexdigest()}
-    raw, added = (json.loads((path / name).read_text()) for name in ("store.json", "additions/second.json"))
-    update = {"entries": entries, "digest": store_digest(raw, [added], entries)}
-    (path / "manifest.json").write_bytes(manifest_bytes(manifest.model_copy(update=update)))
+    vouch_for_ledger(path)
     stores["bomb of pixels"] = bomb(copy("pixels"), lambda c: c["dataset"].update(height=3000, width=3000))
     return {name: str(path) for name, path in stores.items()}
 

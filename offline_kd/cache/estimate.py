@@ -18,7 +18,7 @@ from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import Recipe
 from offline_kd.store.chunks import encode_chunk
-from offline_kd.store.layout import entry_names, parts_of
+from offline_kd.store.layout import num_entries, num_pages, parts_of
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import StoreIdentity, kind_of
 from offline_kd.support.console import say
@@ -86,10 +86,11 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
     one_student = recipe.training.epochs * samples * bare
     objects = sum(
         identity.num_blocks * (len(identity.groups) if spec.extent == "group" else 1) for spec in part.specs
-    ) + sum(len(specs) for specs in part.tables.values())
+    ) + sum(len(specs) + 1 for specs in part.tables.values())
+    objects += num_entries(identity, {"": num_views}) + num_pages(identity, {"": num_views})
     return Plan(
         rows=samples * num_views,
-        objects=objects + len(entry_names(identity, {"": part}, {"": num_views})),
+        objects=objects,
         bytes={kind: int(size) for kind, size in sorted(size_per_kind.items())},
         teacher_passes=passes,
         seconds_per_view=whole,

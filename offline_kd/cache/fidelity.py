@@ -102,7 +102,8 @@ def measure_fidelity(
     are not the teacher's.
     """
     views = store.identity.views.num_views
-    there = {number: store.entry("", number, 0).rows * views for number in store.blocks}
+    counts = store.side_by_side(lambda number: store.entry("", number, 0).rows * views, store.blocks)
+    there = dict(zip(store.blocks, counts, strict=True))
     wanted = rows_of_blocks(there, num_rows, seed)
     answers = _Answers(store, teacher, device)
     waiting: list[Rows] = []

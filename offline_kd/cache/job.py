@@ -32,7 +32,7 @@ from offline_kd.store.schema import (
     StoreManifest,
     TeacherIdentity,
 )
-from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes
+from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes, read_entries
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch
 from offline_kd.support.places import Place
@@ -98,9 +98,9 @@ def refuse_uneven_views(capture: Capture) -> None:
         )
 
 
-def store_of(capture: Capture, targets: str, identity: StoreIdentity, contents: Mapping[str, bytes]) -> Store:
-    """The store as far as these ledger entries reach."""
-    entries = {name: stored_object(content).sha256 for name, content in contents.items()}
+def store_of(capture: Capture, targets: str, identity: StoreIdentity, names: Iterable[str]) -> Store:
+    """The store as far as these ledger entries reach; raises FileNotFoundError for one that is not there."""
+    entries = {name: stored_object(content).sha256 for name, content, _ in read_entries(capture.place, names)}
     identity = identity.model_copy(update={"views": identity.views.with_count(capture.num_views)})
     return Store(capture.place, capture.created, capture.additions, targets, identity, entries, digest="")
 

@@ -10,29 +10,39 @@ from offline_kd.store.reader import Store
 from offline_kd.support.errors import DataError
 
 READ_AHEAD = 16  # blocks of a store that is not on this machine
+MOST_KNOWN = 2**24  # keys that a capture compares as it goes; all are compared in the end
+
+Run = tuple[NDArray[np.uint64], NDArray[np.int32]]  # hashes of keys, and the block of each
 
 
 class KnownKeys:
-    """The key hashes of the blocks that a process has seen, in 8 bytes each."""
+    """The key hashes of the blocks that a process has seen, in 12 bytes each, as long as they are few enough."""
 
     def __init__(self) -> None:
         self.blocks: set[int] = set()
-        self.runs: list[NDArray[np.uint64]] = []  # sorted, each at least twice as long as the next: there are few
+        self.runs: list[Run] = []  # sorted, each at least twice as long as the next: there are few
+        self.size = 0
 
-    def add(self, block: int, key_hash: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Make a block known; returns which of its rows have the key of a row of another block."""
-        if block in self.blocks:
-            return np.empty(0, dtype=np.int64)
+    def add(self, block: int, key_hash: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Make a block known; returns which of its rows have the key of a row of another block, and of which."""
         used = np.zeros(len(key_hash), dtype=bool)
-        for run in self.runs:
-            used |= run[np.searchsorted(run, key_hash).clip(max=len(run) - 1)] == key_hash
+        owner = np.zeros(len(key_hash), dtype=np.int32)
+        if block in self.blocks or self.size + len(key_hash) > MOST_KNOWN:
+            return np.flatnonzero(used), owner[used]
+        for hashes, blocks in self.runs:
+            place = np.searchsorted(hashes, key_hash).clip(max=len(hashes) - 1)
+            same = hashes[place] == key_hash
+            used |= same
+            owner[same] = blocks[place[same]]
         self.blocks.add(block)
-        self.runs.append(np.sort(key_hash))
-        while len(self.runs) > 1 and len(self.runs[-2]) < 2 * len(self.runs[-1]):
-            merged = np.concatenate([self.runs.pop(-2), self.runs.pop()])
-            merged.sort(kind="stable")
-            self.runs.append(merged)
-        return np.flatnonzero(used)
+        self.size += len(key_hash)
+        self.runs.append((np.sort(key_hash), np.full(len(key_hash), block, dtype=np.int32)))
+        while len(self.runs) > 1 and len(self.runs[-2][0]) < 2 * len(self.runs[-1][0]):
+            (hashes, blocks), (more, of_more) = self.runs.pop(-2), self.runs.pop()
+            hashes, blocks = np.concatenate([hashes, more]), np.concatenate([blocks, of_more])
+            order = hashes.argsort(kind="stable")
+            self.runs.append((hashes[order], blocks[order]))
+        return np.flatnonzero(used), owner[used]
 
 
 def prove_unique_keys(store: Store) -> None:

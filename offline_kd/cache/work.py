@@ -12,11 +12,12 @@ from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import Capture, store_of
 from offline_kd.cache.unique_keys import KnownKeys
 from offline_kd.data.blocks import BlockLoader, ImageBlock
+from offline_kd.store.inventory import committed
 from offline_kd.store.join import row_arrays, tables_on
 from offline_kd.store.layout import Part, parts_of
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import LedgerEntry, identity_of_targets, ledger_name, tables_ledger_name
-from offline_kd.store.writer import commit, read_ledger
+from offline_kd.store.writer import commit
 from offline_kd.support.console import say
 from offline_kd.support.errors import DataError, LeaseLost, StoreMismatch
 from offline_kd.views.kind import draw
@@ -30,32 +31,29 @@ class Work:
     part: Part
     inquiry: Inquiry
     blocks: Sequence[int]  # in the order in which they are tried
-    done: set[tuple[int, int]]  # block and view group of what is committed: grows
-    known_keys: KnownKeys  # of what was read or committed: grows
+    done: NDArray[np.bool_]  # [blocks of the store, view groups] what is committed: grows
+    known_keys: KnownKeys  # of what this process read: grows
 
     def open_groups(self, block: int) -> list[int]:
         """The view groups of a block that nobody has committed, by what the store says now."""
         place, groups = self.capture.place, self.capture.groups
         for group, views in enumerate(groups):
             name = f"ledger/{ledger_name(block, views, self.part.name)}"
-            if (block, group) not in self.done and place.size(name) is not None:
-                self.done.add((block, group))
-        return [group for group in range(len(groups)) if (block, group) not in self.done]
+            if not self.done[block, group] and place.size(name) is not None:
+                self.done[block, group] = True
+        return [group for group in range(len(groups)) if not self.done[block, group]]
 
     def known_done(self, block: int) -> bool:
         """Whether all of a block was committed when it was last looked at."""
-        return all((block, group) in self.done for group in range(len(self.capture.groups)))
+        return bool(self.done[block].all())
 
     @property
     def open_views(self) -> int:
         """How many views of how many images are not committed, as far as is known."""
-        tars = self.capture.loader.split.tars
-        return sum(
-            tars[block].count * len(views)
-            for block in self.blocks
-            for group, views in enumerate(self.capture.groups)
-            if (block, group) not in self.done
-        )
+        counts = np.array([tar.count for tar in self.capture.loader.split.tars], dtype=np.int64)
+        blocks = np.array(self.blocks, dtype=np.int64)
+        views = np.array([len(group) for group in self.capture.groups], dtype=np.int64)
+        return int((counts[blocks, None] * views * ~self.done[blocks]).sum())
 
 
 def open_work(capture: Capture, addition: str, blocks: Sequence[int]) -> Work:
@@ -67,42 +65,19 @@ def open_work(capture: Capture, addition: str, blocks: Sequence[int]) -> Work:
     part = parts_of(capture.created, capture.additions)[addition]
     identity = capture.identity_of(addition)
     inquiry = Inquiry(capture.teacher, identity, _tables(capture, part), capture.device)
-    present = capture.place.sizes("ledger")
-    done = {
-        (block, group)
-        for block in blocks
-        for group, views in enumerate(capture.groups)
-        if f"ledger/{ledger_name(block, views, addition)}" in present
-    }
-    if done:
-        say(f"{capture.place}: resuming: {len(done)} of {len(blocks) * len(capture.groups)} blocks are committed")
-    known_keys = KnownKeys()
-    if addition == "":
-        for block, key_hash in _keys_of_committed_blocks(capture):
-            known_keys.add(block, key_hash)
-    return Work(capture, part, inquiry, blocks, done, known_keys)
+    done = committed(capture.place, capture.created, {addition: capture.num_views})[addition]
+    count = int(done[list(blocks)].sum())
+    if count:
+        say(f"{capture.place}: resuming: {count} of {len(blocks) * len(capture.groups)} blocks are committed")
+    return Work(capture, part, inquiry, blocks, done, KnownKeys())
 
 
 def _tables(capture: Capture, part: Part) -> dict[str, dict[str, Tensor]]:
     """Tables by decisions and array, on the device, as they are committed."""
-    contents = read_ledger(capture.place, [tables_ledger_name(name, part.name) for name in part.tables])
     identity = identity_of_targets(capture.created, capture.additions, part.targets, 1)
-    store = store_of(capture, part.targets, identity, contents)
+    names = [tables_ledger_name(name, part.name) for name in part.tables]
+    store = store_of(capture, part.targets, identity, names)
     return {name: tables_on(store, name, capture.device) for name in part.tables}
-
-
-def _keys_of_committed_blocks(capture: Capture) -> Iterator[tuple[int, NDArray[np.uint64]]]:
-    """Every block of which anything is committed, and its key hashes."""
-    present = capture.place.sizes("ledger")
-    of_block = {
-        block: (group, ledger_name(block, views))
-        for block in range(capture.created.num_blocks)
-        for group, views in enumerate(capture.groups)
-        if f"ledger/{ledger_name(block, views)}" in present
-    }
-    store = store_of(capture, "", capture.created, read_ledger(capture.place, [name for _, name in of_block.values()]))
-    for block, (group, _) in of_block.items():
-        yield block, store.read(block, group, ["key_hash"])["key_hash"].astype(np.uint64)
 
 
 # ---- one block -----------------------------------------------------------------------------------------------------
@@ -145,35 +120,29 @@ def capture_block(
         except LeaseLost as lost:
             say(f"{lost}")
             return
-        work.done.add((number, group))
+        work.done[number, group] = True
         step(len(images) * len(views))
 
 
 def _refuse_used_keys(work: Work, images: ImageBlock, number: int) -> None:
     """As early as this process can know; `finish` proves it for what several writers did."""
-    used = work.known_keys.add(number, images.key_hash)
+    used, owner = work.known_keys.add(number, images.key_hash)
     if len(used):
-        owners = [
-            work.capture.loader.split.tars[block].file
-            for block, key_hash in _keys_of_committed_blocks(work.capture)
-            if block != number and images.key_hash[used[0]] in key_hash
-        ]
         raise DataError(
-            f"{images.name}: key '{images.keys[used[0]]}' was used before, in {owners[0] if owners else 'another tar'}."
-            " Keys of a split must be unique: pack the dataset again."
+            f"{images.name}: key '{images.keys[used[0]]}' was used before, in "
+            f"{work.capture.loader.split.tars[owner[0]].file}. Keys of a split must be unique: pack the dataset again."
         )
 
 
 def _refuse_other_rows(capture: Capture, arrays: Arrays, images: ImageBlock, number: int, group: int) -> None:
     """An addition must be about exactly the rows and views that the store has: raises StoreMismatch otherwise."""
     name = ledger_name(number, capture.groups[group])
-    contents = read_ledger(capture.place, [name]) if capture.place.size(f"ledger/{name}") is not None else {}
-    if not contents:
+    if capture.place.size(f"ledger/{name}") is None:
         raise StoreMismatch(
             f"{capture.place}: has no ledger/{name}, so nothing can be added to it. Capture these views of the first "
             "teacher before, or add fewer: --set views.count=..."
         )
-    store = store_of(capture, "", capture.created, contents)
+    store = store_of(capture, "", capture.created, [name])
     names = [*row_arrays(capture.created, images), *(f"view/{name}" for name in capture.created.views.arrays())]
     for array in names:
         if not np.array_equal(store.read(number, group, [array])[array], arrays[array]):

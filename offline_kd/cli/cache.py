@@ -51,7 +51,7 @@ def command(
         f"store {store}",
         ["", "value"],
         [
-            ["blocks", f"{len(finished.entries):,}"],
+            ["views of every image", f"{max(finished.views.values()):,}"],
             ["bytes", f"{finished.total_bytes:,}"],
             ["rows asked again", fidelity.looked_at],
             ["same top-1 as the teacher", f"{100 * fidelity.top1_agreement:.2f} %"],

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -18,7 +18,15 @@ from offline_kd.data.blocks import DIGEST_BYTES
 from offline_kd.data.tars import MAX_KEY_BYTES
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.decisions import NEAREST, SubclassDecisions, TemplateDecisions
-from offline_kd.store.schema import Addition, DecisionsIdentity, StoreIdentity, ledger_name, tables_ledger_name
+from offline_kd.store.schema import (
+    PAGE_BLOCKS,
+    Addition,
+    DecisionsIdentity,
+    StoreIdentity,
+    ledger_name,
+    page_name,
+    tables_ledger_name,
+)
 from offline_kd.support.errors import RecipeError, StoreCorrupt
 from offline_kd.views.epochs import view_groups
 from offline_kd.views.kind import ViewSpec
@@ -308,10 +316,34 @@ def small_files(additions: Iterable[Addition], parts: Mapping[str, Part]) -> lis
     ]
 
 
-def entry_names(identity: StoreIdentity, parts: Mapping[str, Part], views: Mapping[str, int]) -> list[str]:
-    """The file names of all ledger entries of a store with so many views of every part."""
-    names = [tables_ledger_name(name, part.name) for part in parts.values() for name in part.tables]
-    for part_name, num_views in views.items():
-        groups = view_groups(num_views, identity.views_per_group)
-        names += [ledger_name(block, group, part_name) for block in range(identity.num_blocks) for group in groups]
-    return names
+def listed_names(identity: StoreIdentity, parts: Mapping[str, Part], views: Mapping[str, int]) -> list[str]:
+    """The file names of all that the manifest of a store with so many views of every part must list."""
+    tables = [tables_ledger_name(name, part.name) for part in parts.values() for name in part.tables]
+    if not identity.has_pages:
+        return tables + list(entry_names(identity, views))
+    firsts = range(0, identity.num_blocks, PAGE_BLOCKS)
+    return tables + [
+        page_name(block, group, part_name)
+        for part_name, num_views in views.items()
+        for group in view_groups(num_views, identity.views_per_group)
+        for block in firsts
+    ]
+
+
+def entry_names(identity: StoreIdentity, views: Mapping[str, int]) -> Iterator[str]:
+    """The file names of the ledger entries of all blocks with so many views of every part, one after the other."""
+    for part, num_views in views.items():
+        for group in view_groups(num_views, identity.views_per_group):
+            for block in range(identity.num_blocks):
+                yield ledger_name(block, group, part)
+
+
+def num_entries(identity: StoreIdentity, views: Mapping[str, int]) -> int:
+    """How many blocks of view groups a store with so many views of every part has."""
+    return sum(identity.num_blocks * -(-count // identity.views_per_group) for count in views.values())
+
+
+def num_pages(identity: StoreIdentity, views: Mapping[str, int]) -> int:
+    """How many pages of hashes vouch for those."""
+    per_group = -(-identity.num_blocks // PAGE_BLOCKS)
+    return sum(per_group * -(-count // identity.views_per_group) for count in views.values())

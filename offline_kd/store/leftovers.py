@@ -11,11 +11,17 @@ def is_leftover(name: str) -> bool:
 
 
 def sweep(place: Place) -> None:
-    """Remove what writers that are gone left; what others that may live are using stays."""
-    sweep_leases(place)
+    """Remove what writers that are gone left; what others that may live are using stays. Goes through all files."""
+    sweep_few(place)
     if isinstance(place, Folder):
-        for name in place.sizes():
+        for name in place.names():
             if is_temporary(name) and not name.startswith("scratch-"):
                 remove_abandoned(place.path / name)
+
+
+def sweep_few(place: Place) -> None:
+    """As `sweep`, of leases and of what takes much room: what does not lie among the files of the store."""
+    sweep_leases(place)
+    if isinstance(place, Folder):
         for scratch in place.path.glob("scratch-*"):
             remove_abandoned(scratch)

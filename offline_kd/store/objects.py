@@ -10,8 +10,8 @@ from offline_kd.support.errors import StoreUnreachable
 from offline_kd.support.places import Place
 from offline_kd.support.proven import differs
 
-IDENTITY_BYTES = 2**23  # store.json: 40,000 tars and more
-MANIFEST_BYTES = 3 * 2**23  # manifest.json: 240,000 ledger entries; what it lists beside the ledger is smaller
+IDENTITY_BYTES = 2**25  # store.json: as many tars as there may be
+MANIFEST_BYTES = 3 * 2**23  # manifest.json: before schema 4, of 240,000 ledger entries
 CARD_BYTES = 2**26  # README.md and index.html with the pictures of many teachers
 ENTRY_BYTES = 2**22  # a ledger entry: thousands of bad images that are named in it
 ADDITION_BYTES = 2**17

@@ -1,6 +1,6 @@
 """Open a finished store: from its manifest to a `Store`, whatever version wrote it.
 
-Nothing but metadata is read: identity, additions and one manifest, in whose digest every ledger entry takes part.
+Nothing but metadata is read: identity, additions and one manifest, from whose digest every ledger entry hangs.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offline_kd.store.layout import check_bounds, entry_names, parts_of
+from offline_kd.store.layout import check_bounds, entry_names, listed_names, num_entries, num_pages, parts_of
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.reader import Store, checked, parse_metadata, read_json
 from offline_kd.store.schema import (
@@ -20,7 +20,6 @@ from offline_kd.store.schema import (
     StoreManifest,
     TablesEntry,
     identity_of_targets,
-    ledger_name,
     store_digest,
 )
 from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
@@ -31,6 +30,7 @@ from offline_kd.support.proven import REPAIR
 from offline_kd.support.strict import fingerprint
 
 MAX_LISTED = 2**20  # blocks of an unfinished store that are looked for, to say what is missing
+MAX_ENTRIES = 2**24  # of one store: 10 bytes each is what listing it takes
 MAX_PARTS = 100  # additions of one store
 
 
@@ -41,7 +41,7 @@ def open_store(
     digest: str | None = None,
     download_bytes: int = DEFAULT_BYTES,
 ) -> Store:
-    """Open a finished store. Nothing but metadata is read; `Store.check_sizes` looks for every object.
+    """Open a finished store. Nothing but metadata is read, and what is missing is found when it is wanted.
 
     Args:
         targets: whose, if the store holds those of several teachers; by default of the first.
@@ -60,22 +60,20 @@ def open_store(
         raise StoreIncomplete(f"{place}: not finished: {_what_is_missing(place, created)}") from None
     if raw["schema_version"] == 1:
         manifest, additions, found = _upgrade_manifest_1(raw, created, content, f"{place}/manifest.json")
-        parsed = manifest.entries
     else:
         manifest = parse_metadata(StoreManifest, content, f"{place}/manifest.json")
         additions = _read_additions(place, manifest)
         _check_counts(created, manifest, f"{place}/manifest.json")
-        parsed = manifest.entries
-        found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.entries)
+        found = store_digest(raw, [one.model_dump(mode="json") for one in additions], manifest.listed)
     if found != manifest.digest:
         raise StoreCorrupt(
             f"{place}: identity and ledger have digest {found[:16]}..., manifest.json says {manifest.digest[:16]}.... "
             "Something was changed after the store was finished: copy it again."
         )
-    views = manifest.views
+    views, listed = manifest.views, manifest.listed
     if digest not in (None, manifest.digest):
         assert digest is not None
-        views, additions, parsed = _as_it_was(raw, created, additions, manifest, digest, str(place))
+        views, additions, listed = _as_it_was(raw, created, additions, manifest, digest, str(place))
     names = {created.name: "", "": ""} | {one.name: one.name for one in additions if one.extends is None}
     if targets not in names:
         raise StoreMismatch(f"{place}: holds no targets '{targets}'.{did_you_mean(targets, [n for n in names if n])}")
@@ -85,9 +83,9 @@ def open_store(
         num_views = min(num_views, manifest.held.views)
     effective = identity_of_targets(created, additions, chosen, num_views)
     downloads = shared_downloads(cache_folder(), download_bytes) if place.is_remote else None
-    store = Store(place, created, additions, chosen, effective, parsed, digest or manifest.digest, manifest, downloads)
+    store = Store(place, created, additions, chosen, effective, listed, digest or manifest.digest, manifest, downloads)
     check_bounds(f"{place}/store.json", store.parts)
-    missing = set(entry_names(created, store.parts, views)) - set(parsed)
+    missing = set(listed_names(created, store.parts, views)) - set(listed)
     if missing:
         raise StoreCorrupt(
             f"{place}: manifest.json lacks {len(missing)} entries, the first is {min(missing)}: {REPAIR}"
@@ -104,10 +102,12 @@ def _check_counts(created: StoreIdentity, manifest: StoreManifest, where: str) -
     )
     if "" not in manifest.views or views_are_wrong:
         raise StoreCorrupt(f"{where}: says {manifest.views} views, an image has 1 to {most}: {REPAIR}")
-    promised = sum(blocks * -(-count // created.views_per_group) for count in manifest.views.values())
-    if promised > len(manifest.entries):
+    promised, pages = num_entries(created, manifest.views), num_pages(created, manifest.views)
+    listed, lists = (pages, manifest.pages) if created.has_pages else (promised, manifest.entries)
+    if promised > MAX_ENTRIES or listed > len(lists):
         raise StoreCorrupt(
-            f"{where}: lists {len(manifest.entries):,} entries, {promised:,} blocks are promised: {REPAIR}"
+            f"{where}: lists {len(lists):,} {'pages' if created.has_pages else 'entries'}, {listed:,} are promised for "
+            f"{promised:,} blocks, of which there may be {MAX_ENTRIES:,}: {REPAIR}"
         )
     if held and not (held.first_block < held.end_block <= blocks and 0 < held.views <= most):
         raise StoreCorrupt(
@@ -119,10 +119,12 @@ def _check_counts(created: StoreIdentity, manifest: StoreManifest, where: str) -
 def group_digests(store: Store) -> dict[str, str]:
     """The digest of every view group alone, by its views: they stay as they are when a store grows."""
     raw, _ = read_identity(store.place)
-    digests = {}
-    for views in store.identity.groups:
-        names = [ledger_name(block, views) for block in range(store.created.num_blocks)]
-        digests[f"{views.start}:{views.stop}"] = store_digest(raw, [], {name: store.entries[name] for name in names})
+    digests, groups = {}, store.identity.groups
+    names = listed_names(store.created, {}, {"": groups[-1].stop})
+    per_group = len(names) // len(groups)
+    for index, views in enumerate(groups):
+        some = names[index * per_group : (index + 1) * per_group]
+        digests[f"{views.start}:{views.stop}"] = store_digest(raw, [], {name: store.listed[name] for name in some})
     return digests
 
 
@@ -152,10 +154,10 @@ def _as_it_was(
     digest: str,
     where: str,
 ) -> tuple[dict[str, int], list[Addition], dict[str, str]]:
-    """Views, additions and entries of a grown store when it had that digest."""
-    for found, views, then, entries in _before_it_grew(raw, created, additions, manifest):
+    """Views, additions and what the manifest listed of a grown store when it had that digest."""
+    for found, views, then, listed in _before_it_grew(raw, created, additions, manifest):
         if found == digest:
-            return views, then, entries
+            return views, then, listed
     raise StoreMismatch(
         f"{where}: its digest is sha256:{manifest.digest}, wanted is sha256:{digest}. It is another store, or was "
         "captured anew: correct the digest after looking at `offline-kd store info`, or get the right store."
@@ -165,12 +167,12 @@ def _as_it_was(
 def _before_it_grew(
     raw: dict[str, object], created: StoreIdentity, additions: list[Addition], manifest: StoreManifest
 ) -> Iterator[tuple[str, dict[str, int], list[Addition], dict[str, str]]]:
-    """Digest, views, additions and entries that a store had each time before it grew, the latest first."""
+    """Digest, views, additions and what was listed, that a store had each time before it grew, the latest first."""
     for views in reversed(manifest.earlier):
         then = [one for one in additions if one.name in views]
-        names = entry_names(created, parts_of(created, then), views)
-        entries = {name: manifest.entries[name] for name in names if name in manifest.entries}
-        yield store_digest(raw, [one.model_dump(mode="json") for one in then], entries), views, then, entries
+        names, now = listed_names(created, parts_of(created, then), views), manifest.listed
+        listed = {name: now[name] for name in names if name in now}
+        yield store_digest(raw, [one.model_dump(mode="json") for one in then], listed), views, then, listed
 
 
 def _what_is_missing(place: Place, created: StoreIdentity) -> str:
@@ -179,7 +181,9 @@ def _what_is_missing(place: Place, created: StoreIdentity) -> str:
         return (
             f"there is no manifest.json, and {total:,} blocks are planned. Run the same `cache-teacher` command again."
         )
-    missing = missing_entries(place, created, [], {"": created.views.num_views})
+    present = set(place.names("ledger")) if can_list(place) else set()
+    names = entry_names(created, {"": created.views.num_views})
+    missing = [name for name in names if f"ledger/{name}" not in present]
     return (
         f"{len(missing)} of {total} blocks are missing"
         f"{f', the first is ledger/{missing[0]}' if missing else ', only manifest.json'}. "
@@ -230,15 +234,6 @@ def _read_additions(place: Place, manifest: StoreManifest) -> list[Addition]:
             f"{place}/manifest.json: lists {len(manifest.views):,} additions, more than {MAX_PARTS}: {REPAIR}"
         )
     return [read_addition(place, name) for name in manifest.views if name]
-
-
-def missing_entries(
-    place: Place, created: StoreIdentity, additions: list[Addition], views: dict[str, int]
-) -> list[str]:
-    """Names of the ledger entries that a store with so many views would have and this one has not."""
-    present = set(place.sizes("ledger")) if can_list(place) else set()
-    names = entry_names(created, parts_of(created, additions), views)
-    return [name for name in names if f"ledger/{name}" not in present]
 
 
 def _upgrade_manifest_1(

@@ -1,16 +1,17 @@
 """Open a store, wherever it lies, and read blocks from it.
 
-Nothing is handed out that was not checked: every ledger entry against the manifest, every object's size and sha256
-against its entry, each time it is read, and the bytes that were hashed are the bytes that are decoded.
+Nothing is handed out that was not checked: every page of hashes against the manifest, every ledger entry against its
+page, every object's size and sha256 against its entry, each time it is read, and the bytes that were hashed are the
+bytes that are decoded. Pages and entries are read when a block of theirs is first wanted.
 """
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,8 +22,8 @@ from offline_kd.store.layout import ArraySpec, Part, parts_of
 from offline_kd.store.memory import Memory
 from offline_kd.store.objects import ENTRY_BYTES
 from offline_kd.store.schema import (
+    PAGE_BLOCKS,
     Addition,
-    Held,
     LedgerEntry,
     StoredObject,
     StoreIdentity,
@@ -30,21 +31,23 @@ from offline_kd.store.schema import (
     TablesEntry,
     kind_of,
     ledger_name,
+    page_name,
     tables_ledger_name,
 )
-from offline_kd.support.console import progress
 from offline_kd.support.downloads import Downloads
 from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreIncomplete
-from offline_kd.support.places import Place, can_list
+from offline_kd.support.places import Place
 from offline_kd.support.proven import REPAIR, read_proven
 from offline_kd.support.strict import M, parse
-from offline_kd.views.epochs import view_groups
 
 READ_BYTES = 2**28  # of objects that are held at once, stored and decoded
-MAX_VALUES = 2**18, 64  # in a JSON file: so many, or one for so many bytes
-IN_PART = 100  # blocks whose objects are looked for between two updates of the progress bar
+MAX_VALUES = 2**18, 32  # in a JSON file: so many, or one for so many bytes
+IN_PART = 100  # blocks whose keys are read together
+HASH_BYTES = 32
 
 Arrays = dict[str, NDArray[np.generic]]
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Store:
     additions: list[Addition]
     targets: str  # "" are the first ones
     identity: StoreIdentity  # with teacher, codec and decisions of these targets, and the views that are stored
-    entries: dict[str, str]  # sha256 by file name
+    listed: dict[str, str]  # sha256 by file name of pages and tables; of every ledger entry where there are no pages
     digest: str
     manifest: StoreManifest | None = None
     downloads: Downloads | None = field(default=None, repr=False)
@@ -119,7 +122,7 @@ class Store:
         found: list[tuple[NDArray[np.uint64], NDArray[np.int64]]] = []
         at_once = self.at_once(IN_PART)
         for start in range(0, len(self.blocks), at_once):
-            found += self._map(of_block, self.blocks[start : start + at_once])
+            found += self.side_by_side(of_block, self.blocks[start : start + at_once])
         return self._in_order(np.concatenate([one for one, _ in found]), np.concatenate([one for _, one in found]))
 
     def _in_order(
@@ -147,8 +150,8 @@ class Store:
         )
         return max(1, min(most, READ_BYTES // (2 * largest)))
 
-    def _map(self, work: Any, items: Iterable[Any]) -> list[Any]:
-        """`work` on every item, side by side where a request takes long."""
+    def side_by_side(self, work: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
+        """`work` on every item: at the same time, where a request takes long."""
         return list(self._threads.map(work, items) if self.place.is_remote else map(work, items))
 
     def read(self, block: int, group: int, names: Iterable[str]) -> Arrays:
@@ -157,7 +160,8 @@ class Store:
         Raises StoreIncomplete for a missing object and StoreCorrupt for one that is not what was committed.
         """
         wanted = list(names)
-        return dict(zip(wanted, self._map(lambda name: self._read_one(block, group, name), wanted), strict=True))
+        found = self.side_by_side(lambda name: self._read_one(block, group, name), wanted)
+        return dict(zip(wanted, found, strict=True))
 
     def _read_one(self, block: int, group: int, name: str) -> NDArray[np.generic]:
         part, spec = self.arrays[name]
@@ -217,10 +221,12 @@ class Store:
                 f"{self.place}: this copy holds blocks {self.blocks.start} to {self.blocks.stop - 1}, not {block} (tar "
                 f"{self.created.dataset.tars[block].file}). Pull that too, or train on these tars: --set data.tars=..."
             )
-        return self.ledger_entry(ledger_name(block, self.identity.groups[group], part))
+        return self.block_entry(part, block, self.identity.groups[group])
 
-    def ledger_entry(self, name: str) -> LedgerEntry:
-        entry = self._entry(name, LedgerEntry)
+    def block_entry(self, part: str, block: int, views: range) -> LedgerEntry:
+        """As `entry`, for blocks and views that the store has, whether or not these targets do."""
+        name = ledger_name(block, views, part)
+        entry = self._entry(name, LedgerEntry, lambda: self.sha256_of(part, block, views))
         if not 0 < entry.rows <= self.created.rows_per_block:
             raise StoreCorrupt(
                 f"{self.place}/ledger/{name}: says {entry.rows} rows, a block has 1 to "
@@ -229,24 +235,53 @@ class Store:
         return entry
 
     def tables_entry(self, part: str, name: str) -> TablesEntry:
-        return self._entry(tables_ledger_name(name, part), TablesEntry)
+        file = tables_ledger_name(name, part)
+        return self._entry(file, TablesEntry, lambda: self.sha256_listed(file))
 
-    def _entry(self, name: str, model: type[M]) -> M:
-        found: Any = self.memory.parsed.get(name)
-        if found is None:
-            if name not in self.entries:
-                raise StoreIncomplete(f"{self.place}: manifest.json lacks the entry {name}: {REPAIR}")
-            file = f"ledger/{name}"
-            try:
-                content = read_proven(self.place, file, self.entries[name], limit=ENTRY_BYTES, downloads=self.downloads)
-            except (FileNotFoundError, NotADirectoryError):
-                raise StoreIncomplete(
-                    f"{self.place}/{file}: missing, though manifest.json lists it: {REPAIR}"
-                ) from None
-            found = parse_metadata(model, content, f"{self.place}/{file}")
-            if found.file_name != name:
-                raise StoreCorrupt(f"{self.place}/{file}: speaks of {found.file_name}: {REPAIR}")
-            self.memory.remember(name, found, len(content))
+    def sha256_of(self, part: str, block: int, views: range) -> str:
+        """Of the ledger entry of a block: as its page says, or the manifest where there are no pages."""
+        name, page = ledger_name(block, views, part), page_name(block, views, part)
+        if not self.created.has_pages or name in self.listed:  # an unfinished store lists what it has been told of
+            return self.sha256_listed(name)
+        content = self.memory.pages.get(page)
+        if content is None:
+            content = self.memory.once(page, lambda: self._page(page, block))
+        at = block % PAGE_BLOCKS * HASH_BYTES
+        return content[at : at + HASH_BYTES].hex()
+
+    def sha256_listed(self, name: str) -> str:
+        if name not in self.listed:
+            raise StoreIncomplete(f"{self.place}: manifest.json lacks the entry {name}: {REPAIR}")
+        return self.listed[name]
+
+    def _page(self, name: str, block: int) -> bytes:
+        """The sha256 of the entries of a page, one after the other."""
+        if name in self.memory.pages:
+            return self.memory.pages[name]
+        size = page_bytes(self.created, block)
+        content = self._proven(f"hashes/{name}", self.sha256_listed(name), size, size)
+        self.memory.remember_page(name, content)
+        return content
+
+    def _proven(self, file: str, sha256: str, limit: int, size: int | None = None) -> bytes:
+        try:
+            return read_proven(self.place, file, sha256, size=size, limit=limit, downloads=self.downloads)
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreIncomplete(f"{self.place}/{file}: missing, though manifest.json lists it: {REPAIR}") from None
+
+    def _entry(self, name: str, model: type[M], sha256: Callable[[], str]) -> M:
+        def ask() -> LedgerEntry | TablesEntry:
+            if name in self.memory.parsed:
+                return self.memory.parsed[name]
+            content = self._proven(f"ledger/{name}", sha256(), ENTRY_BYTES)
+            parsed: Any = parse_metadata(model, content, f"{self.place}/ledger/{name}")
+            if parsed.file_name != name:
+                raise StoreCorrupt(f"{self.place}/ledger/{name}: speaks of {parsed.file_name}: {REPAIR}")
+            self.memory.remember(name, parsed, len(content))
+            entry: LedgerEntry | TablesEntry = parsed
+            return entry
+
+        found = self.memory.parsed.get(name) or self.memory.once(name, ask)
         assert isinstance(found, model)
         return found
 
@@ -285,35 +320,9 @@ class Store:
             )
         return expected
 
-    def check_sizes(self) -> None:
-        """Make sure, by listing and without reading, that every object of these targets is there with its size.
-
-        Plain web servers cannot list: there, what is missing is found when it is read.
-        """
-        if not can_list(self.place):
-            return
-        held = self.manifest.held if self.manifest else None
-        sizes = self.place.sizes("targets.zarr")
-        specs = [(part, spec) for part, spec in self.arrays.values() if held is None or held.has(spec.name)]
-        parts = {part.name for part, _ in specs}
-        groups = range(len(self.identity.groups))
-        with progress("looking for every object", len(self.blocks), "blocks") as meter:
-            for start in range(0, len(self.blocks), IN_PART):
-                some = self.blocks[start : start + IN_PART]
-                wanted = [(part, block, group) for part in parts for block in some for group in groups]
-                entries = dict(zip(wanted, self._map(lambda one: self.entry(*one), wanted), strict=True))
-                for (name, block, group), entry in entries.items():
-                    for part, spec in specs:
-                        if part.name == name:
-                            key = spec.object_key(block, group)
-                            self.check_size(entry, self.vouched(entry, spec, key), key, sizes)
-                meter.advance(len(some))
-
-    def check_size(
-        self, entry: LedgerEntry | TablesEntry, expected: StoredObject, key: str, sizes: Mapping[str, int]
-    ) -> None:
-        """Compare an object's size with what its entry says, by what listing the store gave."""
-        where, found = f"{self.place}/targets.zarr/{key}", sizes.get(f"targets.zarr/{key}")
+    def check_size(self, entry: LedgerEntry | TablesEntry, expected: StoredObject, key: str, found: int | None) -> None:
+        """Compare an object's size with what its entry says; `found` is what listing the store gave."""
+        where = f"{self.place}/targets.zarr/{key}"
         if found != expected.bytes and self.place.is_remote:
             found = self.place.size(f"targets.zarr/{key}")  # listings have no checksum
         if found is None:
@@ -322,44 +331,10 @@ class Store:
             raise StoreCorrupt(f"{where}: {found:,} bytes, committed were {expected.bytes:,}: {REPAIR}")
 
 
-@dataclass(frozen=True)
-class PromisedEntry:
-    """A ledger entry that a store, or a part of it, must have, and the arrays whose objects it vouches for."""
-
-    name: str
-    part: str
-    decisions: str  # whose templates these are; '' for a block
-    block: int
-    group: int
-    specs: list[ArraySpec]
-
-    @property
-    def keys(self) -> list[str]:
-        return [spec.object_key(self.block, self.group) for spec in self.specs]
-
-
-def promised_entries(store: Store, held: Held | None) -> list[PromisedEntry]:
-    """The ledger entries of every part, as far as a copy that holds so much (None: all) has them."""
-    assert store.manifest is not None
-    created, promised = store.created, []
-    blocks = range(held.first_block, held.end_block) if held else range(created.num_blocks)
-    for part in store.parts.values():
-        promised += [
-            PromisedEntry(tables_ledger_name(name, part.name), part.name, name, 0, 0, specs)
-            for name, specs in part.tables.items()
-            if held is None or held.has("logits/" if name == CODEC_TABLES else "decisions/")
-        ]
-        specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
-        num_views = store.manifest.views[part.name]
-        wanted = min(num_views, held.views) if held else num_views
-        groups = [group for group in view_groups(num_views, created.views_per_group) if group.start < wanted]
-        promised += [
-            PromisedEntry(ledger_name(block, views, part.name), part.name, "", block, index, specs)
-            for block in blocks
-            for index, views in enumerate(groups)
-            if specs
-        ]
-    return promised
+def page_bytes(created: StoreIdentity, block: int) -> int:
+    """How long the page is that vouches for a block."""
+    first = block - block % PAGE_BLOCKS
+    return HASH_BYTES * min(PAGE_BLOCKS, created.num_blocks - first)
 
 
 # ---- metadata -------------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
       targets.zarr/                 zarr v3 arrays with core codecs only (`array_specs`, `addition_specs`)
       ledger/BLOCK-FROM-TO.json     one per committed block and view group, written last, exclusively (`LedgerEntry`);
                                     BLOCK-FROM-TO.NAME.json of an addition; templates-DECISIONS.json (`TablesEntry`)
-      manifest.json                 by `finish`: sha256 of every ledger entry, store digest, measured fidelity
+      hashes/BLOCK-FROM-TO.bin      by `finish`: sha256 of the ledger entries of PAGE_BLOCKS blocks from BLOCK on
+      manifest.json                 by `finish`: sha256 of every page of hashes, store digest, measured fidelity
       README.md, index.html         the card people read
       signatures/DIGEST/            who signed that digest, if anybody did (signing.py)
       leases/                       who is working on what, while a capture runs
@@ -17,9 +18,10 @@ block and one view group, so every commit writes whole objects and every read ta
 A row has its sample's key, the key's hash, the sha256 of the image's encoded bytes (16 bytes of it) and the label, or
 NO_LABEL where the dataset has none.
 
-Proof: manifest.json has the sha256 of every ledger entry, and an entry those of its objects. The store's digest is over
-identity and ledger: content, not dates, machines or software versions. It does not say how many views were planned, so
-a store that grew has the digest of one captured at once.
+Proof is a tree: manifest.json has the sha256 of every page, a page those of ledger entries, an entry those of objects.
+So what it costs to open a store or to read a block hardly depends on how many there are. The store's digest is over
+identity and pages: content, not dates, machines or software versions. It does not say how many views were planned, so
+a store that grew has the digest of one captured at once: a page is of one view group of one part.
 
 zarr reports a missing object as fill values, without an error. Only the ledger says what exists; fill values, which no
 legal value equals, are the second line of defence.
@@ -38,8 +40,11 @@ from offline_kd.support.strict import Sha256, Strict, fingerprint
 from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
 
-SCHEMA_VERSION = 3  # of new stores; those of version 2 are read and grow as what they are, those of version 1 are read
+SCHEMA_VERSION = 4  # of new stores; those of 2 and 3 are read and grow as what they are, those of 1 are read
 DIGESTS_SINCE = 3  # the version from which a store keeps a sha256 of every image, and the keys themselves
+PAGES_SINCE = 4  # the version from which manifest.json lists pages of hashes; before, it lists every ledger entry
+PAGE_BLOCKS = 1024  # whose entries a page vouches for: 32 KiB
+MAX_TARS = 2**17  # of one store
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
 Side = Annotated[int, Field(gt=0, lt=2**15)]
@@ -57,7 +62,7 @@ class DatasetIdentity(Strict):
     classes: list[str] = Field(min_length=2)
     height: Side | None = Field(description="of every image; None: they differ")
     width: Side | None
-    tars: list[Tar] = Field(min_length=1)
+    tars: list[Tar] = Field(min_length=1, max_length=MAX_TARS)
     labels: LabelRule = Field("cls", exclude_if=_is_usual, description="what says the label of a sample")
     licence: str
 
@@ -106,6 +111,11 @@ class StoreIdentity(Strict):
     def keeps_digests(self) -> bool:
         """Whether rows have a sha256 of their image, and their key; else a crc32c of the image only."""
         return self.schema_version >= DIGESTS_SINCE
+
+    @property
+    def has_pages(self) -> bool:
+        """Whether manifest.json lists pages of hashes; else every ledger entry."""
+        return self.schema_version >= PAGES_SINCE
 
     @property
     def seen_size(self) -> tuple[int, int]:
@@ -187,6 +197,10 @@ def _is_none(value: object) -> bool:
     return value is None
 
 
+def _is_empty(value: dict[str, str]) -> bool:
+    return not value
+
+
 class Fidelity(Strict):
     """The teacher, run again on rows read back from disk, against what the store says of them."""
 
@@ -236,7 +250,12 @@ class StoreManifest(Strict):
     digest: Sha256
     views: dict[str, int] = Field(description="how many views are stored, by addition; '' is what came first")
     earlier: list[dict[str, int]] = Field(default_factory=list, description="`views` before it grew, oldest first")
-    entries: dict[str, Sha256] = Field(description="sha256 of every ledger entry, by file name")
+    pages: dict[str, Sha256] = Field(
+        default_factory=dict, exclude_if=_is_empty, description="sha256 of every page, by file name in `hashes/`"
+    )
+    entries: dict[str, Sha256] = Field(
+        description="sha256 of ledger entries by file name: of tables; before schema 4, of all"
+    )
     files: dict[str, StoredObject] = Field(description="identity, card and zarr metadata")
     fidelity: dict[str, Fidelity] = Field(description="by targets; '' are the first ones")
     left_out: int = Field(0, description="samples without a row, because their images are bad")
@@ -245,9 +264,20 @@ class StoreManifest(Strict):
     held: Held | None = Field(None, description="of a partial copy")
     checksum: str = Field("", description="sha256 of the manifest with an empty checksum")
 
+    @property
+    def listed(self) -> dict[str, str]:
+        """sha256 by file name of what is proven by the manifest alone, and is in the digest."""
+        return {**self.pages, **self.entries}
+
 
 def ledger_name(block: int, views: range, addition: str = "") -> str:
     return f"{block:06d}-{views.start:05d}-{views.stop:05d}{addition and '.' + addition}.json"
+
+
+def page_name(block: int, views: range, addition: str = "") -> str:
+    """Of the page that vouches for the entry of a block."""
+    first = block - block % PAGE_BLOCKS
+    return f"{first:06d}-{views.start:05d}-{views.stop:05d}{addition and '.' + addition}.bin"
 
 
 def tables_ledger_name(decisions: str, addition: str = "") -> str:
@@ -274,9 +304,9 @@ def identity_of_targets(
 
 
 def store_digest(
-    identity: Mapping[str, object], additions: Iterable[Mapping[str, object]], entries: Mapping[str, str]
+    identity: Mapping[str, object], additions: Iterable[Mapping[str, object]], listed: Mapping[str, str]
 ) -> str:
-    """sha256 over identity and additions, as JSON, and the sha256 of every ledger entry.
+    """sha256 over identity and additions, as JSON, and over what the manifest lists: pages of hashes and tables.
 
     It is over the JSON that was stored, so that fields which later versions add do not change it.
     """
@@ -285,4 +315,4 @@ def store_digest(
     assert isinstance(views, Mapping)
     views = {name: value for name, value in views.items() if name != "count"}
     added = sorted(additions, key=lambda one: str(one["name"]))
-    return fingerprint([about | {"views": views}, added, sorted(entries.items())])
+    return fingerprint([about | {"views": views}, added, sorted(listed.items())])

@@ -9,16 +9,18 @@ The card is not copied: it is made here, from what was checked. A page of somebo
 from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from itertools import chain, groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from offline_kd.store.card import CARD_FILES, write_card
+from offline_kd.store.inventory import Listing, PromisedEntry, held_blocks, promised_entries, promised_pages
 from offline_kd.store.layout import small_files
 from offline_kd.store.leftovers import sweep
 from offline_kd.store.memory import Memory
 from offline_kd.store.objects import ENTRY_BYTES, metadata_limit, read_metadata
 from offline_kd.store.opening import all_digests, open_store
-from offline_kd.store.reader import PromisedEntry, Store, parse_metadata, promised_entries, stored_object
+from offline_kd.store.reader import Store, parse_metadata, stored_object
 from offline_kd.store.schema import Held, StoredObject, StoreManifest
 from offline_kd.store.signing import check_signed, damage, read_signature, signature_names
 from offline_kd.store.writer import holds, manifest_bytes
@@ -82,36 +84,40 @@ def copy_store(
     held = _selection(store, blocks, views, only)
     new_manifest = manifest.model_copy(update={"held": held})
     _refuse_other_store(target, new_manifest, store)
-    way = Way(store, target, target.sizes())
-    sent = [_send_listed(way, name) for name in small_files(store.additions, store.parts) if name not in CARD_FILES]
+    way = Way(store, target, Listing(store, target.files()))
+    sent = Sent()
+    for name in small_files(store.additions, store.parts):
+        if name not in CARD_FILES:
+            sent += _send_listed(way, name)
     sent += _send_blocks(way, held)
-    sent += [_put(target, name, content) for name, content in _card_of_copy(way, new_manifest).items()]
-    sent += [_put(target, name, content) for name, content in _signatures(store).items()]
+    for name, size in promised_pages(store, held).items():
+        sent += _send(way, f"hashes/{name}", StoredObject(bytes=size, sha256=store.sha256_listed(name)), size)
+    for name, content in (_card_of_copy(way, new_manifest) | _signatures(store)).items():
+        sent += _put(target, name, content)
     _put(target, "manifest.json", manifest_bytes(new_manifest))
     sweep(target)
-    return Copied(
-        manifest.digest,
-        files=len(sent),
-        bytes=sum(one.bytes for one in sent),
-        already_there=sum(one.was_there for one in sent),
-        held=held,
-    )
+    return Copied(manifest.digest, *sent, held=held)
 
 
 @dataclass(frozen=True)
 class Way:
-    """From where to where, and what was there before, by name and size."""
+    """From where to where, and what was there before."""
 
     store: Store
     target: Place
-    there: dict[str, int]
+    there: Listing
 
 
 class Sent(NamedTuple):
-    """A file that is now at the target."""
+    """Files that are now at the target."""
 
-    bytes: int
-    was_there: bool
+    files: int = 0
+    bytes: int = 0
+    already_there: int = 0
+
+    def __add__(self, other: object) -> "Sent":
+        assert isinstance(other, Sent)
+        return Sent(*(one + two for one, two in zip(self, other, strict=True)))
 
 
 def _send_listed(way: Way, name: str) -> Sent:
@@ -126,7 +132,7 @@ def _send(way: Way, name: str, expected: StoredObject, limit: int) -> Sent:
     """Bring one file over, unless it is there."""
     source, target = way.store.place, way.target
     if way.there.get(name) == expected.bytes and holds(target, name, expected):
-        return Sent(expected.bytes, was_there=True)
+        return Sent(1, expected.bytes, 1)
     try:
         content = read_proven(source, name, expected.sha256, size=expected.bytes, limit=limit)
     except (FileNotFoundError, NotADirectoryError):
@@ -141,38 +147,43 @@ def _put(target: Place, name: str, content: bytes) -> Sent:
     for _ in range(PUTS if target.is_remote else 1):
         target.put(name, content)
         if holds(target, name, stored_object(content)):
-            return Sent(len(content), was_there=False)
+            return Sent(1, len(content))
     raise StoreUnreachable(
         f"{target}/{name}: did not arrive as it was sent. Check disk and network, and run the same command again."
     )
 
 
-def _send_block(way: Way, some: Sequence[PromisedEntry]) -> list[Sent]:
+def _send_block(way: Way, some: Sequence[PromisedEntry]) -> Sent:
     """The entries of one block, one after the other: objects first, then the entry that vouches for them."""
-    store, done = way.store, dict[str, Sent]()
+    store, done, sent = way.store, set[str](), Sent()
     for one in some:
-        entry = store.tables_entry(one.part, one.decisions) if one.decisions else store.ledger_entry(one.name)
+        entry = (
+            store.tables_entry(one.part, one.decisions)
+            if one.decisions
+            else store.block_entry(one.part, one.block, one.views)
+        )
         for spec, key in zip(one.specs, one.keys, strict=True):
             if key not in done:
+                done.add(key)
                 expected = store.vouched(entry, spec, key)
-                done[key] = _send(way, f"targets.zarr/{key}", expected, expected.bytes)
+                sent += _send(way, f"targets.zarr/{key}", expected, expected.bytes)
         file = f"ledger/{one.name}"
-        content = read_proven(store.place, file, store.entries[one.name], limit=ENTRY_BYTES)
-        done[file] = _send(way, file, stored_object(content), ENTRY_BYTES)
-    return list(done.values())
+        sha256 = store.sha256_listed(one.name) if one.decisions else store.sha256_of(one.part, one.block, one.views)
+        content = read_proven(store.place, file, sha256, limit=ENTRY_BYTES)
+        sent += _send(way, file, stored_object(content), ENTRY_BYTES)
+    return sent
 
 
-def _send_blocks(way: Way, held: Held | None) -> list[Sent]:
+def _send_blocks(way: Way, held: Held | None) -> Sent:
     """All blocks that the copy will hold, side by side."""
-    of_block: dict[tuple[str, str, int], list[PromisedEntry]] = {}
-    for one in promised_entries(way.store, held):
-        of_block.setdefault((one.part, one.decisions, one.block), []).append(one)
-    workers = way.store.at_once(max(way.store.place.parallel, way.target.parallel))
-    title, sent = f"{way.store.place} -> {way.target}", list[Sent]()
-    with progress(title, len(of_block), "blocks") as meter, ThreadPoolExecutor(workers) as threads:
-        waiting: set[Future[list[Sent]]] = set()
+    store, sent = way.store, Sent()
+    workers = store.at_once(max(store.place.parallel, way.target.parallel))
+    total = sum(len(held_blocks(store, held)) + len(part.tables) for part in store.parts.values())
+    of_block = groupby(promised_entries(store, held), lambda one: (one.part, one.decisions, one.block))
+    with progress(f"{store.place} -> {way.target}", total, "blocks") as meter, ThreadPoolExecutor(workers) as threads:
+        waiting: set[Future[Sent]] = set()
         try:
-            for entries in [*of_block.values(), None]:
+            for entries in chain((list(some) for _, some in of_block), [None]):
                 while waiting and (entries is None or len(waiting) >= 2 * workers):
                     finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
                     for future in finished:

@@ -1,9 +1,10 @@
 """Prove a store, and name every place where it is not what was committed."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,14 @@ from offline_kd.store.card import CARD_FILES, is_whole_card
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.comparison import compare_block, view_problem
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
+from offline_kd.store.inventory import Listing, PromisedEntry, num_promised, promised_entries, promised_pages
 from offline_kd.store.layout import NO_KEY, NO_LABEL, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.lookup import problem_of_keys
 from offline_kd.store.objects import metadata_limit, read_metadata
 from offline_kd.store.opening import all_digests, open_store
-from offline_kd.store.reader import Arrays, PromisedEntry, Store, promised_entries
-from offline_kd.store.schema import LedgerEntry, StoredObject, TablesEntry, kind_of
+from offline_kd.store.reader import Arrays, Store
+from offline_kd.store.schema import Held, LedgerEntry, StoredObject, TablesEntry, kind_of, tables_ledger_name
 from offline_kd.store.signing import damage, signature_names
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
@@ -91,14 +93,16 @@ def verify(
     _check_files(store, result)
     digests = list(all_digests(store))
     result.faults += [Fault(f"signatures/{one}", problem) for one in digests if (problem := damage(place, one))]
-    sizes = place.sizes() if can_list(place) else None
-    tasks = promised_entries(store, store.manifest.held if store.manifest else None)
-    _check_entries(store, tasks, sizes, result, quick)
+    held = store.manifest.held if store.manifest else None
+    there = Listing(store, place.files()) if can_list(place) else None
+    bad_pages = _check_pages(store, held, result)
+    tasks = (one for one in promised_entries(store, held) if one.decisions or one.page not in bad_pages)
+    _check_entries(store, tasks, num_promised(store, held), there, result, quick)
     if images is not None and not result.faults:
         result.faults += _compare_with(store, images)
-    if sizes is not None:
-        known = _known_files(store, tasks) | {name for one in digests for name in signature_names(one)}
-        strange = [name for name in sorted(set(sizes) - known) if not is_leftover(name)]
+    if there is not None:
+        known = _known_files(store, held) | {name for one in digests for name in signature_names(one)}
+        strange = [name for name in there.beyond(store, held, known) if not is_leftover(name)]
         result.faults += [
             Fault(
                 name, "does not belong to the store; perhaps it is being added to, or that was stopped", is_extra=True
@@ -106,25 +110,29 @@ def verify(
             for name in strange
             if not place.is_remote or place.size(name) is not None  # listings have no checksum
         ]
-        result.leftovers = sum(is_leftover(name) for name in sizes)
+        result.leftovers = sum(is_leftover(name) for name in there.others)
     return result
 
 
 def _check_entries(
-    store: Store, tasks: Sequence[PromisedEntry], sizes: dict[str, int] | None, result: Verification, quick: bool
+    store: Store,
+    tasks: Iterator[PromisedEntry],
+    total: int,
+    there: Listing | None,
+    result: Verification,
+    quick: bool,
 ) -> None:
     """Every ledger entry with its objects, side by side, and that no two rows have one key."""
     keys: dict[int, NDArray[np.uint64]] = {}  # by block
 
     def look(task: PromisedEntry) -> tuple[Verification, NDArray[np.uint64] | None]:
-        return _check_entry(store, task, sizes, quick)
+        return _check_entry(store, task, there, quick)
 
     with (
-        progress("verifying", len(tasks), "blocks") as meter,
+        progress("verifying", total, "blocks") as meter,
         ThreadPoolExecutor(store.at_once(store.place.parallel)) as threads,
     ):
-        for start in range(0, len(tasks), AT_ONCE):
-            some = tasks[start : start + AT_ONCE]
+        while some := list(islice(tasks, AT_ONCE)):
             for task, (found, key_hash) in zip(some, threads.map(look, some), strict=True):
                 result.faults += found.faults
                 result.objects += found.objects
@@ -133,6 +141,18 @@ def _check_entries(
                     keys[task.block] = key_hash
                 meter.advance()
     result.faults += _used_twice(keys)
+
+
+def _check_pages(store: Store, held: Held | None, result: Verification) -> set[str]:
+    """The pages of hashes themselves; returns the names of those that are wrong."""
+    wrong = set()
+    for name, size in promised_pages(store, held).items():
+        expected = StoredObject(bytes=size, sha256=store.sha256_listed(name))
+        result.bytes += size
+        if problem := _problem_of_file(store.place, f"hashes/{name}", expected):
+            result.faults.append(Fault(f"hashes/{name}", f"{problem} (what it vouches for was not looked at)"))
+            wrong.add(name)
+    return wrong
 
 
 def _check_files(store: Store, result: Verification) -> None:
@@ -176,17 +196,20 @@ def _is_card_of_a_copy(place: Place, name: str) -> bool:
         return False
 
 
-def _known_files(store: Store, tasks: Sequence[PromisedEntry]) -> set[str]:
-    objects = {f"targets.zarr/{spec.object_key(task.block, task.group)}" for task in tasks for spec in task.specs}
-    return (
-        objects
-        | {"manifest.json", *small_files(store.additions, store.parts)}
-        | {f"ledger/{task.name}" for task in tasks}
-    )
+def _known_files(store: Store, held: Held | None) -> set[str]:
+    """The files of a store of which there are few: all but the objects and ledger entries of blocks."""
+    tables = [(name, part.name, specs) for part in store.parts.values() for name, specs in part.tables.items()]
+    return {
+        "manifest.json",
+        *small_files(store.additions, store.parts),
+        *(f"hashes/{name}" for name in promised_pages(store, held)),
+        *(f"ledger/{tables_ledger_name(name, part)}" for name, part, _ in tables),
+        *(f"targets.zarr/{spec.object_key(0, 0)}" for _, _, specs in tables for spec in specs),
+    }
 
 
 def _check_entry(
-    store: Store, task: PromisedEntry, sizes: dict[str, int] | None, quick: bool
+    store: Store, task: PromisedEntry, there: Listing | None, quick: bool
 ) -> tuple[Verification, NDArray[np.uint64] | None]:
     """One ledger entry and its objects; and the key hashes of its rows, if it has them."""
     found = Verification("entry")
@@ -207,8 +230,8 @@ def _check_entry(
         try:
             expected = store.vouched(entry, spec, key)
             found.bytes += expected.bytes
-            if quick and sizes is not None:
-                store.check_size(entry, expected, key, sizes)
+            if quick and there is not None:
+                store.check_size(entry, expected, key, there.get(name))
                 continue
             content = store.verified(entry, spec, task.block, task.group)
             if quick:
@@ -251,7 +274,7 @@ def _of_keys_and_views(
 
 
 def _block_entry(store: Store, task: PromisedEntry) -> LedgerEntry:
-    entry = store.ledger_entry(task.name)
+    entry = store.block_entry(task.part, task.block, task.views)
     tar = store.created.dataset.tars[task.block]
     if entry.rows + len(entry.left_out) != tar.count or tar.sha256 not in (None, entry.tar_sha256):
         raise StoreCorrupt(
@@ -360,7 +383,7 @@ def take_back(place: Place, faults: Sequence[Fault], remove_extra: bool) -> list
     """
     entries = sorted({fault.entry for fault in faults if fault.entry is not None})
     for fault in faults:
-        made_again = fault.file.startswith(("targets.zarr/", "ledger/")) or fault.file in FINISHED_FILES
+        made_again = fault.file.startswith(("targets.zarr/", "ledger/", "hashes/")) or fault.file in FINISHED_FILES
         if remove_extra if fault.is_extra else made_again:
             place.delete(fault.file)
     for name in entries:

@@ -8,7 +8,9 @@ the holder of the block's lease only.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.layout import ArraySpec, Part, check_bounds, parts_of, zarr_metadata
-from offline_kd.store.leftovers import sweep
+from offline_kd.store.leftovers import sweep_few
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_identity
 from offline_kd.store.reader import Arrays, parse_metadata, stored_object
@@ -31,9 +33,10 @@ from offline_kd.store.schema import (
     tables_ledger_name,
 )
 from offline_kd.support.errors import LeaseLost, StoreCorrupt, StoreMismatch
-from offline_kd.support.places import Folder, Place
+from offline_kd.support.places import Place
 from offline_kd.support.proven import read_proven
 
+IN_PART = 256  # ledger entries that are asked for before the first of them is looked at
 GROWS_SINCE = 2  # the schema version from which a store may be added to
 
 E = TypeVar("E", LedgerEntry, TablesEntry)
@@ -63,17 +66,20 @@ def create_or_resume(place: Place, identity: StoreIdentity) -> StoreIdentity:
             )
         identity = existing
     write_zarr_metadata(place, parts_of(identity))
-    sweep(place)
+    sweep_few(place)
     return identity
 
 
 def write_zarr_metadata(place: Place, parts: Mapping[str, Part]) -> None:
     """What zarr needs to read the arrays; files that are there already and right are left alone."""
-    present = place.sizes("targets.zarr") if not isinstance(place, Folder) else None
-    for name, content in zarr_metadata(parts).items():
-        size = present.get(name) if present is not None else place.size(name)
-        if size != len(content):
+
+    def write(name: str, content: bytes) -> None:
+        if place.size(name) != len(content):
             place.put(name, content)
+
+    files = zarr_metadata(parts)
+    with ThreadPoolExecutor(place.parallel if place.is_remote else 1) as threads:
+        list(threads.map(write, files, files.values()))
 
 
 def first_difference(existing: StoreIdentity | Addition, wanted: StoreIdentity | Addition) -> str:
@@ -236,7 +242,7 @@ def holds(place: Place, name: str, written: StoredObject) -> bool:
     """Whether this is what lies there; raises StoreUnreachable when a network does not let it be seen."""
     try:
         read_proven(place, name, written.sha256, size=written.bytes, limit=written.bytes)
-    except StoreCorrupt:
+    except (StoreCorrupt, FileNotFoundError):
         return False
     return True
 
@@ -245,21 +251,41 @@ def _same(a: NDArray[np.generic], b: NDArray[np.generic]) -> bool:
     return a.dtype == b.dtype and a.tobytes() == b.tobytes()
 
 
-def read_ledger(place: Place, names: Sequence[str]) -> dict[str, bytes]:
-    """The content of ledger entries by file name; raises StoreCorrupt for one that is not readable."""
-    contents = {}
-    for name in names:
-        contents[name] = read_metadata(place, f"ledger/{name}")
-        entry = parse_entry(name, contents[name], f"{place}/ledger/{name}")
+def read_ledger(place: Place, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
+    """Name and content of ledger entries, one after the other; several are asked for at once where that takes long.
+
+    Raises FileNotFoundError for one that is not there.
+    """
+    names = iter(names)
+    with ThreadPoolExecutor(place.parallel if place.is_remote else 1) as threads:
+        while some := list(islice(names, IN_PART)):
+            read = threads.map if place.is_remote else map
+            yield from zip(some, read(lambda name: read_metadata(place, f"ledger/{name}"), some), strict=True)
+
+
+def read_entries(place: Place, names: Iterable[str]) -> Iterator[tuple[str, bytes, LedgerEntry | TablesEntry]]:
+    """As `read_ledger`, and parsed; raises StoreCorrupt for one that is not readable."""
+    for name, content in read_ledger(place, names):
+        entry = parse_entry(name, content, f"{place}/ledger/{name}")
         if entry.file_name != name:
             raise StoreCorrupt(f"{place}/ledger/{name}: speaks of {entry.file_name}. Restore or delete it.")
-    return contents
+        yield name, content, entry
 
 
 def parse_entry(name: str, content: bytes, where: str) -> LedgerEntry | TablesEntry:
     if name.startswith("templates-"):
         return parse_metadata(TablesEntry, content, where)
     return parse_metadata(LedgerEntry, content, where)
+
+
+def write_page(place: Place, name: str, content: bytes) -> str:
+    """Write a page of hashes, unless it is there; returns its sha256. Raises StoreCorrupt when it is not there then."""
+    page = stored_object(content)
+    if not holds(place, f"hashes/{name}", page):
+        place.put(f"hashes/{name}", content)
+        if not holds(place, f"hashes/{name}", page):
+            raise StoreCorrupt(f"{place}/hashes/{name}: what was read back is not what was written. Check the disk.")
+    return page.sha256
 
 
 def write_manifest(place: Place, manifest: StoreManifest) -> None:

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -27,7 +27,8 @@ T = TypeVar("T")
 SCHEMES = ("s3", "gs", "az", "http", "https")
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "bucket does not exist")  # as S3, Azure and Google say it
 MISSING_BUCKET = "there is no such bucket on this server. Make it first, or correct the address."
-MAX_FILES = 3 * 2**20  # that are listed: a server that lists without end must not fill the memory
+MAX_FILES = 3 * 2**20  # that are listed into memory
+MAX_LISTED = 2**27  # one after the other: a server must not list without end
 LINK = "is a link, and links inside a store are not followed. Put the file or folder itself there."
 RETRIES: Any = {"max_retries": 8, "retry_timeout": timedelta(seconds=120)}
 
@@ -94,25 +95,33 @@ class Folder:
         self._inside(name, or_link=True).unlink(missing_ok=True)
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
-        """Name and size of every file below `prefix`; a link is listed as a file."""
-        found: dict[str, int] = {}
+        """Name and size of every file below `prefix`, where they are few; a link is listed as a file."""
+        return _few(self.files(prefix), f"{self}/{prefix}")
+
+    def files(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """As `sizes`, one after the other: no more than a few are held in memory."""
+        for name, entry in self._walk(prefix):
+            with contextlib.suppress(FileNotFoundError):  # a temporary file of another writer
+                yield name, entry.stat(follow_symlinks=False).st_size
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """As `files`, without sizes, which take most of the time."""
+        return (name for name, _ in self._walk(prefix))
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, "os.DirEntry[str]"]]:
         folders = [prefix.rstrip("/")]
         while folders:
             folder = folders.pop()
+            within = f"{folder}/" if folder else ""
             try:
-                entries = list(os.scandir(self._inside(folder)))
+                with os.scandir(self._inside(folder)) as entries:
+                    for entry in entries:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(within + entry.name)
+                        else:
+                            yield within + entry.name, entry
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            for entry in entries:
-                name = f"{folder}/{entry.name}".lstrip("/")
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(name)
-                    continue
-                try:
-                    found[name] = entry.stat(follow_symlinks=False).st_size
-                except FileNotFoundError:  # a temporary file of another writer
-                    continue
-        return found
 
     def _inside(self, name: str, *, or_link: bool = False) -> Path:
         """The path of a file of the store; raises StoreCorrupt when a link lies on the way, or is the file itself."""
@@ -258,19 +267,50 @@ class Bucket:
             self._again(name, lambda: obstore.delete(self._client, name))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
+        return _few(self.files(prefix), f"{self}/{prefix}")
+
+    def files(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """As `sizes`, one after the other: no more than a page of the listing is held in memory."""
+        import obstore.exceptions
+
+        last, failures = "", 0
+        while True:
+            try:
+                with self._errors(prefix):
+                    for name, size in self._listed(prefix, last):
+                        yield name, size
+                        last, failures = name, 0
+                return
+            except FileNotFoundError:
+                raise StoreUnreachable(f"{self.url}: {MISSING_BUCKET}") from None
+            except StoreUnreachable as error:
+                failures += 1
+                if failures == ATTEMPTS or not isinstance(error.__cause__, obstore.exceptions.GenericError):
+                    raise
+                time.sleep(0.1 * 2**failures)
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        return (name for name, _ in self.files(prefix))
+
+    def _listed(self, prefix: str, after: str = "") -> Iterator[tuple[str, int]]:
         import obstore
 
-        def ask() -> dict[str, int]:
-            found: dict[str, int] = {}
-            for page in obstore.list(self._client, prefix or None):
-                found |= {item["path"]: int(item["size"]) for item in page}
-                if len(found) > MAX_FILES:
-                    raise StoreError(
-                        f"{self}/{prefix}: lists more than {MAX_FILES:,} files. No store of ours has them."
-                    )
-            return found
+        count = 0
+        for page in obstore.list(self._client, prefix or None, offset=after or None):
+            for item in page:
+                yield item["path"], int(item["size"])
+            count += len(page)
+            if count > MAX_LISTED:
+                raise StoreError(f"{self}/{prefix}: lists more than {MAX_LISTED:,} files. No store of ours has them.")
 
-        return self._write(prefix, ask)
+
+def _few(files: Iterable[tuple[str, int]], where: str) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, size in files:
+        found[name] = size
+        if len(found) > MAX_FILES:
+            raise StoreError(f"{where}: lists more than {MAX_FILES:,} files. No folder of ours has them.")
+    return found
 
 
 WritablePlace = Folder | Bucket

@@ -89,6 +89,12 @@ class Web:
     def sizes(self, prefix: str = "") -> NoReturn:
         self._refuse()
 
+    def files(self, prefix: str = "") -> NoReturn:
+        self._refuse()
+
+    def names(self, prefix: str = "") -> NoReturn:
+        self._refuse()
+
     def create(self, name: str, content: bytes) -> NoReturn:
         self._refuse()
 
