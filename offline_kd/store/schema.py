@@ -37,6 +37,8 @@ from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
 
 SCHEMA_VERSION = 3  # of new stores; those of version 2 are read and grow as what they are, those of version 1 are read
+THIN_PROBES_SINCE = 4  # the version from which probes of large views keep some of their pixels
+PROBE_SIDE = 64  # so many of them in a row
 DIGESTS_SINCE = 3  # the version from which a store keeps a sha256 of every image, and the keys themselves
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
@@ -107,6 +109,11 @@ class StoreIdentity(Strict):
         assert self.dataset.height is not None
         assert self.dataset.width is not None
         return self.dataset.height, self.dataset.width
+
+    @property
+    def probe_step(self) -> int:
+        """Probes keep one of so many pixels in each direction: all of 224 would outweigh the logits."""
+        return 1 if self.schema_version < THIN_PROBES_SINCE else -(-max(self.seen_size) // PROBE_SIDE)
 
     @property
     def num_blocks(self) -> int:
