@@ -42,7 +42,7 @@ from offline_kd.distill.reader import Options, Source
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import Wanted, join
-from offline_kd.store.layout import entry_names, parts_of
+from offline_kd.store.layout import entry_names, parts_of, probe_pixels
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import (
@@ -259,7 +259,7 @@ def worker_memory(store: Store, loader: BlockLoader, folder: Path) -> None:
     from offline_kd.views.render import render_some
 
     probes = choose(parameters, first["probe/row"].astype(np.int64), np.zeros(len(first["probe/row"]), dtype=np.int64))
-    arrays["probe/pixels"] = render_some(block, probes, VIEWS, store.created.seen_size[0])
+    arrays["probe/pixels"] = probe_pixels(store.created, render_some(block, probes, VIEWS, store.created.seen_size[0]))
     contents = {}
     names = entry_names(identity, {"": views})
     for view in range(views):

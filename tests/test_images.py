@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import CPU, invoke, refused
 from pictures import NUM, command_line, make_samples, photographs, views_of
+from tampering import rewrite
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import Decoder
-from offline_kd.data.manifest import Manifest
+from offline_kd.data.manifest import EvaluationCrop, Manifest
 from offline_kd.data.tars import Sample
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.training import make_loader, source_of, training_images
@@ -158,6 +159,25 @@ def test_the_centre_crop_is_one_view_and_trains(tmp_path):
     loader = training_images(recipe, manifest, [tmp_path])
     (one, *_) = make_loader(recipe, source_of(recipe, loader, [store], recipe.objectives["kd"]), 0, CPU).epoch(0)
     assert one.images.shape == (16, 3, 16, 16)
+
+
+def test_probes_of_large_views_are_a_grid_over_them_and_find_other_crops(tmp_path):
+    recipe, manifest = photographs(tmp_path, make_samples()[:12], views=views_of(mixing=None, jitter=None))
+    large = recipe.teacher.model_copy(update={"crop": EvaluationCrop(size=72, resize=80)})
+    recipe = recipe.model_copy(update={"teacher": large})
+    cache_teacher(recipe, manifest, [tmp_path], tmp_path / "store", CPU)
+    store = open_store(tmp_path / "store")
+    arrays = store.read(0, 0, ["probe/row", "probe/view", "probe/pixels", "view/box"])
+    assert arrays["probe/pixels"].shape == (4, 3, 36, 36)  # every second pixel of 72
+    block = training_images(recipe, manifest, [tmp_path])[0]
+    joined = join(store, block, 0, np.full(len(block), arrays["probe/view"][0]))
+    pixels, _ = render_choice(Decoder(block), joined.view, recipe.views, 72)
+    seen = pixels[int(arrays["probe/row"][0])].numpy()
+    np.testing.assert_array_equal(seen[:, 1::2, 1::2], arrays["probe/pixels"][0])
+
+    rewrite(tmp_path / "store", "view/box", 0, 0, lambda box: box + np.array([1, 0, 0, 0], dtype=np.int16))
+    with pytest.raises(StoreCorrupt, match="renders to pixels that differ"):
+        join(open_store(tmp_path / "store"), block, 0, np.zeros(len(block), dtype=np.int64))
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import pack
 from offline_kd.store.join import row_arrays
-from offline_kd.store.layout import PROBES_PER_GROUP
+from offline_kd.store.layout import PROBES_PER_GROUP, probe_pixels
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.support.counter_rng import counter_hash
@@ -171,8 +171,9 @@ def _probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, 
     count, num_views = parameters["flip"].shape
     draws = counter_hash(PROBE_STREAM, number, group, np.arange(PROBES_PER_GROUP, dtype=np.uint64))
     row, view = np.divmod(np.sort(draws % (count * num_views)).astype(np.int64), num_views)
+    seen = render_some(block, choose(parameters, row, view), identity.views, identity.seen_size[0])
     return {
         "probe/row": row.astype(np.int32),
         "probe/view": view.astype(np.int32),
-        "probe/pixels": render_some(block, choose(parameters, row, view), identity.views, identity.seen_size[0]),
+        "probe/pixels": probe_pixels(identity, seen),
     }

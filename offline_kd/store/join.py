@@ -19,7 +19,7 @@ from offline_kd.data.blocks import ImageBlock
 from offline_kd.data.labels import UNLABELLED
 from offline_kd.data.tars import pack_keys
 from offline_kd.store.decisions import SubclassDecisions
-from offline_kd.store.layout import NO_LABEL
+from offline_kd.store.layout import NO_LABEL, probe_pixels
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.store.schema import StoreIdentity
@@ -331,7 +331,8 @@ def _check_probes(
         _rows_in_tar(store, block, arrays["key_hash"], choice.partner_row) if "partner" in parameters else None
     )
     choice = replace(choice, row=at[row], partner_row=choice.partner_row if partner_row is None else partner_row)
-    pixels = render_some(block, choice, store.identity.views, store.created.seen_size[0])
+    rendered = render_some(block, choice, store.identity.views, store.created.seen_size[0])
+    pixels = probe_pixels(store.created, rendered)
     seen = arrays["probe/pixels"][here]
     wrong = np.flatnonzero((pixels != seen).any(axis=(1, 2, 3)))
     if len(wrong):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import zarr
+from numpy.typing import NDArray
 from zarr.abc.store import Store as ZarrStore
 from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.storage import MemoryStore
@@ -121,7 +122,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     rows, per_group = identity.rows_per_block, identity.views_per_group
     blocks, num_groups = identity.num_blocks, -(-identity.views.num_distinct // per_group)
     num_rows, num_views = blocks * rows, num_groups * per_group
-    height, width = identity.seen_size
+    height, width = (len(range(identity.probe_step // 2, side, identity.probe_step)) for side in identity.seen_size)
 
     def per_row(name: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
         sizes, names = tuple(size for _, size in inner), tuple(label for label, _ in inner)
@@ -174,6 +175,12 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
             specs.append(per_view(f"decisions/{name}/prob", "<u2", 65535, "probability * 16383", *places, top))
         specs.append(per_view(f"decisions/{name}/dropped", "<f4", np.nan, "largest mass that was not kept"))
     return specs
+
+
+def probe_pixels(identity: StoreIdentity, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`[P, 3, h, w]`: of rendered views `[P, 3, H, W]` the pixels that a store keeps, a grid over all of each."""
+    step = identity.probe_step
+    return pixels[:, :, step // 2 :: step, step // 2 :: step]
 
 
 def _prefix(addition: Addition) -> str:

@@ -41,6 +41,8 @@ from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
 
 SCHEMA_VERSION = 4  # of new stores; those of 2 and 3 are read and grow as what they are, those of 1 are read
+THIN_PROBES_SINCE = 4  # the version from which probes of large views keep some of their pixels
+PROBE_SIDE = 64  # so many of them in a row
 DIGESTS_SINCE = 3  # the version from which a store keeps a sha256 of every image, and the keys themselves
 PAGES_SINCE = 4  # the version from which manifest.json lists pages of hashes; before, it lists every ledger entry
 PAGE_BLOCKS = 1024  # whose entries a page vouches for: 32 KiB
@@ -125,6 +127,11 @@ class StoreIdentity(Strict):
         assert self.dataset.height is not None
         assert self.dataset.width is not None
         return self.dataset.height, self.dataset.width
+
+    @property
+    def probe_step(self) -> int:
+        """Probes keep one of so many pixels in each direction: all of 224 would outweigh the logits."""
+        return 1 if self.schema_version < THIN_PROBES_SINCE else -(-max(self.seen_size) // PROBE_SIDE)
 
     @property
     def num_blocks(self) -> int:
