@@ -1,8 +1,8 @@
-"""What reading costs: joined samples against webdataset alone, with and without decoding; several views of a decode.
+"""What reading costs: joined samples against webdataset alone, with and without decoding; several views; workers.
 
-    OFFLINE_KD_DATA=FOLDER python tests/bench_stream.py [--rounds 5]
+    OFFLINE_KD_DATA=FOLDER python tests/bench_stream.py [--rounds 5] [--workers-only]
 
-One core, one run: parts are timed in turn, round after round, and the median of the ratios within a round is printed.
+Loaders with workers on all cores, all else on one, in one run: parts are timed in turn, round after round, and the median of the ratios within a round is printed.
 Real photographs (imagenet_sample); their targets are made up, which changes no time.
 """
 
