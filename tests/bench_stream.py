@@ -2,7 +2,8 @@
 
     OFFLINE_KD_DATA=FOLDER python tests/bench_stream.py [--rounds 5] [--workers-only]
 
-Loaders with workers on all cores, all else on one, in one run: parts are timed in turn, round after round, and the median of the ratios within a round is printed.
+One core (loaders with workers: all), one run: parts are timed in turn, round after round, and the median of the ratios
+within a round is printed.
 Real photographs (imagenet_sample); their targets are made up, which changes no time.
 """
 
@@ -21,18 +22,10 @@ import webdataset
 from PIL import Image
 
 from offline_kd.cli.main import keep_freed_memory
+from offline_kd.data import manifest as data
 from offline_kd.data.blocks import BlockLoader, Decoder
 from offline_kd.data.decoding import decode_image
-from offline_kd.data.manifest import (
-    Dataset,
-    EvaluationCrop,
-    Normalisation,
-    Split,
-    Tar,
-    data_roots,
-    load_manifest,
-    locate,
-)
+from offline_kd.data.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.loader import Loader
@@ -367,19 +360,19 @@ def main() -> None:
     torch.set_num_threads(1)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
-    manifest = load_manifest(Path(__file__).parent.parent / "data_manifest.yaml")
+    manifest = data.load_manifest(Path(__file__).parent.parent / "data_manifest.yaml")
     dataset, split = manifest.dataset("imagenet_sample"), manifest.split("imagenet_sample", "val")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Plain tars of 500, as people have them.
-        samples = read_tar(locate(f"{dataset.folder}/{split.tars[0].file}", data_roots()))[0]
+        samples = read_tar(data.locate(f"{dataset.folder}/{split.tars[0].file}", data.data_roots()))[0]
         tars = pack(samples, folder / "photos", "train", 500)
         plain = Dataset(folder="photos", classes=dataset.classes, splits={"train": Split(tars=tars)})
         print("loaders on all cores: CIFAR-10 (10 tars, padded crops), photographs (10 tars, crops to 224)")
         os.sched_setaffinity(0, cores)
         for workers in (0, 2):
             cifar, split10 = manifest.dataset("cifar10"), manifest.split("cifar10", "train")
-            kept = BlockLoader(cifar, split10, data_roots(), keep_bytes=2**30 // max(workers, 1), prove="once")
+            kept = BlockLoader(cifar, split10, data.data_roots(), keep_bytes=2**30 // max(workers, 1), prove="once")
             padded = PadCropFlip(kind="pad_crop_flip")
             source = Source(kept, padded, view_groups(padded.num_views, 54))
             with_workers("CIFAR-10", source, rounds, workers, batch_size=128, pool_blocks=4)
