@@ -1,8 +1,9 @@
-"""What reading costs: joined samples against webdataset alone, with and without decoding; several views of a decode.
+"""What reading costs: joined samples against webdataset alone, with and without decoding; several views; workers.
 
-    OFFLINE_KD_DATA=FOLDER python tests/bench_stream.py [--rounds 5]
+    OFFLINE_KD_DATA=FOLDER python tests/bench_stream.py [--rounds 5] [--workers-only]
 
-One core, one run: parts are timed in turn, round after round, and the median of the ratios within a round is printed.
+One core (loaders with workers: all), one run: parts are timed in turn, round after round, and the median of the ratios
+within a round is printed.
 Real photographs (imagenet_sample); their targets are made up, which changes no time.
 """
 
@@ -23,18 +24,10 @@ from made_stores import declare
 from PIL import Image
 
 from offline_kd.cli.main import keep_freed_memory
+from offline_kd.data import manifest as data
 from offline_kd.data.blocks import BlockLoader, Decoder
 from offline_kd.data.decoding import decode_image
-from offline_kd.data.manifest import (
-    Dataset,
-    EvaluationCrop,
-    Normalisation,
-    Split,
-    Tar,
-    data_roots,
-    load_manifest,
-    locate,
-)
+from offline_kd.data.manifest import Dataset, EvaluationCrop, Normalisation, Split, Tar
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.loader import Loader
@@ -55,7 +48,9 @@ from offline_kd.store.schema import (
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.places import Folder
 from offline_kd.views.choice import choose
+from offline_kd.views.epochs import view_groups
 from offline_kd.views.kind import draw
+from offline_kd.views.pad_crop_flip import PadCropFlip
 from offline_kd.views.random_resized_crop import RandomCrop
 from offline_kd.views.render import render_choice, render_view
 
@@ -190,6 +185,18 @@ def several_views(store: Store, loader: BlockLoader, rounds: int, size: int) -> 
     print(f"a loader-bound run: images per second of the stream, crops to {size} pixels")
     times = in_turn({"views_per_decode: 1": epochs(1), "views_per_decode: 4": epochs(4)}, rounds)
     print(f"4 views of a decode / 1: {ratio(times, 'views_per_decode: 1', 'views_per_decode: 4'):.2f} times the images")
+
+
+def with_workers(name: str, source: Source, rounds: int, workers: int, **options: int) -> None:
+    """Whole passes, the first of which finds nothing kept."""
+    stream = Loader(source, Options(workers=workers, **options), CPU)
+
+    def a_pass(epoch: int) -> int:
+        return sum(len(batch.labels) for batch in stream.epoch(epoch))
+
+    first, *later = (1 / seconds(lambda epoch=epoch: a_pass(epoch)) for epoch in range(rounds + 1))
+    print(f"  {name}, workers {workers}: {first:8,.0f} images a second in the first epoch, then", end=" ")
+    print(f"{statistics.median(later):8,.0f} ({min(later):,.0f} to {max(later):,.0f})")
 
 
 def resizing(loader: BlockLoader, rounds: int) -> None:
@@ -337,19 +344,36 @@ def _one_worker(folder: Path, loader: BlockLoader) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--workers-only", action="store_true", help="loaders with 0 and 2 workers, and nothing else")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     keep_freed_memory()
     torch.set_num_threads(1)
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
-    manifest = load_manifest(Path(__file__).parent.parent / "data_manifest.yaml")
+    manifest = data.load_manifest(Path(__file__).parent.parent / "data_manifest.yaml")
     dataset, split = manifest.dataset("imagenet_sample"), manifest.split("imagenet_sample", "val")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # Plain tars of 500, as people have them.
-        samples = read_tar(locate(f"{dataset.folder}/{split.tars[0].file}", data_roots()))[0]
+        samples = read_tar(data.locate(f"{dataset.folder}/{split.tars[0].file}", data.data_roots()))[0]
         tars = pack(samples, folder / "photos", "train", 500)
         plain = Dataset(folder="photos", classes=dataset.classes, splits={"train": Split(tars=tars)})
+        print("loaders on all cores: CIFAR-10 (10 tars, padded crops), photographs (10 tars, crops to 224)")
+        os.sched_setaffinity(0, cores)
+        for workers in (0, 2):
+            cifar, split10 = manifest.dataset("cifar10"), manifest.split("cifar10", "train")
+            kept = BlockLoader(cifar, split10, data.data_roots(), keep_bytes=2**30 // max(workers, 1), prove="once")
+            padded = PadCropFlip(kind="pad_crop_flip")
+            source = Source(kept, padded, view_groups(padded.num_views, 54))
+            with_workers("CIFAR-10", source, rounds, workers, batch_size=128, pool_blocks=4)
+            few = Split(tars=pack(samples, folder / "photos", "few", 100))
+            kept = BlockLoader(plain, few, [folder], keep_bytes=2**30, decode=False, prove="once")
+            source = Source(kept, VIEWS, [range(VIEWS.count)])
+            with_workers("photographs", source, rounds, workers, batch_size=64, pool_blocks=4)
+        if arguments.workers_only:
+            return
+        os.sched_setaffinity(0, {max(cores)})
         loader = BlockLoader(plain, plain.splits["train"], [folder], keep_bytes=0, decode=False, prove="never")
         store = make_store(folder / "store", loader, VIEWS, Float16(name="f16"))
         reading(store, loader, rounds)

@@ -234,6 +234,17 @@ def coded(codec, logits: np.ndarray, tables) -> tuple[torch.Tensor, float]:
     return codec.decode_stored(arrays, tables, logits.shape[-1]), size / (logits.size / logits.shape[-1])
 
 
+@pytest.mark.parametrize("codec", [*CODECS, Klt(name="klt", step=0.5)], ids=str)
+def test_a_batch_of_no_rows_is_decoded_to_no_logits(codec):
+    """What a rank gets of a last batch that is smaller than the number of ranks."""
+    logits = made_up_logits(50, 10)
+    tables = codec.fit(logits)
+    unpacked = codec.unpack(codec.encode(logits, tables), tables)
+    none = {name: torch.from_numpy(array[:0]) for name, array in unpacked.items()}
+    on_torch = {name: torch.from_numpy(array) for name, array in tables.items()}
+    assert codec.decode(none, 10, on_torch).shape == (0, 10)
+
+
 def test_klt_takes_fewer_bytes_than_integers_of_the_same_error():
     learn, logits = made_up_logits(4000, 300), made_up_logits(400, 300, seed=1).reshape(200, 2, 300)
     codec = Klt(name="klt", step=0.5)

@@ -110,12 +110,15 @@ def test_a_killed_run_goes_on_to_the_same_student(recipe_file, where, store_path
     assert [line["epoch"] for line in lines] == list(range(1, 26))
 
 
-def test_another_run_is_not_mixed_into_a_run_directory(recipe_file, where, store_path, tmp_path):
+def test_another_run_is_not_mixed_into_a_run_directory(recipe_file, where, store_path, tmp_path, monkeypatch):
     command = ("distill", recipe_file, "--store", store_path, "--out", tmp_path / "run", *where)
     assert invoke(*command, "--objective", "kd").exit_code == 0
     assert "holds a run of another recipe" in refused(*command, "--objective", "ttm")
     assert "holds a run of another recipe" in refused(*command, "--objective", "kd", "--seed", "7")
     assert "finished already" in invoke(*command, "--objective", "kd").stderr
+    # Nor a run of earlier code, whose order was another.
+    monkeypatch.setattr("offline_kd.distill.loop.ORDER_VERSION", 1)
+    assert "in another order" in refused(*command, "--objective", "kd")
 
 
 def test_seeds_change_the_student_and_nothing_else_does(recipe, manifest, roots, store_path, tmp_path):

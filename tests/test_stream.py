@@ -19,7 +19,7 @@ from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Piece, Source
-from offline_kd.distill.sampler import UNEVEN, Order, home_workers
+from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.opening import open_store
@@ -238,19 +238,27 @@ def test_more_ranks_than_a_batch_has_rows_are_refused():
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.integers(1, 900), min_size=1, max_size=60), st.integers(1, 20), st.integers(1, 9), st.integers(0, 9))
-def test_a_tar_stays_with_its_worker_unless_a_pool_would_be_shared_badly(counts, pool_blocks, num_workers, epoch):
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.integers(0, 9),
+    st.sampled_from([1.0, 1.25, 2.0]),
+)
+def test_a_tar_stays_with_its_worker_unless_a_pool_would_be_shared_badly(
+    counts, pool_blocks, num_workers, epoch, uneven
+):
     order, homes = Order(0, epoch, 1, counts, pool_blocks, 8), home_workers(counts, num_workers)
     for pool in range(order.num_pools):
         tars = order.tars[order.positions(pool)].tolist()
-        workers = order.workers(pool, homes)
+        workers = order.workers(pool, homes, uneven)
         load, at_home = [0] * num_workers, [0] * num_workers
         for tar, worker in zip(tars, workers, strict=True):
             load[worker] += counts[tar]
             at_home[homes[tar]] += counts[tar]
         even = sum(load) / num_workers
-        assert max(load) <= max(UNEVEN * even, even + max(counts[tar] for tar in tars))
-        if max(at_home) <= UNEVEN * even or order.num_pools == 1:
+        assert max(load) <= max(uneven * even, even + max(counts[tar] for tar in tars))
+        if max(at_home) <= uneven * even or order.num_pools == 1:
             assert workers == [homes[tar] for tar in tars]
 
 

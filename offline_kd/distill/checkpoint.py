@@ -83,8 +83,8 @@ def load_progress(
         return None
     if saved.identity != identity:
         raise TrainingError(
-            f"{out}: holds a run of another recipe, objective, seed or store (see its recipe.yaml). "
-            "Give another --out folder, or delete this one."
+            f"{out}: holds a run of another recipe, objective, seed or store (see its recipe.yaml), or one "
+            "that earlier code began in another order. Give another --out folder, or delete this one."
         )
     try:
         network.load_state_dict(saved.network)

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
-from offline_kd.distill.sampler import Order, home_workers
+from offline_kd.distill.sampler import Order
 from offline_kd.models.networks import normalise
 from offline_kd.store.join import codec_tables_on
 from offline_kd.store.reader import Store
@@ -51,14 +51,13 @@ class Loader:
         self.views_per_decode, self.bad = options.views_per_decode, set[str]()
         self.next_epoch = self.next_step = 0
         self.reader = Reader(source, options)
-        self.homes = home_workers([tar.count for tar in source.images.split.tars], max(options.workers, 1))
         has_logits = len(source.stores) == 1 and source.wanted[0].logits
         self._decode = logits_decoder(source.stores[0], device) if has_logits else None
         is_remote = source.images.is_remote or any(store.place.is_remote for store in source.stores)
         # One loader of one process each: pieces are taken from the worker that has the next tar, and from no other.
         self.workers = [
             DataLoader(
-                replace(self.reader, worker=worker, num_workers=options.workers),
+                replace(self.reader, worker=worker),
                 batch_size=None,
                 num_workers=1,
                 persistent_workers=True,
@@ -129,7 +128,7 @@ class Loader:
     def _pieces_of(self, order: Order, pool: int, workers: Sequence[Iterator[Piece]]) -> list[Piece]:
         """All pieces of a pool, and nothing of later ones."""
         pieces = []
-        for worker in order.workers(pool, self.homes):
+        for worker in self.reader.workers(order, pool):
             is_last = False
             while not is_last:
                 pieces.append(next(workers[worker]))

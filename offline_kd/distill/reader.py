@@ -27,6 +27,9 @@ from offline_kd.views.random_resized_crop import RandomCrop
 from offline_kd.views.render import render_choice
 
 READ_AHEAD = 4  # tars, from afar
+# Of an even share of a pool, what a worker may have to read so that its tars stay with it: a tar that was kept decoded
+# costs next to nothing, one that was kept encoded costs nearly as much as any other.
+UNEVEN_DECODED, UNEVEN_ENCODED = 2.0, 1.25
 ALONE = 8  # images that are decoded together where none is mixed with another
 PIECE_BYTES = 2**26  # of pixels that a worker hands over at once
 
@@ -91,8 +94,7 @@ class Reader(IterableDataset[Piece]):
 
     source: Source
     options: Options
-    worker: int = 0
-    num_workers: int = 1
+    worker: int = 0  # of `options.workers`, or the training process where there are none
     # First epoch and first slot of the next pass, in memory that workers share: they outlive a pass.
     start: "Array[c_int64]" = field(default_factory=partial(RawArray, c_int64, 2))
 
@@ -106,7 +108,12 @@ class Reader(IterableDataset[Piece]):
     @cached_property
     def homes(self) -> list[int]:
         """The worker that reads a tar whenever it can, by number of the tar: it keeps what it has read."""
-        return home_workers([tar.count for tar in self.source.images.split.tars], self.num_workers)
+        return home_workers([tar.count for tar in self.source.images.split.tars], max(self.options.workers, 1))
+
+    def workers(self, order: Order, pool: int) -> list[int]:
+        """Which worker reads each tar of a pool."""
+        uneven = UNEVEN_DECODED if self.source.views.is_exact else UNEVEN_ENCODED
+        return order.workers(pool, self.homes, uneven)
 
     def __iter__(self) -> Iterator[Piece]:
         order, done = self.order(), self.start[1]
@@ -126,7 +133,7 @@ class Reader(IterableDataset[Piece]):
         """Pool and position of the tars that this worker reads."""
         for pool in range(order.num_pools):
             if order.starts[pool + 1] > done:
-                for position, worker in zip(order.positions(pool), order.workers(pool, self.homes), strict=True):
+                for position, worker in zip(order.positions(pool), self.workers(order, pool), strict=True):
                     if worker == self.worker:
                         yield pool, position
 

@@ -12,7 +12,6 @@ from offline_kd.support.counter_rng import counter_hash
 
 ORDER_VERSION = 2  # a run that was begun in another order cannot go on in this one
 SMALL = 8  # a last batch of less than an eighth is not worth a step
-UNEVEN = 1.25  # of its even share of a pool is what a worker may be given so that its tars stay with it
 BLOCK_STREAM, ROW_STREAM = 0x626C6F636B, 0x726F77  # first counters of the draws made here
 
 
@@ -88,11 +87,12 @@ class Order:
         step = np.minimum(slots // self.batch_size, self.steps - 1)
         return (slots - step * self.batch_size) % world
 
-    def workers(self, pool: int, homes: Sequence[int]) -> list[int]:
+    def workers(self, pool: int, homes: Sequence[int], uneven: float) -> list[int]:
         """Which worker reads each tar of a pool: the tar's home, or another where that is given too much.
 
         Args:
             homes: by tar, as `home_workers` gives them.
+            uneven: how much of an even share of the pool's rows a worker may be given for its tars to stay with it.
         """
         tars = self.tars[self.positions(pool)].tolist()
         counts, num_workers = [self.counts[tar] for tar in tars], max(homes) + 1
@@ -100,7 +100,7 @@ class Order:
         # No more than that, but what the best sharing gives to one worker it may always have.
         best = _shared(counts, largest_first, [0] * num_workers)
         shares = [sum(counts[at] for at in best if best[at] == worker) for worker in range(num_workers)]
-        most = max(UNEVEN * sum(counts) / num_workers, *shares)
+        most = max(uneven * sum(counts) / num_workers, *shares)
         load, found = [0] * num_workers, {}
         for at in largest_first:
             home = homes[tars[at]]
