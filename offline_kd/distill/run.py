@@ -59,7 +59,7 @@ def run(
         raise RecipeError(
             "--gpus-per-run: students are tasks with GPUs on Ray only. Leave it out, or add --engine ray."
         )
-    with run_directory(out), _cluster(options):
+    with _cluster(options), run_directory(out):
         _run(recipe, manifest, extra_roots, out, device, options)
 
 
