@@ -47,7 +47,7 @@ def joined(address: str | None) -> Iterator[None]:
 
 
 def _refuse_silent(address: str) -> None:
-    """Raises RecipeError where nobody listens: Ray itself would try for two minutes, and then end this process."""
+    """Raises RecipeError where nobody listens: Ray itself would go on trying for minutes."""
     host_and_port = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
     if host_and_port is None:
         return
