@@ -102,6 +102,10 @@ def test_what_ray_cannot_do_is_one_line(recipe_file, where, tmp_path):
     absent = start(*command, "--engine", "ray", code=WITHOUT_RAY)
     assert "--max-actors: engine 'local' has no such option" in refused(*command, "--max-actors", "2")
     assert "--gpus-per-run" in refused("run", recipe_file, *where, "--out", tmp_path / "run", "--gpus-per-run", "1")
+    for flag in ("--gpus-per-run", "--gpus-per-actor"):
+        wrong = invoke("run", recipe_file, *where, "--engine", "ray", flag, "1.5")
+        assert wrong.exit_code == 2
+        assert "1.5: a share of one GPU" in wrong.stderr
     said = absent.communicate()[1]
     assert absent.returncode == 1
     assert said == "Error: --engine ray: Ray is not installed. Install it: pip install 'offline-kd[ray]'\n"
