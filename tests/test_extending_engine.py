@@ -44,10 +44,10 @@ def test_what_fails_in_an_added_engine_is_one_line(copy, recipe_file, where, dat
 
 
 def test_an_added_engine_is_listed_and_an_unknown_one_refused(copy, recipe_file, where, tmp_path):
-    assert "local, processes" in " ".join(run_extended(copy, "cache-teacher", "--help").stdout.split())
+    assert "local, ray, processes" in " ".join(run_extended(copy, "cache-teacher", "--help").stdout.split())
     options = ("--store", tmp_path / "store", *where)
     result = run_extended(copy, "cache-teacher", recipe_file, *options, "--engine", "proceses")
     assert result.returncode == 1
     assert "--engine proceses: no such engine. Did you mean 'processes'?" in result.stderr
-    assert "Known: local." in refused("cache-teacher", recipe_file, *options, "--engine", "processes")
+    assert "Known: local, ray." in refused("cache-teacher", recipe_file, *options, "--engine", "processes")
     assert not (tmp_path / "store").exists()

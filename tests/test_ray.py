@@ -57,9 +57,9 @@ def ended(process: "subprocess.Popen[str]") -> str:
     return said
 
 
-def watched_recipe(recipe, folder: Path, dies_at: int) -> Path:
-    """The recipe with a teacher that notes what workers of Ray ask it, and ends one of them."""
-    args = {"log": str(folder / "asked.log"), "dies_at": dies_at}
+def watched_recipe(recipe, folder: Path, dies_at: int, deaths: int = 1) -> Path:
+    """The recipe with a teacher that notes what workers of Ray ask it, and ends some of them."""
+    args = {"log": str(folder / "asked.log"), "dies_at": dies_at, "deaths": deaths}
     changed = merged(
         recipe.model_dump(mode="json", exclude_none=True),
         {"teacher": {"model": "networks:watched", "model_args": args}},
@@ -102,6 +102,10 @@ def test_what_ray_cannot_do_is_one_line(recipe_file, where, tmp_path):
     absent = start(*command, "--engine", "ray", code=WITHOUT_RAY)
     assert "--max-actors: engine 'local' has no such option" in refused(*command, "--max-actors", "2")
     assert "--gpus-per-run" in refused("run", recipe_file, *where, "--out", tmp_path / "run", "--gpus-per-run", "1")
+    for flag in ("--gpus-per-run", "--gpus-per-actor"):
+        wrong = invoke("run", recipe_file, *where, "--engine", "ray", flag, "1.5")
+        assert wrong.exit_code == 2
+        assert "1.5: a share of one GPU" in wrong.stderr
     said = absent.communicate()[1]
     assert absent.returncode == 1
     assert said == "Error: --engine ray: Ray is not installed. Install it: pip install 'offline-kd[ray]'\n"
@@ -170,15 +174,15 @@ def test_a_capture_outlives_an_actor_a_node_and_its_driver(recipe, many_tars, tm
 @needs_ray
 @pytest.mark.slow
 def test_a_block_that_ends_every_actor_is_named(recipe, where, tmp_path):
-    path = watched_recipe(recipe, tmp_path, dies_at=30)
-    (tmp_path / "asked.died").symlink_to(tmp_path / "nowhere" / "asked")  # is never there: every process ends
+    path = watched_recipe(recipe, tmp_path, dies_at=10, deaths=9)
     with ray_nodes(1) as nodes:
         options = ("--engine", "ray", "--ray-address", nodes.address)
         driver = start("cache-teacher", path, "--store", tmp_path / "store", *where, *options)
         said = driver.communicate()[1]
     assert driver.returncode == 1
     assert said.splitlines()[-1].startswith("Error: block ")
-    assert "3 actors were lost over it" in said
+    assert "3 actors were lost over it" in said.splitlines()[-1]
+    assert (tmp_path / "asked.died").read_text() == "xxx"
     assert "Traceback" not in said
 
 

@@ -14,7 +14,7 @@ from offline_kd.data import manifest
 from offline_kd.store import sync
 from offline_kd.support import downloads
 
-HEAVY = ("torch", "zarr", "numpy", "pydantic", "rich", "yaml", "model_signing")
+HEAVY = ("torch", "ray", "zarr", "numpy", "pydantic", "rich", "yaml", "model_signing")
 ENTRY = (
     "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=open(sys.argv.pop(), 'w')));"
     "from offline_kd.cli.main import main; sys.argv[0] = 'offline-kd';"

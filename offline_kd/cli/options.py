@@ -88,6 +88,19 @@ class EngineChoice(TypedDict):
     engine_options: dict[str, EngineOption]  # what was given of them
 
 
+def gpu_option(flag: str, of_what: str) -> Callable[..., Callable[..., None]]:
+    """How many GPUs a task of Ray takes: a share of one, or whole ones."""
+
+    def whole_or_share(context: click.Context, option: click.Parameter, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise click.BadParameter(f"{gpus:g}: a share of one GPU, such as 0.5, or a whole number.")
+        return gpus
+
+    return click.option(
+        flag, type=click.FloatRange(0), callback=whole_or_share, help=f"With Ray: of {of_what}; 0.5 is a share."
+    )
+
+
 def engine_options(command: Callable[..., None]) -> Callable[..., None]:
     """--engine and the options that some engines have, handed to the command as one `engine`."""
 
@@ -110,9 +123,7 @@ def engine_options(command: Callable[..., None]) -> Callable[..., None]:
             click.option("--ray-address", metavar="HOST:PORT", help="Of the Ray cluster; auto: that of this machine."),
             click.option("--min-actors", type=positive, help="With Ray: ask for so many at first.  [default: 1]"),
             click.option("--max-actors", type=positive, help="With Ray: never more.  [default: what is free]"),
-            click.option(
-                "--gpus-per-actor", type=click.FloatRange(0), help="With Ray: a share is allowed, such as 0.5."
-            ),
+            gpu_option("--gpus-per-actor", "an actor of stage 1"),
         ]
     ):
         chosen = option(chosen)

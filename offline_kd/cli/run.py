@@ -8,7 +8,7 @@ from typing import Unpack
 
 import click
 
-from offline_kd.cli.options import EngineChoice, Inputs, engine_options, read_inputs, recipe_options
+from offline_kd.cli.options import EngineChoice, Inputs, engine_options, gpu_option, read_inputs, recipe_options
 from offline_kd.support.errors import RecipeError
 
 
@@ -16,7 +16,7 @@ from offline_kd.support.errors import RecipeError
 @recipe_options
 @click.option("--out", type=click.Path(path_type=Path), help="Folder of the results.  [default: runs/NAME]")
 @engine_options
-@click.option("--gpus-per-run", type=click.FloatRange(0), help="With Ray: of a student; a share is allowed.")
+@gpu_option("--gpus-per-run", "a student")
 def command(
     recipe_path: Path, out: Path | None, engine: EngineChoice, gpus_per_run: float | None, **inputs: Unpack[Inputs]
 ) -> None:

@@ -61,7 +61,7 @@ def run(
         raise RecipeError(
             "--gpus-per-run: students are tasks with GPUs on Ray only. Leave it out, or add --engine ray."
         )
-    with run_directory(Folder(out)), _cluster(options):
+    with _cluster(options), run_directory(Folder(out)):
         _run(recipe, manifest, extra_roots, out, device, options)
 
 

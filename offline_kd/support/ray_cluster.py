@@ -38,7 +38,7 @@ def joined(address: str | None) -> Iterator[None]:
     try:
         # What workers print stays in Ray's own log files: they would all write over one bar.
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # of many classes, and of none where a machine is too busy to start Ray in 30 s
         raise _no_cluster(named or "this machine", " ".join(str(error).split())) from error
     try:
         yield
@@ -47,7 +47,7 @@ def joined(address: str | None) -> Iterator[None]:
 
 
 def _refuse_silent(address: str) -> None:
-    """Raises RecipeError where nobody listens: Ray itself would try for two minutes, and then end this process."""
+    """Raises RecipeError where nobody listens: Ray itself would go on trying for minutes."""
     host_and_port = re.fullmatch(r"(?:ray://)?\[?([^/]+?)\]?:(\d+)", address)
     if host_and_port is None:
         return
@@ -59,8 +59,8 @@ def _refuse_silent(address: str) -> None:
 
 def _no_cluster(address: str, problem: str) -> RecipeError:
     return RecipeError(
-        f"--engine ray: no Ray cluster at {address} ({problem:.300}). Start one (ray start --head), or correct "
-        "--ray-address."
+        f"--engine ray: no Ray cluster at {address} ({problem:.300}). Start one (ray start --head), correct "
+        "--ray-address, or try again."
     )
 
 

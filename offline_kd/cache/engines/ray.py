@@ -48,7 +48,7 @@ class Actor:
 
 
 @dataclass
-class Hired:
+class _Hired:
     """An actor as its driver knows it."""
 
     handle: Any
@@ -88,11 +88,11 @@ def run(
         actor_class = ray.remote(num_cpus=1, num_gpus=gpus)(Actor)
         sent, folder, device = ray.put(_portable(work)), os.getcwd(), "cuda" if gpus else "cpu"
 
-        def hire() -> tuple[Any, Hired]:
+        def hire() -> tuple[Any, _Hired]:
             handle = actor_class.remote()
-            return handle.start.remote(sent, folder, device), Hired(handle)
+            return handle.start.remote(sent, folder, device), _Hired(handle)
 
-        crew: dict[Any, Hired] = {}  # by what is waited for
+        crew: dict[Any, _Hired] = {}  # by what is waited for
         try:
             say(_do_all(crew, numbers, hire, (min_actors, max_actors or len(numbers)), meter))
         finally:
@@ -100,14 +100,14 @@ def run(
 
 
 def _do_all(
-    crew: dict[Any, Hired],
+    crew: dict[Any, _Hired],
     numbers: Sequence[int],
-    hire: Callable[[], tuple[Any, Hired]],
+    hire: Callable[[], tuple[Any, _Hired]],
     bounds: tuple[int, int],
     meter: Meter,
 ) -> str:
     """Returns what to say of it: blocks, retries, speeds."""
-    waiting, lost_over, proven = deque(numbers), Counter[int | None](), list[Hired]()
+    waiting, lost_over, proven = deque(numbers), Counter[int | None](), list[_Hired]()
     wanted, most = bounds
     patient_until = time.monotonic() + PATIENCE_SECONDS
     while waiting or any(one.block is not None for one in crew.values()):
@@ -145,7 +145,7 @@ def _do_all(
     return f"ray: {len(numbers)} blocks, {lost_over.total() - lost_over[None]} retries; {_speeds(proven)}"
 
 
-def _lose(one: Hired, lost_over: Counter[int | None], error: Exception) -> None:
+def _lose(one: _Hired, lost_over: Counter[int | None], error: Exception) -> None:
     """Raises TeacherError where it is not the actor that is to blame."""
     lost_over[one.block] += 1
     reason = " ".join(str(error).split())
@@ -158,7 +158,7 @@ def _lose(one: Hired, lost_over: Counter[int | None], error: Exception) -> None:
     say(f"ray: an actor was lost ({doing}), another one does it: {reason:.200}")
 
 
-def _count(one: Hired, answer: tuple[int, float, list[str]], meter: Meter) -> None:
+def _count(one: _Hired, answer: tuple[int, float, list[str]], meter: Meter) -> None:
     views, seconds, said = answer
     one.views += views
     one.seconds += seconds
@@ -167,7 +167,7 @@ def _count(one: Hired, answer: tuple[int, float, list[str]], meter: Meter) -> No
         say(line)
 
 
-def _speeds(actors: Sequence[Hired]) -> str:
+def _speeds(actors: Sequence[_Hired]) -> str:
     speeds = sorted(one.views / one.seconds for one in actors if one.seconds)
     if not speeds:
         return "no actor committed anything"
@@ -180,7 +180,7 @@ def _resources() -> str:
     return ", ".join(f"{free.get(name, 0):g} of {whole.get(name, 0):g} {name}s are free" for name in ("CPU", "GPU"))
 
 
-def _dismiss(actors: Iterable[Hired]) -> None:
+def _dismiss(actors: Iterable[_Hired]) -> None:
     for one in actors:
         ray.kill(one.handle)
 
