@@ -15,6 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
 from offline_kd.support.console import console
@@ -62,9 +64,9 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         # Tensors of the CPU travel over gloo in either case: what is counted there need not wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        store, own, others = next(dist.rendezvous("env://"))
+        store, own, others = next(rendezvous("env://"))
         # Under a name of its own: of an earlier meeting of these processes, addresses are left in torchrun's store.
-        named = dist.PrefixStore(f"offline-kd {next(_meetings)}", store)
+        named = PrefixStore(f"offline-kd {next(_meetings)}", store)
         dist.init_process_group(backend, store=named, rank=own, world_size=others)
         console.quiet = rank() > 0
         yield
