@@ -108,7 +108,7 @@ def test_ranks_with_any_share_of_a_batch_train_the_student_of_one_process(made, 
     errors = [line for line in said.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 2, said
     assert any(re.match("Error: rank 1: .*logits.*sha256", line) for line in errors), said
-    assert any(re.match("Error: rank 0: another rank has ended, and says why", line) for line in errors), said
+    assert any(re.match("Error: rank 0: another rank has ended", line) for line in errors), said
     assert re.search("Root Cause.*Error: rank 1: ", said, re.DOTALL), said  # torchrun's own last words
     assert not (tmp_path / "failed" / "result.json").exists()
 
@@ -194,7 +194,7 @@ def test_a_killed_run_goes_on_with_other_ranks_at_the_same_sample(made, where, t
         (tmp_path / name).mkdir()
         command = [tmp_path / "watched.py", tmp_path / name, kill_at, "distill", made["recipe"], *options]
         done = torchrun(ranks, more, *command, "--out", tmp_path / out)
-        assert "Traceback" not in done.stderr.split("torch/distributed/run.py")[0], done.stderr
+        assert done.stderr.count("Traceback") <= 1, done.stderr  # torchrun's own
         return done.returncode
 
     assert go_on("whole", 1, 0, out="alone") == 0

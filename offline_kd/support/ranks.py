@@ -76,7 +76,7 @@ def joined(device: torch.device) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            raise TrainingError("another rank has ended, and says why. The same command goes on.") from error
+            raise TrainingError("another rank has ended; it or torchrun says why. The same command goes on.") from error
         traceback.print_exc()
         end_at_once_among_others()
         raise
