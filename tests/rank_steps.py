@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 rank_steps.py WORK.json OUT.json
 
-WORK.json: `cases` that `steps_of` takes, and then `commands`, arguments of the command line in which `{rank}` stands
-for the rank. OUT.json: for every case the losses and the ids of every step, of all ranks.
+WORK.json: `cases` that `steps_of` takes, then `commands`: arguments of the command line in which `{rank}` stands for
+the rank. OUT.json: for every case the losses and the ids of every step, of all ranks.
 """
 
 import json

@@ -66,9 +66,7 @@ def damaged(made, tmp_path) -> str:
     """The store as `{rank}` finds it: rank 1 has one in which a byte of the logits was changed."""
     for rank in "01":
         shutil.copytree(made["store"], tmp_path / f"store-{rank}")
-    chunk = next(
-        file for file in sorted((tmp_path / "store-1/targets.zarr/logits").rglob("*")) if file.parent.parent.name == "c"
-    )
+    chunk = next(file for file in (tmp_path / "store-1/targets.zarr/logits").glob("*/c/**/*") if file.is_file())
     content = bytearray(chunk.read_bytes())
     content[len(content) // 2] ^= 1
     chunk.write_bytes(content)
@@ -110,7 +108,7 @@ def test_ranks_with_any_share_of_a_batch_train_the_student_of_one_process(made, 
     errors = [line for line in said.splitlines() if line.startswith("Error: ")]
     assert len(errors) == 2, said
     assert any(re.match("Error: rank 1: .*logits.*sha256", line) for line in errors), said
-    assert any(re.match("Error: rank 0: another rank has ended, and says why", line) for line in errors), said
+    assert any(re.match("Error: rank 0: another rank has ended", line) for line in errors), said
     assert re.search("Root Cause.*Error: rank 1: ", said, re.DOTALL), said  # torchrun's own last words
     assert not (tmp_path / "failed" / "result.json").exists()
 
@@ -196,14 +194,13 @@ def test_a_killed_run_goes_on_with_other_ranks_at_the_same_sample(made, where, t
         (tmp_path / name).mkdir()
         command = [tmp_path / "watched.py", tmp_path / name, kill_at, "distill", made["recipe"], *options]
         done = torchrun(ranks, more, *command, "--out", tmp_path / out)
-        assert "Traceback" not in done.stderr.split("torch/distributed/run.py")[0], done.stderr
+        assert done.stderr.count("Traceback") <= 1, done.stderr  # torchrun's own
         return done.returncode
 
     assert go_on("whole", 1, 0, out="alone") == 0
     whole = seen(tmp_path / "whole")
     assert len(whole) == steps
     first, second, third = draw.randint(2, 8), draw.randint(2, 8), draw.randint(2, 8)
-    # The same command with 2 ranks is killed, and restarted by torchrun with what is left; it stops before the end.
     assert go_on("two", 2, first) != 0
     found, at = seen(tmp_path / "two"), 0
     for name, ranks, kill_at, more in (

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import http.server
 import json
 import os
@@ -18,6 +19,7 @@ import pytest
 from conftest import ROOT, invoke, refused
 from test_signing import key_pair
 
+from offline_kd.store.leases import leases_at
 from offline_kd.store.opening import open_store
 from offline_kd.store.sync import copy_store
 from offline_kd.store.verification import verify
@@ -395,3 +397,40 @@ def test_a_copy_follows_a_store_that_grew(recipe, manifest, roots, tmp_path, s3,
     assert copied.already_there > 50
     assert open_store(address).identity.views.num_views == 9
     assert verify(Bucket(address)).faults == []
+
+
+# ---- run directories -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_written_into_a_bucket_goes_on_there_and_is_reported(
+    s3, address, store_path, recipe_file, where, tmp_path, local_student, monkeypatch
+):
+    out, options = f"{address}-run", ("--store", store_path, "--objective", "kd", *where)
+    assert invoke("distill", recipe_file, *options, "--out", out).exit_code == 0
+    place = Bucket(out)
+    names = {"recipe.yaml", "metrics.jsonl", "result.json", "student.safetensors", "last.ckpt", "previous.ckpt"}
+    assert set(place.sizes()) == names  # the lease was given back
+    assert json.loads(place.read("result.json"))["student_sha256"] == local_student
+    assert "finished already" in invoke("distill", recipe_file, *options, "--out", out).stderr
+
+    for name in ("result.json", "student.safetensors"):  # as it was before its end, and the newest checkpoint torn
+        place.delete(name)
+    place.put("last.ckpt", place.read("last.ckpt")[:1000])
+    assert "no result.json: not a run directory" in refused("report", out, "--out", tmp_path / "page.html")
+    with leases_at(place, seconds=0.4) as other:  # shows that it lives all the time
+        assert other.claim("run")
+        monkeypatch.setattr("offline_kd.store.leases.LEASE_SECONDS", 0.4)
+        assert f"{out}: another process is writing this run" in refused("distill", recipe_file, *options, "--out", out)
+    result = invoke("distill", recipe_file, *options, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "going on from previous.ckpt" in result.stderr
+    assert json.loads(place.read("result.json"))["student_sha256"] == local_student
+    assert hashlib.sha256(place.read("student.safetensors")).hexdigest() == local_student
+
+    again = f"{out}/"  # the same run
+    assert invoke("report", out, again, "--out", tmp_path / "page.html").exit_code == 0
+    assert "<td>kd</td>" in (tmp_path / "page.html").read_text()
+    assert "web addresses can only be read" in refused(
+        "distill", recipe_file, *options, "--out", "http://a.example/run"
+    )
+    assert "`run` writes a folder" in refused("run", recipe_file, *where, "--out", out)

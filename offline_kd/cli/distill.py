@@ -90,7 +90,7 @@ def command(
 
 def show_result(result: Result, out: str) -> None:
     """The table of one run, on standard output; of several ranks the first one prints it."""
-    if int(os.environ.get("RANK", "0")) > 0:
+    if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK", "0") != "0":
         return
     from offline_kd.distill.report import group_runs, read_runs, summarise, table
     from offline_kd.support.console import say, show_table

@@ -4,6 +4,7 @@ A process alone is rank 0 of 1, and everything here costs it nothing. All ranks 
 order: each waits for the others.
 """
 
+import itertools
 import os
 import sys
 import traceback
@@ -14,6 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
 from offline_kd.support.console import console
@@ -22,6 +25,7 @@ from offline_kd.support.errors import OfflineKDError, TrainingError
 T = TypeVar("T")
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes, beside WORLD_SIZE
 LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in what torch says when another rank has ended
+_meetings = itertools.count()
 
 
 def world() -> int:
@@ -59,7 +63,11 @@ def joined(device: torch.device) -> Iterator[None]:
         torch.cuda.set_device(device)
     try:
         # Tensors of the CPU travel over gloo in either case: what is counted there need not wait for the GPU.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        store, own, others = next(rendezvous("env://"))
+        # Under a name of its own: of an earlier meeting of these processes, addresses are left in torchrun's store.
+        named = PrefixStore(f"offline-kd {next(_meetings)}", store)
+        dist.init_process_group(backend, store=named, rank=own, world_size=others)
         console.quiet = rank() > 0
         yield
         dist.barrier()
@@ -68,7 +76,7 @@ def joined(device: torch.device) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            raise TrainingError("another rank has ended, and says why. The same command goes on.") from error
+            raise TrainingError("another rank has ended; it or torchrun says why. The same command goes on.") from error
         traceback.print_exc()
         end_at_once_among_others()
         raise
