@@ -21,7 +21,15 @@ from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.labels import CLS, labels_of
 from offline_kd.data.manifest import Manifest, load_manifest
 from offline_kd.data.packing import digits_samples, encode_png
-from offline_kd.data.tars import MAX_KEY_BYTES, Sample, pack_keys, parse_samples, problem_of_key, unpack_keys
+from offline_kd.data.tars import (
+    MAX_KEY_BYTES,
+    Sample,
+    _plain_files,
+    pack_keys,
+    parse_samples,
+    problem_of_key,
+    unpack_keys,
+)
 from offline_kd.store.join import Wanted, join
 from offline_kd.store.layout import NO_LABEL
 from offline_kd.store.lookup import stored_keys
@@ -200,6 +208,9 @@ def test_any_key_that_the_rule_allows_survives_a_tar_and_a_store(keys, tar_forma
             info = tarfile.TarInfo(name)
             info.size, info.mtime = 1, 1.5  # a fraction, as webdataset's writer has it
             tar.addfile(info, io.BytesIO(b"0"))
+    if keys and tar_format == tarfile.PAX_FORMAT:
+        with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
+            assert [file["fname"] for file in _plain_files(buffer.getvalue())] == tar.getnames()
     assert [sample.key for sample in parse_samples(buffer.getvalue(), "a.tar", CLS)] == keys
     assert unpack_keys(pack_keys(keys)) == keys
 
@@ -303,8 +314,9 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     message = refused(*distill, tmp_path / "refused", "--objective", "kd")
     assert "digits/train: has no labels" in message
     assert "the term 'ce' of the objective needs them" in message
-    assert "has other classes" in refused(*distill, tmp_path / "run", "--set", "data.evaluation=shuffled/test")
     alone = "objectives.kd=[{term: kd, temperature: 4}]"
+    shuffled = ("--objective", "kd", "--set", alone, "--set", "data.evaluation=shuffled/test")
+    assert "has other classes" in refused(*distill, tmp_path / "run", *shuffled)
     invoke(*distill, tmp_path / "run", "--objective", "kd", "--set", alone)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] >= 0
     batches = list(okd.open_store(store).loader(folder / "digits", batch_size=20).epoch(0))
