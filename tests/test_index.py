@@ -346,17 +346,19 @@ def test_a_bucket_is_indexed_where_it_is_and_what_was_replaced_is_read_again(s3,
 
 
 @pytest.mark.slow
-def test_ray_finds_what_processes_find(tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_every_engine_finds_what_one_process_finds(engine, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     named = timm(tmp_path / "wds", "train", 12)
     entries = []
-    for engine in ("processes", "ray"):
-        manifest = tmp_path / engine / "m.yaml"
+    for workers, name in ((1, "processes"), (2, engine)):
+        manifest = tmp_path / f"{workers}" / "m.yaml"
         manifest.parent.mkdir()
-        invoke("data", "index", named, "--name", "set", "--manifest", manifest, "--workers", 2, "--engine", engine)
+        invoke("data", "index", named, "--name", "set", "--manifest", manifest, "--workers", workers, "--engine", name)
         entries.append((manifest.parent / "set-train.index.json").read_bytes())
     assert entries[0] == entries[1]
     (tmp_path / "wds" / "imagenet1k-train-0001.tar").write_bytes(b"no tar")
-    index = ("data", "index", named, "--name", "set", "--manifest", tmp_path / "other.yaml", "--engine", "ray")
-    assert "imagenet1k-train-0001.tar: damaged or truncated" in refused(*index)
+    index = ("data", "index", named, "--name", "set", "--manifest", tmp_path / "other.yaml", "--engine", engine)
+    assert "imagenet1k-train-0001.tar: damaged or truncated" in refused(*index, "--workers", 2)
