@@ -21,7 +21,15 @@ from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.labels import CLS, labels_of
 from offline_kd.data.manifest import Manifest, load_manifest
 from offline_kd.data.packing import digits_samples, encode_png
-from offline_kd.data.tars import MAX_KEY_BYTES, Sample, pack_keys, parse_samples, problem_of_key, unpack_keys
+from offline_kd.data.tars import (
+    MAX_KEY_BYTES,
+    Sample,
+    _plain_files,
+    pack_keys,
+    parse_samples,
+    problem_of_key,
+    unpack_keys,
+)
 from offline_kd.store.join import Wanted, join
 from offline_kd.store.layout import NO_LABEL
 from offline_kd.store.lookup import stored_keys
@@ -200,6 +208,9 @@ def test_any_key_that_the_rule_allows_survives_a_tar_and_a_store(keys, tar_forma
             info = tarfile.TarInfo(name)
             info.size, info.mtime = 1, 1.5  # a fraction, as webdataset's writer has it
             tar.addfile(info, io.BytesIO(b"0"))
+    if keys and tar_format == tarfile.PAX_FORMAT:
+        with tarfile.open(fileobj=io.BytesIO(buffer.getvalue())) as tar:
+            assert [file["fname"] for file in _plain_files(buffer.getvalue())] == tar.getnames()
     assert [sample.key for sample in parse_samples(buffer.getvalue(), "a.tar", CLS)] == keys
     assert unpack_keys(pack_keys(keys)) == keys
 
@@ -303,8 +314,9 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     message = refused(*distill, tmp_path / "refused", "--objective", "kd")
     assert "digits/train: has no labels" in message
     assert "the term 'ce' of the objective needs them" in message
-    assert "has other classes" in refused(*distill, tmp_path / "run", "--set", "data.evaluation=shuffled/test")
     alone = "objectives.kd=[{term: kd, temperature: 4}]"
+    shuffled = ("--objective", "kd", "--set", alone, "--set", "data.evaluation=shuffled/test")
+    assert "has other classes" in refused(*distill, tmp_path / "run", *shuffled)
     invoke(*distill, tmp_path / "run", "--objective", "kd", "--set", alone)
     assert json.loads((tmp_path / "run" / "result.json").read_text())["top1"] >= 0
     batches = list(okd.open_store(store).loader(folder / "digits", batch_size=20).epoch(0))
@@ -334,17 +346,19 @@ def test_a_bucket_is_indexed_where_it_is_and_what_was_replaced_is_read_again(s3,
 
 
 @pytest.mark.slow
-def test_ray_finds_what_processes_find(tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_every_engine_finds_what_one_process_finds(engine, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("RAY_ADDRESS", "local")
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "300")
     named = timm(tmp_path / "wds", "train", 12)
     entries = []
-    for engine in ("processes", "ray"):
-        manifest = tmp_path / engine / "m.yaml"
+    for workers, name in ((1, "processes"), (2, engine)):
+        manifest = tmp_path / f"{workers}" / "m.yaml"
         manifest.parent.mkdir()
-        invoke("data", "index", named, "--name", "set", "--manifest", manifest, "--workers", 2, "--engine", engine)
+        invoke("data", "index", named, "--name", "set", "--manifest", manifest, "--workers", workers, "--engine", name)
         entries.append((manifest.parent / "set-train.index.json").read_bytes())
     assert entries[0] == entries[1]
     (tmp_path / "wds" / "imagenet1k-train-0001.tar").write_bytes(b"no tar")
-    index = ("data", "index", named, "--name", "set", "--manifest", tmp_path / "other.yaml", "--engine", "ray")
-    assert "imagenet1k-train-0001.tar: damaged or truncated" in refused(*index)
+    index = ("data", "index", named, "--name", "set", "--manifest", tmp_path / "other.yaml", "--engine", engine)
+    assert "imagenet1k-train-0001.tar: damaged or truncated" in refused(*index, "--workers", 2)

@@ -60,6 +60,8 @@ def _expanded(pattern: str) -> list[str]:
 
 def _matching(pattern: str) -> list[str]:
     server = SERVER.match(pattern)
+    if "://" in pattern and (server is None or not pattern[server.end() + 1 :]):
+        raise RecipeError(f"{shorten(pattern)}: names no tar. Write s3://BUCKET/FOLDER/NAME.tar, or the like.")
     if server is None:
         files = sorted(glob(pattern)) if has_magic(pattern) and not os.path.exists(pattern) else [pattern]
         files = [os.path.abspath(file) for file in files]

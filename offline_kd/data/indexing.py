@@ -120,8 +120,10 @@ def on_ray(location: str, files: Sequence[str], rule: str, workers: int) -> Iter
         import ray
     except ImportError as error:
         raise RecipeError("--engine ray: ray is not installed. Install it: pip install ray") from error
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
+    try:
+        ray.init(log_to_driver=False, ignore_reinit_error=True)
+    except Exception as error:  # ray has no class of its own for a cluster that does not start or answer
+        raise DataError(f"--engine ray: no cluster: {error}. Start one, or correct RAY_ADDRESS.") from error
     task, queue = ray.remote(index_tar), list(reversed(files))
     running: list[ray.ObjectRef[TarFacts]] = []
     while queue or running:
