@@ -2,10 +2,10 @@
 
     OFFLINE_KD_DATA=FOLDER .venv/bin/python tests/bench_remote.py
 
-Small parts of CIFAR-10 (exact views, ResNet-20) and of the ImageNet sample (JPEGs, resampled views of 64 pixels, ResNet-8)
-in tars of their own, which a real S3 server on loopback (moto, on the same cores) hands out 5 ms after it was asked; the
-teacher is a ResNet-8 that knows nothing. Local and remote runs alternate. A run begins with an empty local cache and keeps
-no image in memory: each epoch reads every tar and another view group.
+Small parts of CIFAR-10 (exact views, ResNet-20) and of the ImageNet sample (JPEGs, resampled views of 64 pixels,
+ResNet-8) in tars of their own, which a real S3 server on loopback (moto, on the same cores) hands out 5 ms after it was
+asked; the teacher is a ResNet-8 that knows nothing. Local and remote runs alternate. A run begins with an empty local
+cache and keeps no image in memory: each epoch reads every tar and another view group.
 """
 
 import json
