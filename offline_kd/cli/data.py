@@ -110,14 +110,8 @@ def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
     rows = []
     for name, dataset in manifest.datasets.items():
         counts = ", ".join(f"{split} {part.count:,}" for split, part in dataset.splits.items())
-        rows.append(
-            [
-                name,
-                "dataset",
-                f"{len(dataset.classes)} classes; {counts}",
-                "yes" if is_complete(dataset, roots) else "no",
-            ]
-        )
+        complete = "yes" if is_complete(dataset, roots) else "no"
+        rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", complete])
     for name, teacher in manifest.teachers.items():
         expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
         rows.append([name, "teacher", f"{teacher.model}{expected}", here(teacher.weights.file)])
