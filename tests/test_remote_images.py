@@ -91,6 +91,8 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(recipe, teacher_wei
     packed = load_manifest(here / "manifest.yaml").dataset("digits")
     assert packed.splits == known.splits  # the bytes of a local copy
     assert packed.location == f"{address}/digits"
+    elsewhere = ("--out", f"{address}/other/digits", "--write", "manifest.yaml")
+    assert f"its location at {address}/digits, not {address}/other" in refused("data", "pack", "digits", *elsewhere)
 
     # The teacher's weights lie there, too; the tars are found by their dataset's location.
     weights = Path(teacher_weights).read_bytes()

@@ -65,10 +65,10 @@ def pack_command(
     name = folder if kind == "imagefolder" else kind
     splits, classes = _samples(kind, source, split)
     if manifest_file is not None:
-        check_same_dataset(manifest_file, name, folder, location, classes)  # before hours of packing
+        check_same_dataset(manifest_file, name, folder, classes, location)  # before hours of packing
     size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
     packed = {part: packing.pack(samples, to, part, size) for part, samples in splits.items()}
-    entry = manifest_entry(folder, location, classes, packed)
+    entry = manifest_entry(folder, classes, packed, location)
     say(f"{to}: {sum(tar.count for tars in packed.values() for tar in tars):,} samples. For {MANIFEST_NAME}:")
     click.echo(entry_yaml({"datasets": {name: entry}}))
     if manifest_file is not None:

@@ -24,7 +24,7 @@ class Entry(TypedDict):
 
 
 def manifest_entry(
-    folder: str, location: str | None, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]
+    folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]], location: str | None = None
 ) -> Entry:
     """A dataset as a manifest describes it; `location`: a URL where its tars lie."""
     tars = {name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in splits.items()}
@@ -37,7 +37,7 @@ def entry_yaml(content: Mapping[str, object]) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=120, default_flow_style=None, allow_unicode=True)
 
 
-def check_same_dataset(file: Path, name: str, folder: str, location: str | None, classes: Sequence[str]) -> None:
+def check_same_dataset(file: Path, name: str, folder: str, classes: Sequence[str], location: str | None = None) -> None:
     """Raises DataError when a manifest, if there is one, has that dataset elsewhere, or with other classes."""
     known = load_manifest(file).datasets.get(name) if os.path.lexists(file) else None
     if known is None:
@@ -61,7 +61,7 @@ def merge_dataset(file: Path, name: str, entry: Entry) -> None:
     Raises DataError when the manifest has another dataset of that name, or is written in a way that no line can be put
     into; it is unchanged then.
     """
-    check_same_dataset(file, name, entry["folder"], entry.get("location"), entry["classes"])
+    check_same_dataset(file, name, entry["folder"], entry["classes"], entry.get("location"))
     text = file.read_text(encoding="utf-8") if os.path.lexists(file) else "manifest_version: 1\n"
     expected = parse_yaml(text, where=str(file)) or {}
     assert isinstance(expected, dict)
