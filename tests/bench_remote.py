@@ -63,7 +63,8 @@ def main() -> None:
             folder = Path(name) / dataset
             small = _packed(known, dataset, [folder, *data_roots(["s3://team"])[:1]])
             manifest, weights = Manifest(datasets={dataset: small}), folder / "teacher.safetensors"
-            safetensors.torch.save_file(build("cifar:resnet8", len(small.classes), {}).state_dict(), weights)
+            state = build("cifar:resnet8", len(small.classes), {}).state_dict()
+            safetensors.torch.save_file({key: value.contiguous() for key, value in state.items()}, weights)
             recipe = _recipe(dataset, weights)
             cache_teacher(recipe, manifest, [folder], folder / "store", CPU)
             copy_store(folder / "store", f"s3://team/{dataset}/store")
