@@ -4,8 +4,8 @@
 
 Small parts of CIFAR-10 (exact views) and of the ImageNet sample (JPEGs, resampled views of 64 pixels) in tars of their
 own, which a real S3 server on loopback (moto, on the same cores) hands out 5 ms after it was asked; the student is a
-ResNet-8, so that reading shows, and the teacher another that knows nothing. Local and remote runs alternate. A run begins with an empty local
-cache and keeps no image in memory: each epoch reads every tar and another view group.
+ResNet-8, so that reading shows, and the teacher another that knows nothing. Local and remote runs alternate. A run
+begins with an empty local cache and keeps no image in memory: each epoch reads every tar and another view group.
 """
 
 import json
