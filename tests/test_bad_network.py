@@ -155,7 +155,7 @@ def test_through_a_bad_network_everything_ends_bit_equal(
 
 def test_a_missing_bucket_is_one_line(network):
     assert "there is no such bucket" in refused("store", "push", STORE, "s3://no-such-bucket/store")
-    assert "no teacher store there" in refused("store", "info", "s3://no-such-bucket/store")
+    assert "there is no such bucket" in refused("store", "info", "s3://no-such-bucket/store")
 
 
 # ---- web servers ---------------------------------------------------------------------------------------------------

@@ -15,15 +15,18 @@ import pytest
 import torch
 import yaml
 from bad_network import BadNetwork, first_answer_is_corrupt
-from conftest import ROOT, invoke, refused
+from conftest import CPU, ROOT, invoke, refused
 from test_remote import run_server
 
 import offline_kd as okd
 import offline_kd.data.blocks as blocks_module
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import data_roots, load_manifest
+from offline_kd.distill.loader import Loader
+from offline_kd.distill.reader import Options, Source
 from offline_kd.support.errors import DataError, StoreUnreachable
 from offline_kd.support.places import Bucket
+from offline_kd.views.none import NoAugmentation
 
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
@@ -88,6 +91,8 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(recipe, teacher_wei
     packed = load_manifest(here / "manifest.yaml").dataset("digits")
     assert packed.splits == known.splits  # the bytes of a local copy
     assert packed.location == f"{address}/digits"
+    elsewhere = ("--out", f"{address}/other/digits", "--write", "manifest.yaml")
+    assert f"its location at {address}/digits, not {address}/other" in refused("data", "pack", "digits", *elsewhere)
 
     # The teacher's weights lie there, too; the tars are found by their dataset's location.
     weights = Path(teacher_weights).read_bytes()
@@ -183,9 +188,13 @@ def test_the_next_tars_are_fetched_while_one_is_worked_on_within_a_bound(root, m
     monkeypatch.setattr(blocks_module, "AHEAD_BYTES", 1)
     loader.fetch_ahead(2)
     assert 2 not in loader.coming
-    # What is on its way stays behind, and everything else travels to a worker process.
+    # What is on its way stays behind, and everything else travels to a worker process, which is not a forked one.
     sent = pickle.loads(pickle.dumps(loader))
     assert not sent.coming
+    assert sent.downloads is loader.downloads  # which stores share, so that the bound is on both together
+    views = NoAugmentation(kind="none")
+    pieces = Loader(Source(loader, views, [range(1)]), Options(batch_size=64, workers=1), CPU).pieces
+    assert pieces.multiprocessing_context.get_start_method() == "spawn"
     assert sent[0].keys == loader[0].keys
     assert [block.name for _, block in order] == ["train-000000.tar", "train-000001.tar"]
 

@@ -108,6 +108,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(recipe, manifest, roots,
 class MadeUp:
     """A loader of made-up blocks of the given sizes."""
 
+    is_remote = False
+
     def __init__(self, sizes: list[int]) -> None:
         self.split = Split(tars=[Tar(file=str(index), count=size) for index, size in enumerate(sizes)])
         self.starts = np.cumsum([0, *sizes])
@@ -115,10 +117,13 @@ class MadeUp:
     def __len__(self) -> int:
         return len(self.split.tars)
 
+    def fetch_ahead(self, number: int) -> None:
+        pass
+
     def __getitem__(self, number: int) -> ImageBlock:
         ids = np.arange(self.starts[number], self.starts[number + 1], dtype=np.uint64)
         return ImageBlock(
-            path=Path(str(number)),
+            where=str(number),
             sha256="",
             keys=[str(key) for key in ids],
             key_hash=ids,

@@ -5,7 +5,6 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from itertools import zip_longest
 from typing import TypedDict
 
 import numpy as np
@@ -108,10 +107,10 @@ def measure_fidelity(
     answers = _Answers(store, teacher, device)
     waiting: list[Rows] = []
     with progress("fidelity", sum(wanted.values()), "rows") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, later in zip_longest(wanted, list(wanted)[1:]):
-            if fetch_ahead is not None and later is not None:
-                fetch_ahead(later)
-            count = wanted[number]
+        numbers = list(wanted)
+        for at, (number, count) in enumerate(wanted.items(), start=1):
+            if fetch_ahead is not None and at < len(numbers):
+                fetch_ahead(numbers[at])
             block = as_stored(store, images(number))
             for rows in _some_rows(store, block, number, count, seed):
                 for start in range(0, len(rows.labels), teacher.batch_size):

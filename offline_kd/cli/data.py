@@ -84,7 +84,7 @@ def pack_command(
             check_same_place(manifest_file, name, location)
     size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
     packed = {part: packing.pack(samples, to, part, size) for part, samples in splits.items()}
-    entry = manifest_entry(folder, location, classes, packed)
+    entry = manifest_entry(folder, classes, packed, location)
     say(f"{to}: {sum(tar.count for tars in packed.values() for tar in tars):,} samples. For {MANIFEST_NAME}:")
     click.echo(entry_yaml({"datasets": {name: entry}}))
     if manifest_file is not None:

@@ -1,6 +1,6 @@
 """Images in: `data_manifest.yaml` -> proven tars -> blocks of decoded samples. `packing` makes tars.
 
-In: a manifest and the folders where its files may lie, or a folder of tars. Out: `ImageBlock`, the samples of one tar,
+In: a manifest and the places where its files may lie, or a folder of tars. Out: `ImageBlock`, the samples of one tar,
 each with key, label and pixels. Begin with `blocks.py`.
 """
 

@@ -19,9 +19,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from offline_kd.data.fetching import Fetched, Remote, Root, below, not_found, root_at
 from offline_kd.data.labels import LabelRule
-from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
+from offline_kd.support.downloads import Downloads
 from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean, shorten
-from offline_kd.support.files import cache_folder, file_sha256
+from offline_kd.support.files import file_sha256
 from offline_kd.support.strict import Sha256, Strict, parse
 from offline_kd.support.strict_yaml import read_yaml
 
@@ -325,11 +325,11 @@ def _refuse_outside(file: str) -> None:
         raise DataError(f"{file}: a manifest names files inside the data root, never absolute or through '..'")
 
 
-def locate_weights(weights: Weights, roots: Sequence[Root]) -> Path | Fetched:
+def locate_weights(weights: Weights, roots: Sequence[Root], downloads: Downloads | None = None) -> Path | Fetched:
     """A weights file whose sha256 was just found to be the manifest's: its path, or its content from afar."""
     file = locate(weights.file, roots)
     if isinstance(file, Remote):
-        return file.fetch(weights.sha256, shared_downloads(cache_folder(), DEFAULT_BYTES))
+        return file.fetch(weights.sha256, downloads)
     found = file_sha256(file)
     if found != weights.sha256:
         raise ModelError(

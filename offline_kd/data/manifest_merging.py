@@ -24,7 +24,7 @@ class Entry(TypedDict):
 
 
 def manifest_entry(
-    folder: str, location: str | None, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]
+    folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]], location: str | None = None
 ) -> Entry:
     """A dataset as a manifest describes it; `location`: a URL where its tars lie."""
     tars: dict[str, dict[str, object]] = {

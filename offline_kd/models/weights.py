@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from offline_kd.data.fetching import Fetched, Root
 from offline_kd.data.manifest import Manifest, locate_weights
+from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
 from offline_kd.support.errors import ModelError, did_you_mean
-from offline_kd.support.files import file_sha256
+from offline_kd.support.files import cache_folder, file_sha256
 
 # ---- weights -------------------------------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ def load_weights(model: nn.Module, path: Path | Fetched) -> None:
 def find_weights(weights: str, manifest: Manifest, roots: Sequence[Root]) -> tuple[Path | Fetched, str]:
     """Path, or content from afar, and sha256 of weights of a recipe: a manifest name, a path, or torchvision's name."""
     if entry := manifest.weights(weights):
-        return locate_weights(entry, roots), entry.sha256
+        return locate_weights(entry, roots, shared_downloads(cache_folder(), DEFAULT_BYTES)), entry.sha256
     if Path(weights).is_file():
         return Path(weights), file_sha256(Path(weights))
     if "_Weights." in weights:
