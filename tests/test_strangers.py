@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, invoke, refused
 from tampering import vouch_for_ledger
-from test_old_stores import DIGEST, FIXTURE, STORE
+from test_old_stores import DIGEST, FIXTURE, STORE, STORE_4
 
 from offline_kd.store.card import is_whole_card
 from offline_kd.store.chunks import encode_chunk
@@ -266,6 +266,8 @@ def hostile_stores(folder: Path, everything: bool = True) -> dict[str, str]:
     for name in [*sparse, "store.json", "additions/second.json"] if everything else sparse:
         stores[f"sparse {name}"] = path = copy(f"sparse-{name.replace('/', '-')}")
         os.truncate(path / name, 2**32)
+    stores["sparse page"] = page = Path(shutil.copytree(STORE_4, folder / "sparse-page"))
+    os.truncate(page / "hashes/000000-00000-00001.bin", 2**32)
     stores["bomb of rows"] = bomb(copy("rows"), lambda c: c.update(rows_per_block=500_000))
     manifests = {
         "lists": b'{"views": [' + b"[]," * (2**23 - 10) + b"[]]}",

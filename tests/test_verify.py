@@ -207,7 +207,9 @@ def test_repair_does_exactly_the_damaged_blocks_again_and_restores_the_digest(st
     assert {name: (path / name).stat().st_mtime_ns for name in untouched} == untouched
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "ledger/000001-00003-00006.json", "index.html"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "ledger/000001-00003-00006.json", "hashes/000000-00003-00006.bin", "index.html"]
+)
 def test_repair_mends_metadata(name, store_path, recipe_file, where, tmp_path):
     path = copy_of(store_path, tmp_path / "copy")
     content = bytearray((path / name).read_bytes())
@@ -262,7 +264,7 @@ def test_hostile_identities_are_refused(change, message, store_path, tmp_path):
         (lambda c: c.update(views={"": 10**12}), "an image has 1 to 9"),
         (lambda c: c.update(views={"": 9, "../../x": 9}), "is no name of an addition"),
         (lambda c: c.update(views={"": 9, "nothing": 9}), "additions/nothing.json: missing"),
-        (lambda c: c.update(entries={}), "lists 0 entries"),
+        (lambda c: c.update(pages={}), "lists 0 pages, 3 are promised for 9 blocks"),
         (lambda c: c.update(held={"first_block": 5, "end_block": 99, "views": 9, "arrays": None}), "holds blocks 5 to"),
         (lambda c: c["fidelity"][""].update(mean_error=float("inf")), "finite number"),
         (lambda c: c.update(digest="../../x"), "string_pattern|pattern"),

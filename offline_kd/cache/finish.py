@@ -181,6 +181,8 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
             write_page(place, page, content)
 
     found = _read_ledger(capture, parts, views, keep)
+    if not still_mine():
+        return None
     listed = {**found.pages, **found.entries}
     digest = store_digest(read_identity(place)[0], [one.model_dump(mode="json") for one in additions], listed)
 

@@ -1,5 +1,6 @@
 """One key, one row: found early by whoever captures, and proven over the whole store before it is finished."""
 
+from collections.abc import Iterator
 from typing import NoReturn
 
 import numpy as np
@@ -10,6 +11,7 @@ from offline_kd.store.reader import Store
 from offline_kd.support.errors import DataError
 
 READ_AHEAD = 16  # blocks of a store that is not on this machine
+MOST_SORTED = 2**24  # keys that are compared at once in the end
 MOST_KNOWN = 2**24  # keys that a capture compares as it goes; all are compared in the end
 
 Run = tuple[NDArray[np.uint64], NDArray[np.int32]]  # hashes of keys, and the block of each
@@ -46,25 +48,34 @@ class KnownKeys:
 
 
 def prove_unique_keys(store: Store) -> None:
-    """Make sure that no two rows of a store have one key, whoever wrote them: 8 bytes of memory a row.
+    """Make sure that no two rows of a store have one key, whoever wrote them.
+
+    Memory is bounded: the keys of a large store are read several times, and each time those in a part of all hashes are
+    compared.
 
     Raises DataError naming both tars.
     """
-    about = store.created.dataset
-    hashes = np.empty(sum(about.tars[block].count for block in store.blocks), dtype=np.uint64)
-    filled = 0
+    rows = sum(store.created.dataset.tars[block].count for block in store.blocks)
+    passes = -(-rows // MOST_SORTED)
+    for number in range(passes):
+        first, last = number * 2**64 // passes, (number + 1) * 2**64 // passes - 1
+        found = []
+        for some in _all_key_hashes(store):
+            found.append(some[(some >= np.uint64(first)) & (some <= np.uint64(last))] if passes > 1 else some)
+        hashes = np.concatenate(found)
+        hashes.sort()
+        twice = np.flatnonzero(hashes[1:] == hashes[:-1])
+        if len(twice):
+            refuse_key(store, hashes[twice[0]])
+
+
+def _all_key_hashes(store: Store) -> Iterator[NDArray[np.uint64]]:
+    """`[rows]` of every block."""
     for block in store.blocks:
         if store.place.is_remote:
             for later in range(block + 1, min(block + 1 + READ_AHEAD, store.blocks.stop)):
                 store.fetch_ahead(later, 0, ["key_hash"])
-        some = _key_hashes(store, block)
-        hashes[filled : filled + len(some)] = some
-        filled += len(some)
-    hashes = hashes[:filled]
-    hashes.sort()
-    twice = np.flatnonzero(hashes[1:] == hashes[:-1])
-    if len(twice):
-        refuse_key(store, hashes[twice[0]])
+        yield _key_hashes(store, block)
 
 
 def refuse_key(store: Store, key_hash: np.uint64) -> NoReturn:

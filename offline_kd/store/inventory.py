@@ -128,10 +128,12 @@ def _ending(views: range, part: str) -> str:
 
 def _split(name: str) -> tuple[int, str]:
     """The block and the rest of the name of a ledger entry; -1 and '' for what is none."""
-    number, dash, rest = name.partition("-")
-    if not (number.isascii() and number.isdigit() and DIGITS <= len(number) <= 9) or f"{int(number):06d}" != number:
+    number = name.partition("-")[0]
+    if not (number.isascii() and number.isdigit() and DIGITS <= len(number) <= 9):
         return -1, ""
-    return int(number), dash + rest
+    if len(number) > DIGITS and number[0] == "0":
+        return -1, ""
+    return int(number), name[len(number) :]
 
 
 class Listing:
