@@ -32,7 +32,7 @@ Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of
 class Data(Strict):
     dataset: str = Field(description="name in the manifest")
     train: str = "train"
-    evaluation: str = "test"
+    evaluation: str = Field("test", description="a split of the dataset, or DATASET/SPLIT of one with the same classes")
     tars: list[int] | None = Field(None, min_length=1, description="numbers of the training tars to use; all if absent")
     labelled_fraction: float = Field(
         1.0,

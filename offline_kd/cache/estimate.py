@@ -151,5 +151,5 @@ def _evaluation_images(recipe: Recipe, manifest: Manifest) -> int:
     weights = recipe.teacher.weights or ""
     known = manifest.teachers.get(weights)
     expected = recipe.teacher.expected or (known.expected if known else None)
-    dataset, split = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
-    return manifest.split(dataset, split).count
+    named = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
+    return manifest.split(*manifest.evaluation(*named)).count

@@ -276,7 +276,7 @@ class _Answers:
             of_rows=of_rows,
             blocks=len(self.blocks),
             of_blocks=of_blocks,
-            teacher_top1=means["teacher_top1", ""],
+            teacher_top1=None if self.store.created.dataset.labels == "none" else means["teacher_top1", ""],
             mean_top1_probability=means["mean_top1_probability", ""],
             mean_error=means["mean_error", ""],
             max_error=self.max_error,

@@ -13,10 +13,12 @@ from offline_kd.cache.tables import identify_decisions
 from offline_kd.cache.teacher import gate
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.checking import dataset_fingerprint
+from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.layout import parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity
@@ -222,6 +224,9 @@ def describe_capture(
         measured: of the teacher, by its gate: where, and top-1 in percent.
         known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
     """
+    for name, config in recipe.capture.decisions.items():
+        if isinstance(config, SubclassDecisions):
+            need_labels(loader.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", f"capture.decisions.{name}")
     first = loader[0]
     example = plain_images(first, teacher.crop, 0, 8)[0][:1]
     rows_per_block = max(tar.count for tar in loader.split.tars)
@@ -236,6 +241,7 @@ def describe_capture(
             height=first.images.shape[2] if recipe.views.is_exact else None,
             width=first.images.shape[3] if recipe.views.is_exact else None,
             tars=loader.split.tars,
+            labels=loader.split.labels,
             licence=loader.dataset.licence,
         ),
         teacher=TeacherIdentity(

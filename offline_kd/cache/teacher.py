@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import build, input_of
@@ -91,7 +92,9 @@ def gate(
     Raises TeacherError when it is further from the expected accuracy than the tolerance.
     """
     expected = teacher.expected
-    dataset, split = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
+    dataset, split = manifest.evaluation(
+        *((expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation))
+    )
     loader = BlockLoader(
         manifest.dataset(dataset),
         manifest.split(dataset, split),
@@ -100,6 +103,7 @@ def gate(
         decode=teacher.crop is None,
         on_bad=recipe.data.bad_images,
     )
+    need_labels(loader.split.labels, f"{dataset}/{split}", "the teacher's gate")
     measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop).top1
     if expected and abs(measured - expected.top1) > expected.tolerance:
         raise TeacherError(

@@ -20,7 +20,8 @@ from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
-from offline_kd.data.manifest import Dataset, Manifest, Split, locate
+from offline_kd.data.labels import labels_of, need_labels
+from offline_kd.data.manifest import Dataset, Manifest, Split, folders_of, locate
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Loader
@@ -221,8 +222,11 @@ def _small(
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     wanted = steps * recipe.training.batch_size
     samples: list[Sample] = []
+    folders, labels = folders_of(dataset, roots), labels_of(split.labels, dataset.classes)
+    need_labels(split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "this benchmark")
     for tar in split.tars:
-        samples += read_tar(locate(f"{dataset.folder}/{tar.file}", roots))[0][: wanted - len(samples)]
+        some, _ = read_tar(locate(tar.file, folders), labels=labels)
+        samples += some[: wanted - len(samples)]
     small = Dataset(
         folder="bench",
         classes=dataset.classes,

@@ -1,6 +1,6 @@
 """Image tars: read them, prove a copy of them.
 
-One input format: WebDataset tars (`.tar` or `.tar.gz`) with members `KEY.(png|jpg|webp)` and `KEY.cls`.
+One input format: WebDataset tars (`.tar` or `.tar.gz`) with members `KEY.(png|jpg|webp)` and what says the label.
 A tar is read whole: the bytes whose sha256 is checked are the bytes that are decoded.
 """
 
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image, image_size
-from offline_kd.data.manifest import Dataset, Split, Tar, locate
+from offline_kd.data.labels import CLS, Labels, labels_of
+from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import Proof, Sample, hash_key, read_tar
 from offline_kd.support.errors import DataError
 
@@ -46,7 +47,7 @@ class ImageBlock:
     key_hash: NDArray[np.uint64]  # [n]
     image_digest: NDArray[np.uint8]  # [n, 16] the first half of the sha256 of the encoded image
     image_crc: NDArray[np.uint32]  # [n] its crc32c, which is all that stores before schema 3 know
-    labels: NDArray[np.int32]  # [n]
+    labels: NDArray[np.int32]  # [n]; -1 in a split without labels
     encoded: list[bytes]
     pixels: Tensor | None  # [n, 3, H, W] uint8, where all images have one size and were decoded
     on_bad: OnBadImage = "fail"
@@ -130,7 +131,14 @@ def _bad_image(path: Path, key: str, problem: str) -> DataError:
 
 
 def load_block(
-    path: Path, tar: Tar, num_classes: int, *, decode: bool = True, on_bad: OnBadImage = "fail", prove: Proof = "always"
+    path: Path,
+    tar: Tar,
+    num_classes: int,
+    *,
+    decode: bool = True,
+    on_bad: OnBadImage = "fail",
+    prove: Proof = "always",
+    labels: Labels = CLS,
 ) -> ImageBlock:
     """Read and check one tar.
 
@@ -138,8 +146,9 @@ def load_block(
         decode: decode all images, which must have one size; otherwise a `Decoder` does it when they are needed.
         on_bad: whether an image that cannot be decoded is an error, or left out and listed.
         prove: when the file's sha256 is compared with the manifest's: see `read_tar`.
+        labels: what says the label of a sample.
     """
-    samples, sha256 = read_tar(path, expected=tar, prove=prove)
+    samples, sha256 = read_tar(path, expected=tar, prove=prove, labels=labels)
     for sample in samples:
         if sample.label >= num_classes:
             raise DataError(
@@ -215,7 +224,9 @@ class BlockLoader:
     ) -> None:
         self.dataset, self.split, self.keep_bytes = dataset, split, keep_bytes
         self.decode, self.on_bad, self.prove = decode, on_bad, prove
-        self.paths = [locate(f"{dataset.folder}/{tar.file}", roots) for tar in split.tars]
+        folders = folders_of(dataset, roots)
+        self.paths = [locate(tar.file, folders) for tar in split.tars]
+        self.labels = labels_of(split.labels, dataset.classes)
         self.kept: dict[int, ImageBlock] = {}
         self.kept_bytes = 0
 
@@ -232,6 +243,7 @@ class BlockLoader:
             decode=self.decode,
             on_bad=self.on_bad,
             prove=self.prove,
+            labels=self.labels,
         )
         size = sum(map(len, block.encoded)) if block.pixels is None else block.pixels.nbytes
         if self.kept_bytes + size <= self.keep_bytes:

@@ -6,15 +6,18 @@ from pathlib import Path
 import numpy as np
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image
-from offline_kd.data.manifest import Dataset, Split, Tar, locate
+from offline_kd.data.labels import labels_of
+from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import read_tar
 from offline_kd.support.errors import DataError
 from offline_kd.support.strict import fingerprint
 
 
 def dataset_fingerprint(dataset: Dataset, split: Split) -> str:
-    """sha256 over what defines a split: class names in order, and count and sha256 of every tar in order."""
-    return fingerprint([dataset.classes, [[tar.count, tar.sha256] for tar in split.tars]])
+    """sha256 over what defines a split: class names in order, count and sha256 of every tar in order, and what says the
+    labels, where that is not `.cls`."""
+    rule = [] if split.labels == "cls" else [split.labels]
+    return fingerprint([dataset.classes, [[tar.count, tar.sha256] for tar in split.tars], *rule])
 
 
 # ---- proving a copy ------------------------------------------------------------------------------------------------
@@ -29,11 +32,13 @@ def check_dataset(
     """
     counts: dict[str, int] = {}
     first_use: dict[str, str] = {}
+    folders = folders_of(dataset, roots)
     for split_name, split in dataset.splits.items():
+        labels = labels_of(split.labels, dataset.classes)
         per_class = np.zeros(len(dataset.classes), dtype=np.int64)
         for tar in progress(split.tars):
-            path = locate(f"{dataset.folder}/{tar.file}", roots)
-            samples, _ = read_tar(path, expected=tar)
+            path = locate(tar.file, folders)
+            samples, _ = read_tar(path, expected=tar, labels=labels)
             for sample in samples:
                 where = f"{path}: sample '{sample.key}'"
                 if sample.label >= len(dataset.classes):
@@ -53,7 +58,7 @@ def check_dataset(
                 except UNDECODABLE as error:
                     raise DataError(f"{where}: cannot be decoded ({error}). Repair or remove it.") from error
                 per_class[sample.label] += 1
-        for index in np.flatnonzero(per_class == 0):
+        for index in np.flatnonzero(per_class == 0) if split.labels != "none" else ():
             raise DataError(
                 f"split '{split_name}': no sample of class {index} ('{dataset.classes[index]}') in "
                 f"{split.count} samples. Correct `classes` in the manifest, or pack the dataset again."

@@ -4,15 +4,18 @@ A file is named relative to a data root. The roots are, in this order: those giv
 `data.root` of a recipe), the folders of the environment variable `OFFLINE_KD_DATA` (separated as in PATH), `./data`.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ValidationError, model_validator
 
+from offline_kd.data.labels import LabelRule
 from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean, shorten
 from offline_kd.support.files import file_sha256
 from offline_kd.support.strict import Sha256, Strict, parse
@@ -30,25 +33,80 @@ class Tar(Strict):
     sha256: Sha256 | None = None
 
 
+class IndexedTar(Tar):
+    """A line of an index: what reading the whole tar has found."""
+
+    sha256: Sha256
+    bytes: int = Field(gt=0)
+
+
+class TarIndex(Strict):
+    """The tars of a split in a file beside the manifest: thousands of them do not belong into YAML."""
+
+    index_version: int = Field(1, ge=1, le=1)
+    tars: list[IndexedTar] = Field(min_length=1)
+
+
 class Split(Strict):
-    tars: list[Tar] = Field(min_length=1)
+    """The tars of a split, named here or in an index, which `Manifest.dataset` puts into `tars`."""
+
+    tars: list[Tar] = Field([])
+    index: str | None = Field(None, description="file beside the manifest that names the tars, by `data index`")
+    sha256: Sha256 | None = Field(None, description="of the index")
+    labels: LabelRule = Field("cls", description="what says the label of a sample: cls, json:FIELD or none")
+
+    @model_validator(mode="after")
+    def _has_tars_once(self) -> Self:
+        if bool(self.tars) == (self.index is not None) or (self.index is None) != (self.sha256 is None):
+            raise ValueError("give `tars`, or `index` with its `sha256`")
+        return self
 
     @property
     def count(self) -> int:
         return sum(tar.count for tar in self.tars)
+
+    def with_tars(self) -> "Split":
+        """The split with the tars of its index, if it has one; raises DataError for an index that is not that one."""
+        if self.index is None or self.sha256 is None:
+            return self
+        return Split(tars=read_index(Path(self.index), self.sha256), labels=self.labels)
 
     def only(self, numbers: Sequence[int] | None) -> "Split":
         """The split of the tars with these numbers; all of them for None."""
         for number in numbers or ():
             if not 0 <= number < len(self.tars):
                 raise RecipeError(f"data.tars: there is no tar {number}, the split has {len(self.tars)} (0..).")
-        return self if numbers is None else Split(tars=[self.tars[number] for number in numbers])
+        return self if numbers is None else Split(tars=[self.tars[number] for number in numbers], labels=self.labels)
+
+
+def read_index(file: Path, sha256: str) -> list[Tar]:
+    """The tars of an index that must have this sha256; raises DataError otherwise."""
+    remedy = "Put the file beside the manifest that names it, or make both again: `offline-kd data index`."
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: an index of tars that cannot be read ({error.strerror}). {remedy}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != sha256:
+        raise DataError(f"{file}: sha256 is {found}, the manifest says {sha256}. {remedy}")
+    try:
+        return _tars_of(content)
+    except ValidationError as error:
+        raise DataError(f"{file}: is no index of tars: {error.errors()[0]['msg']}. {remedy}") from error
+
+
+@lru_cache(8)
+def _tars_of(index: bytes) -> list[Tar]:
+    """A command asks for one dataset many times."""
+    found = TarIndex.model_validate_json(index).tars
+    return [Tar(file=tar.file, count=tar.count, sha256=tar.sha256) for tar in found]
 
 
 class Dataset(Strict):
-    """Images in WebDataset tars: members `KEY.(png|jpg|webp)` and `KEY.cls`, the class index in ASCII."""
+    """Images in WebDataset tars: samples of members `KEY.(png|jpg|webp)` and what says their label, as `KEY.cls`."""
 
     folder: str
+    location: str | None = Field(None, description="folder or URL of the tars; beside this file, if it is relative")
     classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
     splits: dict[str, Split] = Field(min_length=1)
     source: str = ""
@@ -147,9 +205,27 @@ class Manifest(Strict):
         return StoreReference(known.location, targets, known.digest.removeprefix("sha256:"), signed_by)
 
     def dataset(self, name: str) -> Dataset:
+        """A dataset with all tars, those of indexes too; raises DataError for an index that is not the right one."""
         if name not in self.datasets:
             raise RecipeError(f"no dataset '{shorten(name)}' in the manifest.{did_you_mean(name, self.datasets)}")
-        return self.datasets[name]
+        known = self.datasets[name]
+        return known.model_copy(update={"splits": {part: split.with_tars() for part, split in known.splits.items()}})
+
+    def evaluation(self, dataset: str, split: str) -> tuple[str, str]:
+        """The dataset and the split that `data.evaluation` names: a split of that dataset, or DATASET/SPLIT.
+
+        Raises RecipeError for another dataset with other classes.
+        """
+        other, _, name = split.rpartition("/")
+        known = self.dataset(dataset)
+        if not other or split in known.splits:
+            return dataset, split
+        if self.dataset(other).classes != known.classes:
+            raise RecipeError(
+                f"data.evaluation: '{other}' has other classes than '{dataset}', or another order of them. Evaluate on "
+                "images of the same classes."
+            )
+        return other, name
 
     def split(self, dataset: str, split: str) -> Split:
         splits = self.dataset(dataset).splits
@@ -161,7 +237,7 @@ class Manifest(Strict):
 def load_manifest(path: Path) -> Manifest:
     """Read and check a manifest; raises RecipeError naming the field that is wrong.
 
-    The keys that stores must be signed by are named relative to the manifest.
+    The keys that stores must be signed by, where datasets lie, and indexes of tars are named relative to the manifest.
     """
     if not os.path.isfile(path):  # False where a name is too long for a file, too
         raise RecipeError(
@@ -173,7 +249,19 @@ def load_manifest(path: Path) -> Manifest:
         name: one.model_copy(update={"signed_by": one.signed_by and str(path.parent / one.signed_by)})
         for name, one in manifest.stores.items()
     }
-    return manifest.model_copy(update={"stores": stores})
+    datasets = {name: _beside(path, one) for name, one in manifest.datasets.items()}
+    return manifest.model_copy(update={"stores": stores, "datasets": datasets})
+
+
+def _beside(manifest: Path, dataset: Dataset) -> Dataset:
+    """What the manifest of this path says of a dataset, its relative names made those of files."""
+    splits = {
+        name: split.model_copy(update={"index": split.index and str(manifest.parent / split.index)})
+        for name, split in dataset.splits.items()
+    }
+    here = dataset.location is not None and "://" not in dataset.location
+    location = str(manifest.parent / dataset.location) if here and dataset.location else dataset.location
+    return dataset.model_copy(update={"splits": splits, "location": location})
 
 
 def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:
@@ -185,6 +273,14 @@ def data_roots(explicit: Sequence[str | Path] = ()) -> list[Path]:
     if urls:
         raise RecipeError(f"data root {shorten(urls[0])}: a URL, but images are read from folders: copy them to one.")
     return [Path(root) for root in (*explicit, *filter(None, environment.split(os.pathsep)), "data")]
+
+
+def folders_of(dataset: Dataset, roots: Sequence[Path]) -> list[Path]:
+    """Where the tars of a dataset are looked for: its folder below every root, then its location."""
+    if Path(dataset.folder).is_absolute() or ".." in Path(dataset.folder).parts:
+        raise DataError(f"{dataset.folder}: a manifest names folders inside the data root, never absolute or by '..'")
+    location = dataset.location or ""
+    return [*(root / dataset.folder for root in roots), *([Path(location)] if location else [])]
 
 
 def locate(file: str, roots: Sequence[Path]) -> Path:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image
 from offline_kd.data.manifest import Tar
-from offline_kd.data.tars import IMAGE_EXTENSIONS, KEY_PATTERN, Sample, hash_key
+from offline_kd.data.tars import IMAGE_EXTENSIONS, Sample, hash_key, problem_of_key
 from offline_kd.support.errors import DataError, shorten
 from offline_kd.support.files import flush_to_disk
 
@@ -54,8 +54,8 @@ def pack(samples: Iterable[Sample], folder: Path, prefix: str, samples_per_tar: 
         chunk.clear()
 
     for sample in samples:
-        if not KEY_PATTERN.fullmatch(sample.key):
-            raise DataError(f"key '{sample.key}': letters, digits, '_', '-' and '/' only. Rename the file.")
+        if problem := problem_of_key(sample.key) or ("." in sample.key.rpartition("/")[2] and "has a dot in it"):
+            raise DataError(f"key '{sample.key}': {problem}. Rename the file.")
         if sample.key in seen:
             raise DataError(f"key '{sample.key}' comes twice. Rename one of the two files.")
         seen.add(sample.key)

@@ -42,7 +42,7 @@ def open_loader(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder. Give the one with the tars that {store.place} was made from.")
     about = store.identity.dataset
-    split = Split(tars=[about.tars[block] for block in store.blocks])
+    split = Split(tars=[about.tars[block] for block in store.blocks], labels=about.labels)
     dataset = Dataset(folder=".", classes=about.classes, splits={about.split: split})
     # The join proves every image, unless the store is an old one, which knows the sha256 of tars only.
     prove: Proof = "never" if store.created.keeps_digests else "once"

@@ -12,6 +12,7 @@ import torch
 
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.compatibility import check_all, check_teachers
@@ -85,6 +86,8 @@ def distill(
         raise RecipeError("--online asks the recipe's own teacher: give one --store beside it at most.")
     check_all(opened, recipe, images, [] if options.get("allow_biased") or online else terms)
     check_teachers(opened, [manifest.store(one.store).digest is not None for one in wanted], recipe, manifest)
+    _refuse_labels_that_are_not(recipe, images, terms)
+    evaluated = evaluation_images(recipe, manifest, roots)
     student = new_student(recipe, images, seed, device, terms)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
@@ -99,7 +102,13 @@ def distill(
     loader = make_loader(recipe, source, seed, device, live_size)
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest)
-    return fit(run, student, loader, evaluation_images(recipe, manifest, roots), ask)
+    return fit(run, student, loader, evaluated, ask)
+
+
+def _refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
+    """Raise DataError for cross-entropy on a split without labels, where it would be 0."""
+    if any(isinstance(term, CE) for term in terms):
+        need_labels(images.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "the term 'ce' of the objective")
 
 
 def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:
@@ -128,6 +137,7 @@ def train_teacher(recipe: Recipe, manifest: Manifest, roots: Sequence[Path], out
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
     refuse_ranks()
     images, seed = training_images(recipe, manifest, roots), recipe.seeds[0]
+    _refuse_labels_that_are_not(recipe, images, [CE(term="ce")])
     torch.manual_seed(seed)
     network = build(recipe.teacher.model, len(images.dataset.classes), recipe.teacher.model_args).to(device)
     normalisation = recipe.teacher.normalisation or recipe.data.normalisation
@@ -156,9 +166,11 @@ def training_images(
 
 
 def evaluation_images(recipe: Recipe, manifest: Manifest, roots: Sequence[Path]) -> BlockLoader:
-    split = manifest.split(recipe.data.dataset, recipe.data.evaluation)
+    dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
+    split = manifest.split(dataset, name)
+    need_labels(split.labels, f"{dataset}/{name}", "evaluation")
     return BlockLoader(
-        manifest.dataset(recipe.data.dataset),
+        manifest.dataset(dataset),
         split,
         roots,
         keep_bytes=recipe.data.keep_bytes,

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from offline_kd.store.layout import NO_LABEL
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
 from offline_kd.store.serving import describe, served_terms
@@ -140,7 +141,9 @@ def _measured(fidelity: Fidelity | None) -> dict[str, str]:
         return {"rows asked again": "0: `offline-kd store verify STORE --teacher 1000` asks this teacher"}
     return {
         "rows asked again": fidelity.looked_at,
-        "teacher top-1 on them, augmented": f"{fidelity.teacher_top1:.2f} %",
+        "teacher top-1 on them, augmented": "there are no labels"
+        if fidelity.teacher_top1 is None
+        else f"{fidelity.teacher_top1:.2f} %",
         "mean top-1 probability": f"{fidelity.mean_top1_probability:.3f}",
         "same top-1 as the teacher": f"{100 * fidelity.top1_agreement:.2f} %",
         "logit error, mean / largest": f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g} "
@@ -187,8 +190,10 @@ def read_answers(store: Store) -> Answers:
         labels.append(label.flatten())
         for pixels, row, view in zip(arrays["probe/pixels"], arrays["probe/row"], arrays["probe/view"], strict=True):
             if len(examples) < MAX_EXAMPLES and row < some:
-                truth, said = (identity.dataset.classes[int(ids[row, view])] for ids in (label, predicted))
-                caption = f"{said} {confidence[row, view]:.0%}" + ("" if truth == said else f", labelled {truth}")
+                said, truth = identity.dataset.classes[int(predicted[row, view])], int(label[row, view])
+                caption = f"{said} {confidence[row, view]:.0%}"
+                if truth not in (NO_LABEL, predicted[row, view]):
+                    caption += f", labelled {identity.dataset.classes[truth]}"
                 examples.append((np.asarray(pixels, dtype=np.uint8).transpose(1, 2, 0), caption))
         rows += label.size
         if rows >= MAX_ROWS:
@@ -199,15 +204,16 @@ def read_answers(store: Store) -> Answers:
 def _refuse_wild(store: Store, number: int, arrays: Arrays) -> None:
     """Raise StoreCorrupt for labels and probes that name no class, row or view: the store may be anybody's."""
     rows, identity = len(arrays["label"]), store.identity
-    for name, end in (
-        ("label", identity.num_classes),
-        ("probe/row", rows),
-        ("probe/view", identity.views_per_group),
+    unlabelled = identity.dataset.labels == "none"
+    for name, first, end in (
+        ("label", NO_LABEL if unlabelled else 0, NO_LABEL + 1 if unlabelled else identity.num_classes),
+        ("probe/row", 0, rows),
+        ("probe/view", 0, identity.views_per_group),
     ):
         values = arrays[name]
-        if values.min() < 0 or values.max() >= end:
+        if values.min() < first or values.max() >= end:
             raise StoreCorrupt(
-                f"{store.place}: block {number} has {name} from {values.min()} to {values.max()}, must be 0 to "
+                f"{store.place}: block {number} has {name} from {values.min()} to {values.max()}, must be {first} to "
                 f"{end - 1}: run `offline-kd store verify` on it."
             )
 
@@ -219,13 +225,13 @@ def _pictures(store: Store) -> dict[str, list[tuple[str, str]]]:
         return {"examples": [], "plots": []}
     answers = read_answers(store)
     about = f"{len(answers.labels):,} stored rows (augmented training images)"
-    return {
-        "examples": [(caption, _png(pixels)) for pixels, caption in answers.examples],
-        "plots": [
+    plots = []
+    if store.identity.dataset.labels != "none":
+        plots = [
             (f"Confidence and calibration of the teacher on {about}", _curves(answers)),
             ("Teacher's top-1 by class on the same rows, worst first", _per_class(answers, store.identity)),
-        ],
-    }
+        ]
+    return {"examples": [(caption, _png(pixels)) for pixels, caption in answers.examples], "plots": plots}
 
 
 def _curves(answers: Answers) -> str:

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock, load_block
-from offline_kd.data.manifest import Manifest, locate
+from offline_kd.data.labels import labels_of
+from offline_kd.data.manifest import Manifest, folders_of, locate
 from offline_kd.store.join import as_stored, join, left_out_of
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.counter_rng import U64
@@ -36,14 +37,17 @@ def images_of(store: Store, manifest: Manifest, roots: Sequence[Path]) -> Callab
             "made with."
         )
 
+    folders, labels = folders_of(dataset, roots), labels_of(about.labels, about.classes)
+
     def images(block: int) -> ImageBlock:
         tar = about.tars[block]
         return load_block(
-            locate(f"{dataset.folder}/{tar.file}", roots),
+            locate(tar.file, folders),
             tar,
             store.identity.num_classes,
             decode=store.identity.views.is_exact,
             on_bad="skip" if store.entry("", block, 0).left_out else "fail",
+            labels=labels,
         )
 
     return images

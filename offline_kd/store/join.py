@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import ImageBlock
-from offline_kd.data.tars import MAX_KEY_BYTES, pack_keys
+from offline_kd.data.labels import UNLABELLED
+from offline_kd.data.tars import pack_keys
 from offline_kd.store.decisions import SubclassDecisions
+from offline_kd.store.layout import NO_LABEL
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import say
-from offline_kd.support.errors import DataError, StoreCorrupt, StoreMismatch, did_you_mean
+from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
 from offline_kd.views.choice import Choice, choose, draw_choice
 from offline_kd.views.kind import Parameters, ViewSpec
 from offline_kd.views.mixing import NO_PARTNER, WHOLE
@@ -166,20 +168,17 @@ def _rows(block: ImageBlock, choice: Choice, signal: list[StoredSignal]) -> Rows
 
 
 def row_arrays(identity: StoreIdentity, block: ImageBlock) -> Arrays:
-    """What a store says of the rows of a tar whatever their view, `[n, ...]`: which samples they are, and their labels.
-
-    Raises DataError for a key that a store cannot keep.
-    """
+    """What a store says of the rows of a tar whatever their view, `[n, ...]`: which samples, and their labels."""
+    label = _stored_labels(block)
     if not identity.keeps_digests:
-        return {"key_hash": block.key_hash, "image_crc": block.image_crc, "label": block.labels}
-    longest = max(block.keys, key=len, default="")
-    if len(longest) > MAX_KEY_BYTES:
-        raise DataError(
-            f"{block.name}: key '{longest[:80]}...' has {len(longest)} characters, a store keeps up to "
-            f"{MAX_KEY_BYTES}. Pack the dataset again with shorter names."
-        )
+        return {"key_hash": block.key_hash, "image_crc": block.image_crc, "label": label}
     keys = pack_keys(block.keys)
-    return {"key_hash": block.key_hash, "key": keys, "image_digest": block.image_digest, "label": block.labels}
+    return {"key_hash": block.key_hash, "key": keys, "image_digest": block.image_digest, "label": label}
+
+
+def _stored_labels(block: ImageBlock) -> NDArray[np.int32]:
+    """`[n]` as a store has them."""
+    return np.where(block.labels == UNLABELLED, np.int32(NO_LABEL), block.labels)
 
 
 def proof_of_images(identity: StoreIdentity) -> str:
@@ -298,12 +297,13 @@ def _check_samples(store: Store, block: ImageBlock, found: Arrays) -> None:
             f"{'sha256' if by_digest else 'crc32c'} {is_now}, the one the teacher saw had {was} (store {store.place}). "
             "The images were changed since: use the original dataset, or capture it again."
         )
-    relabelled = np.flatnonzero(found["label"] != block.labels)
+    labels = _stored_labels(block)
+    relabelled = np.flatnonzero(found["label"] != labels)
     if len(relabelled):
         first = relabelled[0]
         raise StoreMismatch(
             f"{block.name}: sample '{block.keys[first]}' (and {len(relabelled) - 1} more) has label "
-            f"{block.labels[first]}, in the store {store.place} it has {found['label'][first]}. "
+            f"{labels[first]}, in the store {store.place} it has {found['label'][first]} ({NO_LABEL}: none). "
             "The labels were changed since: use the original dataset, or capture it again."
         )
     if (found["view/flip"].astype(int) > 1).any():

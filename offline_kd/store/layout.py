@@ -25,6 +25,7 @@ from offline_kd.views.kind import ViewSpec
 
 PROBES_PER_GROUP = 4
 NO_KEY = 2**64 - 1
+NO_LABEL = -2  # of a row whose sample has none: -1 marks a label that was never written
 MIN_OBJECT_BYTES = 256 * 1024  # below this a request costs more than its bytes
 MAX_BLOCK_BYTES = 2**27  # of all arrays of one block and view group, decoded: what one read takes
 MAX_TABLE_BYTES = 2**28  # of one table, such as how 8,000 sub-classes are seen as each other
@@ -132,13 +133,13 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
         *(
             [
-                per_row("key", "|u1", 0, "the sample's key, in ASCII, filled up with 0", ("byte", MAX_KEY_BYTES)),
+                per_row("key", "|u1", 0, "the sample's key, in UTF-8, filled up with 0", ("byte", MAX_KEY_BYTES)),
                 per_row("image_digest", "|u1", 0, "sha256 of the encoded image, 16 bytes", ("byte", DIGEST_BYTES)),
             ]
             if identity.keeps_digests
             else [per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)")]
         ),
-        per_row("label", "<i4", -1, "class index"),
+        per_row("label", "<i4", -1, "class index" + ("; -2: none" if identity.dataset.labels == "none" else "")),
         *(
             per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
             for name, array in identity.views.arrays().items()

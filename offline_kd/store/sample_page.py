@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock, OnBadImage, load_block
+from offline_kd.data.labels import UNLABELLED, labels_of
 from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
 from offline_kd.data.tars import hash_key
@@ -47,7 +48,7 @@ def write_inspect_page(store: Store, key: str, folder: str, roots: Sequence[Path
     views = [_view(images, number, row, group, view, used) for group, view in shown]
     page = render_page(
         "sample",
-        title=f"{key}: {classes[block.labels[row]]}",
+        title=key if block.labels[row] == UNLABELLED else f"{key}: {classes[block.labels[row]]}",
         about=f"Sample {key} of {identity.dataset.name}/{identity.dataset.split}, block {number}, row {row}; "
         f"teacher {identity.teacher.name}; store {identity.name}",
         digest=f"sha256:{store.digest[:16]}",
@@ -71,7 +72,14 @@ class _Images:
             path = locate(f"{self.folder}/{tar.file}", self.roots)
             identity = self.store.identity
             on_bad: OnBadImage = "skip" if self.store.entry("", number, 0).left_out else "fail"
-            block = load_block(path, tar, identity.num_classes, decode=identity.views.is_exact, on_bad=on_bad)
+            block = load_block(
+                path,
+                tar,
+                identity.num_classes,
+                decode=identity.views.is_exact,
+                on_bad=on_bad,
+                labels=labels_of(identity.dataset.labels, identity.dataset.classes),
+            )
             self.blocks[number] = as_stored(self.store, block)
         return self.blocks[number]
 

@@ -14,7 +14,8 @@
 Rows: block b is the b-th image tar of the dataset, sample j of it is row b * rows_per_block + j. A chunk holds one
 block and one view group, so every commit writes whole objects and every read takes whole objects.
 
-A row has its sample's key, the key's hash, the sha256 of the image's encoded bytes (16 bytes of it) and the label.
+A row has its sample's key, the key's hash, the sha256 of the image's encoded bytes (16 bytes of it) and the label, or
+NO_LABEL where the dataset has none.
 
 Proof: manifest.json has the sha256 of every ledger entry, and an entry those of its objects. The store's digest is over
 identity and ledger: content, not dates, machines or software versions. It does not say how many views were planned, so
@@ -29,6 +30,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from offline_kd.data.labels import LabelRule
 from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.decisions import DecisionsConfig
@@ -43,6 +45,11 @@ Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
 Side = Annotated[int, Field(gt=0, lt=2**15)]
 
 
+def _is_usual(labels: object) -> bool:
+    """Left out of JSON, so that stores of images with `.cls` are described as by earlier versions."""
+    return labels == "cls"
+
+
 class DatasetIdentity(Strict):
     name: str
     split: str
@@ -51,6 +58,7 @@ class DatasetIdentity(Strict):
     height: Side | None = Field(description="of every image; None: they differ")
     width: Side | None
     tars: list[Tar] = Field(min_length=1)
+    labels: LabelRule = Field("cls", exclude_if=_is_usual, description="what says the label of a sample")
     licence: str
 
 
@@ -186,7 +194,9 @@ class Fidelity(Strict):
     of_rows: int | None = Field(None, exclude_if=_is_none, description="so many there were; None: nobody wrote it down")
     blocks: int | None = Field(None, exclude_if=_is_none, description="in which those rows lie")
     of_blocks: int | None = Field(None, exclude_if=_is_none)
-    teacher_top1: float = Field(description="percent of rows, augmented as stored, whose arg-max is the label")
+    teacher_top1: float | None = Field(
+        description="percent of rows, augmented as stored, whose arg-max is the label; None: there are no labels"
+    )
     mean_top1_probability: float
     top1_agreement: float = Field(description="share of rows whose arg-max survived the codec")
     mean_error: float = Field(description="mean absolute error of a logit")

@@ -15,7 +15,7 @@ from offline_kd.store.card import CARD_FILES, is_whole_card
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.comparison import compare_block, view_problem
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
-from offline_kd.store.layout import NO_KEY, ArraySpec, small_files
+from offline_kd.store.layout import NO_KEY, NO_LABEL, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.lookup import problem_of_keys
 from offline_kd.store.objects import metadata_limit, read_metadata
@@ -301,7 +301,7 @@ def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | 
     """The smallest and largest legal value of an integer array; None where every value is legal."""
     created = store.created
     known: dict[str, tuple[float, float]] = {
-        "label": (0, created.num_classes - 1),
+        "label": (NO_LABEL, NO_LABEL) if created.dataset.labels == "none" else (0, created.num_classes - 1),
         **{f"view/{name}": array.legal for name, array in created.views.arrays().items()},
         "probe/row": (0, created.rows_per_block - 1),
         "probe/view": (0, created.views_per_group - 1),
