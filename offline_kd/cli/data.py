@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
 from offline_kd.cli.options import MANIFEST_NAME, common_options
-from offline_kd.support.errors import RecipeError
+from offline_kd.support.errors import RecipeError, shorten
 
 if TYPE_CHECKING:
     from offline_kd.data.manifest import Tar
     from offline_kd.data.tars import Sample
+
+
+def _part_of_a_name(context: click.Context, option: click.Parameter, value: str) -> str:
+    if re.fullmatch(r"[0-9A-Za-z_][0-9A-Za-z_.\-]{0,99}", value) is None:
+        raise RecipeError(f"--{option.name} {shorten(value)}: letters, digits, '_', '-' and '.' only, at most 100.")
+    return value
 
 
 @click.group("data")
@@ -86,6 +93,48 @@ def _samples(kind: str, source: Path | None, split: str | None) -> tuple[Mapping
     return packing.cifar_samples(kind, source)
 
 
+class IndexOptions(TypedDict):
+    """What `data index` is told besides the tars."""
+
+    name: str
+    split: str
+    rule: str
+    classes_file: Path | None
+    num_classes: int | None
+    workers: int
+    engine: str
+    manifest_path: Path
+
+
+@command.command("index")
+@click.argument("tars", nargs=-1, required=True)
+@click.option("--name", required=True, callback=_part_of_a_name, help="Of the dataset, in the manifest.")
+@click.option(
+    "--split", default="train", show_default=True, callback=_part_of_a_name, help="Which split these tars are."
+)
+@click.option("--label", "rule", default="cls", show_default=True, help="What says a label: cls, json:FIELD or none.")
+@click.option("--classes", "classes_file", type=click.Path(path_type=Path), help="Class names in order, one a line.")
+@click.option("--num-classes", type=click.IntRange(2, 2**20), help="Classes without names, where nothing says them.")
+@click.option(
+    "--workers", type=click.IntRange(1, 1024), default=os.cpu_count(), help="Tars read at once.  [default: cores]"
+)
+@click.option("--engine", type=click.Choice(["processes", "ray"]), default="processes", show_default=True)
+@click.option("--manifest", "manifest_path", type=click.Path(path_type=Path), default=MANIFEST_NAME, show_default=True)
+def index_command(tars: tuple[str, ...], **options: Unpack[IndexOptions]) -> None:
+    """Put webdatasets that exist into the manifest, as they are: every tar is read once, where it lies.
+
+    TARS are files or URLs, with {000..123}, {a,b}, * and ?. Count and sha256 of each go into an index beside the
+    manifest. Interrupted, the same command goes on; with another --split it adds one.
+
+    \b
+    offline-kd data index 's3://bucket/imagenet-train-{000000..001281}.tar' --name imagenet --split train
+    offline-kd data index 'laion/*.tar' --name laion --label none --classes imagenet_classes.txt
+    """
+    from offline_kd.data.index_entry import index_split
+
+    index_split(tars, **options)
+
+
 @command.command("list")
 @common_options
 def list_command(manifest_path: Path, data_root: tuple[Path, ...]) -> None:
@@ -94,19 +143,23 @@ def list_command(manifest_path: Path, data_root: tuple[Path, ...]) -> None:
     \b
     offline-kd data list
     """
-    from offline_kd.data.manifest import data_roots, load_manifest
+    from offline_kd.data.manifest import data_roots, folders_of, load_manifest
     from offline_kd.support.console import show_table
 
     manifest, roots = load_manifest(manifest_path), data_roots(data_root)
 
-    def is_here(files: list[str]) -> str:
-        return "yes" if all(any(os.path.isfile(root / file) for root in roots) for file in files) else "no"
+    def is_here(files: list[str], folders: Sequence[Path] = roots) -> str:
+        return "yes" if all(any(os.path.isfile(folder / file) for folder in folders) for file in files) else "no"
 
     rows = []
-    for name, dataset in manifest.datasets.items():
-        files = [f"{dataset.folder}/{tar.file}" for split in dataset.splits.values() for tar in split.tars]
+    for name in manifest.datasets:
+        dataset = manifest.dataset(name)
+        files = [tar.file for split in dataset.splits.values() for tar in split.tars]
         counts = ", ".join(f"{split} {part.count:,}" for split, part in dataset.splits.items())
-        rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", is_here(files)])
+        here = is_here(files, folders_of(dataset, roots))
+        if here == "no" and dataset.location and "://" in dataset.location:
+            here = dataset.location
+        rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", here])
     for name, teacher in manifest.teachers.items():
         expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
         rows.append([name, "teacher", f"{teacher.model}{expected}", is_here([teacher.weights.file])])

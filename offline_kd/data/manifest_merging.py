@@ -1,13 +1,13 @@
-"""`data pack --write`: what was just packed, put into a manifest whose other lines, comments too, stay as they are."""
+"""What was just packed or indexed, put into a manifest whose other lines, comments too, stay as they are."""
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 import yaml
 
-from offline_kd.data.manifest import Manifest, Tar, load_manifest
+from offline_kd.data.manifest import Dataset, Manifest, Tar, load_manifest
 from offline_kd.support.errors import DataError, RecipeError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.strict import parse
@@ -18,13 +18,16 @@ class Entry(TypedDict):
     """A dataset, as YAML has it."""
 
     folder: str
+    location: NotRequired[str]
     classes: list[str]
-    splits: dict[str, dict[str, list[dict[str, object]]]]
+    splits: dict[str, dict[str, object]]
 
 
 def manifest_entry(folder: str, classes: Sequence[str], splits: Mapping[str, Sequence[Tar]]) -> Entry:
     """A dataset as a manifest describes it."""
-    tars = {name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in splits.items()}
+    tars: dict[str, dict[str, object]] = {
+        name: {"tars": [tar.model_dump() for tar in tars]} for name, tars in splits.items()
+    }
     return {"folder": folder, "classes": list(classes), "splits": tars}
 
 
@@ -32,9 +35,31 @@ def entry_yaml(content: Mapping[str, object]) -> str:
     return yaml.safe_dump(content, sort_keys=False, width=120, default_flow_style=None, allow_unicode=True)
 
 
+def known_dataset(file: Path, name: str) -> Dataset | None:
+    """What a manifest, if there is one, says of a dataset, if it has it."""
+    return load_manifest(file).datasets.get(name) if os.path.lexists(file) else None
+
+
+def check_same_place(file: Path, name: str, location: str | None) -> None:
+    """Raises DataError when a manifest, if there is one, knows a dataset of that name with another location.
+
+    Args:
+        location: a URL, or the path of a folder.
+    """
+    known = known_dataset(file, name)
+    if known is None:
+        return
+    there, here = (one and (one if "://" in one else os.path.abspath(one)) for one in (known.location, location))
+    if there != here:
+        raise DataError(
+            f"{file}: dataset '{name}' lies in {there or 'folders below data roots'}, these tars in {here}: those "
+            "of all its splits must lie below one folder or URL. Name them all, or give another --name."
+        )
+
+
 def check_same_dataset(file: Path, name: str, folder: str, classes: Sequence[str]) -> None:
     """Raises DataError when a manifest, if there is one, knows a dataset of that name with other classes or folder."""
-    known = load_manifest(file).datasets.get(name) if os.path.lexists(file) else None
+    known = known_dataset(file, name)
     if known is None:
         return
     if known.folder != folder:
@@ -48,8 +73,16 @@ def check_same_dataset(file: Path, name: str, folder: str, classes: Sequence[str
 def merge_dataset(file: Path, name: str, entry: Entry) -> None:
     """Put the splits of `entry` into the manifest `file`; splits that it has under other names stay.
 
+    Raises what `merged` does; the manifest is unchanged then.
+    """
+    write_atomically(file.resolve(), merged(file, name, entry))
+
+
+def merged(file: Path, name: str, entry: Entry) -> str:
+    """The text of the manifest `file` with the splits of `entry`.
+
     Raises DataError when the manifest has another dataset of that name, or is written in a way that no line can be put
-    into; it is unchanged then.
+    into.
     """
     check_same_dataset(file, name, entry["folder"], entry["classes"])
     text = file.read_text(encoding="utf-8") if os.path.lexists(file) else "manifest_version: 1\n"
@@ -62,15 +95,15 @@ def merge_dataset(file: Path, name: str, entry: Entry) -> None:
     else:
         path, value = ["datasets", name], {**entry}
         datasets[name] = entry
-    merged = "\n".join(_put(text.splitlines(), yaml.compose(text, Loader=LOADER), path, value)) + "\n"
+    changed = "\n".join(_put(text.splitlines(), yaml.compose(text, Loader=LOADER), path, value)) + "\n"
     try:
-        as_read = parse_yaml(merged, where=str(file))
+        as_read = parse_yaml(changed, where=str(file))
     except RecipeError:
         as_read = None
     if as_read != expected:
         raise DataError(f"{file}: cannot be merged into as it is written. Put the printed entry there by hand.")
     parse(Manifest, as_read, where=str(file))
-    write_atomically(file.resolve(), merged)
+    return changed
 
 
 def _put(lines: list[str], node: yaml.Node | None, path: list[str], value: Mapping[str, object]) -> list[str]:

@@ -204,6 +204,16 @@ class Bucket:
         except FileNotFoundError:
             return None
 
+    def version(self, name: str) -> str | None:
+        """Size and ETag of a file, which change with its content; None where there is no file, or no ETag."""
+        import obstore
+
+        try:
+            about = self._again(name, lambda: obstore.head(self._client, name))
+        except FileNotFoundError:
+            return None
+        return f"{about['size']} {about['e_tag']}" if about["e_tag"] else None
+
     def create(self, name: str, content: bytes) -> bool:
         """Create a file unless there is one; returns whether it was created by the last try of this request."""
         import obstore
