@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.store.codecs import CODEC_TABLES
-from offline_kd.store.layout import ArraySpec, Part
+from offline_kd.store.layout import ArraySpec, Part, small_files
 from offline_kd.store.reader import Store, page_bytes
 from offline_kd.store.schema import PAGE_BLOCKS, Held, StoreIdentity, ledger_name, page_name, tables_ledger_name
 from offline_kd.support.errors import StoreError
@@ -89,6 +89,18 @@ def promised_pages(store: Store, held: Held | None) -> dict[str, int]:
         if held is None or any(held.has(spec.name) for spec in part.specs)
         for views in promised_groups(store, part, held)
         for block in firsts
+    }
+
+
+def few_files(store: Store, held: Held | None) -> set[str]:
+    """The files of a store of which there are few: all but the objects and ledger entries of blocks."""
+    tables = [(name, part.name, specs) for part in store.parts.values() for name, specs in part.tables.items()]
+    return {
+        "manifest.json",
+        *small_files(store.additions, store.parts),
+        *(f"hashes/{name}" for name in promised_pages(store, held)),
+        *(f"ledger/{tables_ledger_name(name, part)}" for name, part, _ in tables),
+        *(f"targets.zarr/{spec.object_key(0, 0)}" for _, _, specs in tables for spec in specs),
     }
 
 

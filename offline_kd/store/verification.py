@@ -16,14 +16,14 @@ from offline_kd.store.card import CARD_FILES, is_whole_card
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.comparison import compare_block, view_problem
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
-from offline_kd.store.inventory import Listing, PromisedEntry, num_promised, promised_entries, promised_pages
+from offline_kd.store.inventory import Listing, PromisedEntry, few_files, num_promised, promised_entries, promised_pages
 from offline_kd.store.layout import NO_KEY, NO_LABEL, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.lookup import problem_of_keys
 from offline_kd.store.objects import metadata_limit, read_metadata
 from offline_kd.store.opening import all_digests, open_store
 from offline_kd.store.reader import Arrays, Store
-from offline_kd.store.schema import Held, LedgerEntry, StoredObject, TablesEntry, kind_of, tables_ledger_name
+from offline_kd.store.schema import Held, LedgerEntry, StoredObject, TablesEntry, kind_of
 from offline_kd.store.signing import damage, signature_names
 from offline_kd.store.writer import manifest_bytes
 from offline_kd.support.console import progress
@@ -101,7 +101,7 @@ def verify(
     if images is not None and not result.faults:
         result.faults += _compare_with(store, images)
     if there is not None:
-        known = _known_files(store, held) | {name for one in digests for name in signature_names(one)}
+        known = few_files(store, held) | {name for one in digests for name in signature_names(one)}
         strange = [name for name in there.beyond(store, held, known) if not is_leftover(name)]
         result.faults += [
             Fault(
@@ -194,18 +194,6 @@ def _is_card_of_a_copy(place: Place, name: str) -> bool:
         return is_whole_card(read_metadata(place, name))
     except (FileNotFoundError, NotADirectoryError, StoreCorrupt):
         return False
-
-
-def _known_files(store: Store, held: Held | None) -> set[str]:
-    """The files of a store of which there are few: all but the objects and ledger entries of blocks."""
-    tables = [(name, part.name, specs) for part in store.parts.values() for name, specs in part.tables.items()]
-    return {
-        "manifest.json",
-        *small_files(store.additions, store.parts),
-        *(f"hashes/{name}" for name in promised_pages(store, held)),
-        *(f"ledger/{tables_ledger_name(name, part)}" for name, part, _ in tables),
-        *(f"targets.zarr/{spec.object_key(0, 0)}" for _, _, specs in tables for spec in specs),
-    }
 
 
 def _check_entry(
