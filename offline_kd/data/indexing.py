@@ -119,7 +119,7 @@ def on_ray(location: str, files: Sequence[str], rule: str, workers: int) -> Iter
     try:
         import ray
     except ImportError as error:
-        raise RecipeError("--engine ray: ray is not installed. Install it: pip install ray") from error
+        raise RecipeError("--engine ray: ray is not installed: pip install 'offline-kd[ray]'") from error
     try:
         ray.init(log_to_driver=False, ignore_reinit_error=True)
     except Exception as error:  # ray has no class of its own for a cluster that does not start or answer
