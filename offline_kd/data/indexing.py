@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from offline_kd.data.labels import Labels, Names
 from offline_kd.data.tars import hash_key, parse_samples
-from offline_kd.support.errors import DataError, OfflineKDError, RecipeError
+from offline_kd.support.errors import DataError
 from offline_kd.support.places import Bucket, place_at
 
 MAX_TAR_BYTES = 2**40
@@ -116,26 +116,23 @@ def in_processes(location: str, files: Sequence[str], rule: str, workers: int) -
 
 def on_ray(location: str, files: Sequence[str], rule: str, workers: int) -> Iterator[TarFacts]:
     """As `in_processes`, by tasks on the Ray cluster that RAY_ADDRESS names, or one of this machine."""
-    try:
-        import ray
-    except ImportError as error:
-        raise RecipeError("--engine ray: ray is not installed: pip install 'offline-kd[ray]'") from error
-    try:
-        ray.init(log_to_driver=False, ignore_reinit_error=True)
-    except Exception as error:  # ray has no class of its own for a cluster that does not start or answer
-        raise DataError(f"--engine ray: no cluster: {error}. Start one, or correct RAY_ADDRESS.") from error
-    task, queue = ray.remote(index_tar), list(reversed(files))
-    running: list[ray.ObjectRef[TarFacts]] = []
-    while queue or running:
-        while queue and len(running) < workers:
-            running.append(task.remote(location, queue.pop(), rule))
-        done, running = ray.wait(running)
-        try:
-            yield from ray.get(done)
-        except ray.exceptions.RayTaskError as error:
-            raise error.cause if isinstance(error.cause, OfflineKDError) else error from None
-        except ray.exceptions.RayError as error:
-            raise DataError(f"{location}: Ray lost a task that read a tar ({error}). Run the command again.") from error
+    from offline_kd.support.ray_cluster import as_expected, joined, ray
+
+    with joined(None):
+        task, queue = ray.remote(index_tar), list(reversed(files))
+        running: list[ray.ObjectRef[TarFacts]] = []
+        while queue or running:
+            while queue and len(running) < workers:
+                running.append(task.remote(location, queue.pop(), rule))
+            done, running = ray.wait(running)
+            try:
+                yield from ray.get(done)
+            except ray.exceptions.RayTaskError as error:
+                raise as_expected(error) from None
+            except ray.exceptions.RayError as error:
+                raise DataError(
+                    f"{location}: Ray lost a task that read a tar ({error}). Run the command again."
+                ) from error
 
 
 ENGINES: dict[str, Callable[[str, Sequence[str], str, int], Iterator[TarFacts]]] = {
