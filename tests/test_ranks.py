@@ -106,9 +106,9 @@ def test_ranks_with_any_share_of_a_batch_train_the_student_of_one_process(made, 
         status=1,
     )
     errors = [line for line in said.splitlines() if line.startswith("Error: ")]
-    assert len(errors) == 2, said
-    assert any(re.match("Error: rank 1: .*logits.*sha256", line) for line in errors), said
-    assert any(re.match("Error: rank 0: another rank has ended", line) for line in errors), said
+    assert [line for line in errors if re.match("Error: rank 1: .*logits.*sha256", line)], said
+    others = [line for line in errors if not line.startswith("Error: rank 1: ")]  # none, where torchrun was quicker
+    assert all(line.startswith("Error: rank 0: another rank has ended") for line in others), said
     assert re.search("Root Cause.*Error: rank 1: ", said, re.DOTALL), said  # torchrun's own last words
     assert not (tmp_path / "failed" / "result.json").exists()
 

@@ -48,18 +48,19 @@ def evaluate(
     classes = len(loader.dataset.classes)
     logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
     with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, start in own_batches([tar.count for tar in loader.split.tars], batch_size):
+        for number, starts in own_batches([tar.count for tar in loader.split.tars], batch_size).items():
             block = loader[number]
-            images, rows = plain_images(block, crop, start, start + batch_size, threads)
-            if not rows:
-                continue
-            labels.append(torch.from_numpy(block.labels[rows]).long())
-            logits.append(predict(images.to(device)).float().cpu())
-            meter.advance(len(images))
-            if logits[-1].shape[1] != classes:
-                raise ModelError(
-                    f"{title}: the network gives {logits[-1].shape[1]} logits, the dataset has {classes} classes."
-                )
+            for start in starts:
+                images, rows = plain_images(block, crop, start, start + batch_size, threads)
+                if not rows:
+                    continue
+                labels.append(torch.from_numpy(block.labels[rows]).long())
+                logits.append(predict(images.to(device)).float().cpu())
+                meter.advance(len(images))
+                if logits[-1].shape[1] != classes:
+                    raise ModelError(
+                        f"{title}: the network gives {logits[-1].shape[1]} logits, the dataset has {classes} classes."
+                    )
     z, y = torch.cat(logits), torch.cat(labels)
     if not z.isfinite().all():
         row, column = (~z.isfinite()).nonzero()[0].tolist()
@@ -79,7 +80,10 @@ def evaluate(
     )
 
 
-def own_batches(counts: Sequence[int], batch_size: int) -> list[tuple[int, int]]:
-    """Block and first row of the batches of this rank, of blocks of so many rows: every so-manieth of all batches."""
+def own_batches(counts: Sequence[int], batch_size: int) -> dict[int, list[int]]:
+    """Every so-manieth batch, for this rank: the first rows of its batches by block, of blocks of so many rows."""
     batches = [(number, start) for number, count in enumerate(counts) for start in range(0, count, batch_size)]
-    return batches[rank() :: world()]
+    own: dict[int, list[int]] = {}
+    for number, start in batches[rank() :: world()]:
+        own.setdefault(number, []).append(start)
+    return own

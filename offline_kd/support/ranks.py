@@ -65,8 +65,9 @@ def joined(device: torch.device) -> Iterator[None]:
         # Tensors of the CPU travel over gloo in either case: what is counted there need not wait for the GPU.
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         store, own, others = next(rendezvous("env://"))
-        # Under a name of its own: of an earlier meeting of these processes, addresses are left in torchrun's store.
-        named = PrefixStore(f"offline-kd {next(_meetings)}", store)
+        # Under a name of its own: addresses of earlier meetings, and of processes that were killed, are left there.
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        named = PrefixStore(f"offline-kd {restart} {next(_meetings)}", store)
         dist.init_process_group(backend, store=named, rank=own, world_size=others)
         console.quiet = rank() > 0
         yield
