@@ -78,7 +78,7 @@ WORKS = ("open", "first batch", "plan of a resume", CHECK)
 
 def first_pool(tars: int) -> list[int]:
     """The tars whose rows the first batches of an epoch are mixed from."""
-    return Order(0, 0, 1, [ROWS] * tars, POOL).tars[:POOL].tolist()
+    return Order(0, 0, 1, [ROWS] * tars, POOL, ROWS).tars[:POOL].tolist()
 
 
 def make(folder: Path, tars: int, groups: int) -> None:

@@ -99,6 +99,9 @@ def strings_for(parameter: click.Parameter) -> SearchStrategy[str]:
         assert kind.min is not None, f"{parameter.name}: below what is a number refused?"
         edges = [kind.min - 1, kind.min, 2**70] + ([] if kind.max is None else [kind.max + 1])
         return st.sampled_from([*map(str, edges), "x", "", "1.5", "\N{ARABIC-INDIC DIGIT THREE}"])
+    if isinstance(kind, click.FloatRange):
+        assert kind.min is not None, f"{parameter.name}: below what is a number refused?"
+        return st.sampled_from([str(kind.min - 1), str(kind.min), "0.3", "1.5", "inf", "nan", "1e400", "x", ""])
     if isinstance(kind, click.Choice):
         return st.sampled_from([*kind.choices, "none", ""])
     if isinstance(kind, click.Path):
@@ -265,5 +268,6 @@ def test_every_number_has_bounds_and_every_option_a_known_kind():
     """So that the test above can try what lies beyond them, of options that are yet to come, too."""
     for path, command in COMMANDS:
         for parameter in command.params:
-            known = (click.IntRange, click.Choice, click.Path, click.types.StringParamType, click.types.BoolParamType)
+            numbers = click.IntRange, click.FloatRange
+            known = (*numbers, click.Choice, click.Path, click.types.StringParamType, click.types.BoolParamType)
             assert isinstance(parameter.type, known), f"{' '.join(path)}: {parameter.name}"

@@ -249,7 +249,7 @@ def test_a_server_that_is_gone_and_a_bucket_that_is_not_are_messages(s3, address
     import offline_kd.support.places as place_module
 
     assert "no teacher store there" in refused("store", "info", "s3://team/nothing/here")
-    assert "no teacher store there" in refused("store", "info", "s3://no-such-bucket/here")
+    assert "there is no such bucket on this server" in refused("store", "info", "s3://no-such-bucket/here")
     monkeypatch.setattr(place_module, "RETRIES", {"max_retries": 1})
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     assert "Check the address, the credentials and the network" in refused("store", "info", address)

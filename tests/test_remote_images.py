@@ -92,7 +92,7 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(recipe, teacher_wei
     assert packed.splits == known.splits  # the bytes of a local copy
     assert packed.location == f"{address}/digits"
     elsewhere = ("--out", f"{address}/other/digits", "--write", "manifest.yaml")
-    assert f"its location at {address}/digits, not {address}/other" in refused("data", "pack", "digits", *elsewhere)
+    assert f"lies in {address}/digits, these tars in {address}/other" in refused("data", "pack", "digits", *elsewhere)
 
     # The teacher's weights lie there, too; the tars are found by their dataset's location.
     weights = Path(teacher_weights).read_bytes()
@@ -193,7 +193,7 @@ def test_the_next_tars_are_fetched_while_one_is_worked_on_within_a_bound(root, m
     assert not sent.coming
     assert sent.downloads is loader.downloads  # which stores share, so that the bound is on both together
     views = NoAugmentation(kind="none")
-    pieces = Loader(Source(loader, views, [range(1)]), Options(batch_size=64, workers=1), CPU).pieces
+    (pieces,) = Loader(Source(loader, views, [range(1)]), Options(batch_size=64, workers=1), CPU).workers
     assert pieces.multiprocessing_context.get_start_method() == "spawn"
     assert sent[0].keys == loader[0].keys
     assert [block.name for _, block in order] == ["train-000000.tar", "train-000001.tar"]

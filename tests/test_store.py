@@ -266,7 +266,10 @@ def test_every_kind_of_damage_to_any_object_is_found_before_its_rows_are_used(re
         path = Path(shutil.copytree(store_path, tmp_path / f"copy{index}"))
         name, damage = list(damages.items())[index % len(damages)]
         (path / file).write_bytes(damage((path / file).read_bytes()))
-        message = distill_from(path, recipe_file, where, tmp_path / f"{index}")
+        if file.parts[1] == "key":  # which training does not read
+            message = invoke("store", "verify", path).stdout
+        else:
+            message = distill_from(path, recipe_file, where, tmp_path / f"{index}")
         assert str(file) in message, (name, message)
 
 

@@ -92,12 +92,12 @@ def gpu_option(flag: str, of_what: str) -> Callable[..., Callable[..., None]]:
     """How many GPUs a task of Ray takes: a share of one, or whole ones."""
 
     def whole_or_share(context: click.Context, option: click.Parameter, gpus: float | None) -> float | None:
-        if gpus is not None and gpus > 1 and gpus != int(gpus):
+        if gpus is not None and not gpus <= 1 and not gpus.is_integer():
             raise click.BadParameter(f"{gpus:g}: a share of one GPU, such as 0.5, or a whole number.")
         return gpus
 
     return click.option(
-        flag, type=click.FloatRange(0), callback=whole_or_share, help=f"With Ray: of {of_what}; 0.5 is a share."
+        flag, type=click.FloatRange(0, 1024), callback=whole_or_share, help=f"With Ray: of {of_what}; 0.5 is a share."
     )
 
 

@@ -48,9 +48,9 @@ def evaluate(
     classes = len(loader.dataset.classes)
     logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
     with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
-        for number, starts in own_batches([tar.count for tar in loader.split.tars], batch_size).items():
-            block = loader[number]
-            for start in starts:
+        own = own_batches([tar.count for tar in loader.split.tars], batch_size)
+        for number, block in loader.in_order(own):
+            for start in own[number]:
                 images, rows = plain_images(block, crop, start, start + batch_size, threads)
                 if not rows:
                     continue
@@ -74,14 +74,14 @@ def evaluate(
     samples = int(sums[0])
     return Evaluation(
         samples=samples,
-        top1=100 * sums[1].item() / samples,
+        top1=100 * (sums[1].item() / samples),
         nll=sums[2].item() / samples,
         ece=sums[3:].abs().sum().item() / samples,
     )
 
 
 def own_batches(counts: Sequence[int], batch_size: int) -> dict[int, list[int]]:
-    """Every so-manieth batch, for this rank: the first rows of its batches by block, of blocks of so many rows."""
+    """This rank's share of the batches: their first rows by block, of blocks of so many rows."""
     batches = [(number, start) for number, count in enumerate(counts) for start in range(0, count, batch_size)]
     own: dict[int, list[int]] = {}
     for number, start in batches[rank() :: world()]:

@@ -197,7 +197,10 @@ def _portable(work: Work) -> Work:
 
 
 def _on(work: Work, device: torch.device) -> Work:
-    """The same with the tables on a device, and the teacher of its capture, which is there."""
+    """The same with the tables on a device, and the teacher of its capture, which is there.
+
+    What Ray hands out lies in memory that others read: what is written to is copied.
+    """
     tables = {name: {key: one.to(device) for key, one in of.items()} for name, of in work.inquiry.tables.items()}
     inquiry = replace(work.inquiry, teacher=work.capture.teacher, tables=tables, device=device)
-    return replace(work, capture=replace(work.capture, device=device), inquiry=inquiry)
+    return replace(work, capture=replace(work.capture, device=device), inquiry=inquiry, done=work.done.copy())
