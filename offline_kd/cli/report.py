@@ -11,9 +11,9 @@ import click
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write.")
 def command(runs: tuple[str, ...], out: Path) -> None:
-    """Compare finished run directories, folders or URLs: a table, and a self-contained page with the curves.
+    """Compare finished run directories: a table, and a self-contained page with the curves.
 
-    Runs are averaged where they differ by their seed alone; fields of the recipe that set rows apart are columns.
+    A run may lie in a folder or below a URL. Runs are averaged where they differ by their seed alone; fields of the recipe that set rows apart are columns.
 
     \b
     offline-kd report runs/digits/students/* --out comparison.html
