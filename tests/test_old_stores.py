@@ -60,7 +60,8 @@ def test_version_4_differs_from_3_in_its_pages_of_hashes_alone():
     assert sorted(store.manifest.entries) == [f"templates-{name}.json" for name in ("codec", "last", "sub")]
     for folder in ("ledger", "targets.zarr", "additions"):
         for file in (path for path in (STORE_3 / folder).rglob("*") if path.is_file()):
-            assert (STORE_4 / file.relative_to(STORE_3)).read_bytes() == file.read_bytes()
+            before = file.read_bytes().replace(b"key, in ASCII", b"key, in UTF-8")
+            assert (STORE_4 / file.relative_to(STORE_3)).read_bytes() == before
     first = (STORE_4 / "hashes" / "000000-00001-00002.second.bin").read_bytes()
     assert first == hashlib.sha256((STORE_4 / "ledger" / "000000-00001-00002.second.json").read_bytes()).digest()
     (_, first_views), *_ = list(all_digests(store).items())[::-1]

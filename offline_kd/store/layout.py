@@ -21,6 +21,7 @@ from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.decisions import NEAREST, SubclassDecisions, TemplateDecisions
 from offline_kd.store.schema import (
     PAGE_BLOCKS,
+    PAGES_SINCE,
     Addition,
     DecisionsIdentity,
     StoreIdentity,
@@ -138,11 +139,13 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         shape, chunks = (blocks, num_groups, PROBES_PER_GROUP, *sizes), (1, 1, PROBES_PER_GROUP, *sizes)
         return ArraySpec(name, dtype, shape, chunks, ("block", "group", "probe", *names), fill, "group", description)
 
+    # Zarr's metadata is vouched for, so that of an older store stays as it was written.
+    letters = "UTF-8" if identity.schema_version >= PAGES_SINCE else "ASCII"
     specs = [
         per_row("key_hash", "<u8", NO_KEY, "64-bit blake2b of the sample's key"),
         *(
             [
-                per_row("key", "|u1", 0, "the sample's key, in UTF-8, filled up with 0", ("byte", MAX_KEY_BYTES)),
+                per_row("key", "|u1", 0, f"the sample's key, in {letters}, filled up with 0", ("byte", MAX_KEY_BYTES)),
                 per_row("image_digest", "|u1", 0, "sha256 of the encoded image, 16 bytes", ("byte", DIGEST_BYTES)),
             ]
             if identity.keeps_digests
