@@ -28,6 +28,9 @@ from offline_kd.support.errors import DataError, StoreUnreachable
 from offline_kd.support.places import Bucket
 from offline_kd.views.none import NoAugmentation
 
+# 5 ms before each answer; of 20 requests one is refused, and of 20 answers one ends in the middle.
+SLOW_AND_FAULTY = {"latency": 0.005, "fail_every": 20, "cut_every": 20}
+
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
@@ -46,7 +49,7 @@ def network(server):
 
 
 @pytest.fixture(autouse=True)
-def s3(network, monkeypatch, tmp_path):
+def s3(server, network, monkeypatch, tmp_path):
     """A way to the server, whose `fate` tests choose, found through the environment; good at first."""
     for name, value in {
         "AWS_ACCESS_KEY_ID": "key",
@@ -57,7 +60,8 @@ def s3(network, monkeypatch, tmp_path):
     }.items():
         monkeypatch.setenv(name, value)
     network.fate = lambda method, path: ""
-    return network
+    yield network
+    server.control(**dict.fromkeys(SLOW_AND_FAULTY, 0))
 
 
 @pytest.fixture
@@ -82,7 +86,11 @@ def student_of(out: Path) -> str:
     return json.loads((out / "result.json").read_text())["student_sha256"]
 
 
-def test_pack_capture_distil_and_verify_from_an_empty_folder(recipe, teacher_weights, tmp_path, monkeypatch):
+@pytest.mark.parametrize("mood", [{}, pytest.param(SLOW_AND_FAULTY, marks=pytest.mark.slow)], ids=["good", "faulty"])
+def test_pack_capture_distil_and_verify_from_an_empty_folder(
+    mood, server, recipe, teacher_weights, tmp_path, monkeypatch
+):
+    server.control(**mood)
     here, address = tmp_path / "empty", f"s3://team/{tmp_path.name}"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -111,7 +119,7 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(recipe, teacher_wei
         ("data", "check", "digits"),
         ("data", "check", "small"),
         ("cache-teacher", "recipe.yaml", "--store", f"{address}/store"),
-        ("distill", "recipe.yaml", "--store", f"{address}/store", "--objective", "kd", "--out", "run"),
+        ("distill", "recipe.yaml", "--store", f"{address}/store", "--objective", "kd", "--out", f"{address}/run"),
         ("store", "verify", f"{address}/store", "--dataset"),
         ("store", "inspect", f"{address}/store", "--key", "0001", "--out", "0001.html"),
     ):
@@ -121,7 +129,10 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(recipe, teacher_wei
         ("digits", "yes"),
         ("small", "yes"),
     ]
-    assert sorted(file.name for file in here.iterdir()) == ["0001.html", "manifest.yaml", "recipe.yaml", "run"]
+    reported = invoke("report", f"{address}/run", "--out", "report.html")
+    assert reported.exit_code == 0, reported.output
+    left = ["0001.html", "manifest.yaml", "recipe.yaml", "report.html"]
+    assert sorted(file.name for file in here.iterdir()) == left
 
 
 def test_a_changed_tar_is_named_with_both_sha256_and_a_missing_one_with_where_it_was_looked_for(
