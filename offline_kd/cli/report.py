@@ -13,7 +13,8 @@ import click
 def command(runs: tuple[str, ...], out: Path) -> None:
     """Compare finished run directories: a table, and a self-contained page with the curves.
 
-    A run may lie in a folder or below a URL. Runs are averaged where they differ by their seed alone; fields of the recipe that set rows apart are columns.
+    A run may lie in a folder or below a URL. Runs are averaged where they differ by their seed alone; fields of the
+    recipe that set rows apart are columns.
 
     \b
     offline-kd report runs/digits/students/* --out comparison.html
