@@ -360,6 +360,7 @@ def test_the_command_line_packs_lists_and_checks(tmp_path, manifest):
     assert "train-000001.tar: sha256 is" in refused("data", "check", "digits", *options)
 
 
+@pytest.mark.slow
 def test_every_real_dataset_is_the_one_the_manifest_names(real_data):
     for name in ("imagenet_sample", "cifar10"):
         result = invoke("data", "check", name, "--data-root", real_data)

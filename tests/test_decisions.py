@@ -256,6 +256,7 @@ def test_decisions_from_the_store_are_those_of_the_live_teacher(letkd, letkd_sto
             assert ((of_store - of_all).abs() <= dropped * reach + entropy + 1e-3).all()
 
 
+@pytest.mark.slow
 def test_decisions_of_a_real_teacher_on_photographs_come_back(real_data, manifest, tmp_path):
     """300 CIFAR-10 images, 8 views, the pretrained ResNet-56, 64 templates of its last map."""
     samples = read_tar(real_data / "cifar10" / "train-000000.tar.gz")[0][:300]

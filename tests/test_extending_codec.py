@@ -15,6 +15,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_codec_of_ones_own_is_captured_proven_shown_compared_and_refused(folder, recipe_file, where):
     def run(*arguments: object) -> str:
         done = run_extended(folder, *arguments)

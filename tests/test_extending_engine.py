@@ -18,6 +18,7 @@ def copy(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_an_added_engine_makes_the_same_store(copy, recipe_file, where, store_path, tmp_path):
     options = ("--store", tmp_path / "store", "--engine", "processes", *where)
     result = run_extended(copy, "cache-teacher", recipe_file, *options)

@@ -1,11 +1,13 @@
 """The operation that `docs/extending/operation.md` adds, through the command line."""
 
+import pytest
 from extending import extended, run_extended
 from pictures import command_line, make_samples, photographs, views_of
 
 from offline_kd.views.augment import RandAugment
 
 
+@pytest.mark.slow
 def test_a_new_operation_is_drawn_stored_and_rendered_again_where_a_recipe_names_it(tmp_path):
     package, store = extended("operation", tmp_path), tmp_path / "store"
     augment = RandAugment(kind="randaugment", num_ops=1)

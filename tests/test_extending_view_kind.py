@@ -1,5 +1,6 @@
 """The kind of view that `docs/extending/view_kind.md` adds, through the command line."""
 
+import pytest
 import torch
 import yaml
 from conftest import ROOT, make_recipe
@@ -8,6 +9,7 @@ from extending import extended, run_extended
 from offline_kd.models.networks import build
 
 
+@pytest.mark.slow
 def test_a_new_kind_of_view_is_captured_trained_with_and_named_where_kinds_are(tmp_path, data_root):
     package = extended("view_kind", tmp_path)
     weights, file, store = tmp_path / "teacher.pt", tmp_path / "recipe.yaml", tmp_path / "store"

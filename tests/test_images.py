@@ -326,6 +326,7 @@ def test_twenty_thousand_classes_go_through_both_stages_without_a_row_of_floats(
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_mid_epoch_goes_on_with_other_workers_to_the_same_student(photos, tmp_path):
     """Really killed, after a checkpoint and before the epoch's end."""
     recipe, manifest, folder = photos

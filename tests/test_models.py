@@ -185,7 +185,10 @@ def test_real_weights_of_other_libraries_and_half_precision_load(manifest, real_
     assert "has the sha256 of the manifest" in result.stdout
 
 
-@pytest.mark.parametrize(("name", "expected"), [("cifar10_resnet20", 91.73), ("cifar10_resnet56", 93.39)])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("cifar10_resnet20", 91.73), pytest.param("cifar10_resnet56", 93.39, marks=pytest.mark.slow)],
+)
 def test_real_teachers_have_their_published_accuracy(name, expected, manifest, real_data):
     recipe = make_recipe(
         data={"dataset": "cifar10"}, teacher={"weights": name, "model": None, "training": None}, views={"flip": True}

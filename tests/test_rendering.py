@@ -264,6 +264,7 @@ def digest_of_crops() -> str:
     return f"{torch.backends.cpu.get_cpu_capability()} {digest.hexdigest()}"
 
 
+@pytest.mark.slow
 def test_crops_are_the_same_with_any_instruction_set():
     """What this machine has at best, and what older ones have."""
     command = [sys.executable, "-c", "from test_rendering import digest_of_crops as made; print(made())"]

@@ -328,6 +328,7 @@ def test_teachers_over_other_views_are_not_mixed(
 # ---- planning ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plan_is_near_what_the_capture_then_takes(recipe_file, where, store_path):
     found = json.loads(invoke("store", "plan", recipe_file, "--json", *where).stdout)
     finished = open_store(store_path).manifest
