@@ -12,7 +12,7 @@ import pytest
 from bad_network import FATES, BadNetwork, at_random, first_answer_is_corrupt
 from conftest import ROOT, invoke, refused
 from test_old_stores import DIGEST, FIXTURE, STORE
-from test_remote import run_server
+from test_remote import environment_of, run_server
 
 import offline_kd.support.places as places_module
 import offline_kd.support.web as web_module
@@ -39,13 +39,7 @@ def server(tmp_path_factory):
 def network(server, monkeypatch, tmp_path):
     """A way to the server, whose `fate` tests choose; good at first."""
     network = BadNetwork(server.endpoint, lambda method, path: "")
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": network.url,
-        "OFFLINE_KD_CACHE": str(tmp_path / "downloads"),
-    }.items():
+    for name, value in environment_of(network.url, tmp_path / "downloads").items():
         monkeypatch.setenv(name, value)
     yield network
     network.shutdown()

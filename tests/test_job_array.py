@@ -138,6 +138,10 @@ def test_job_files_are_read_by_what_will_read_them_and_their_commands_exist(path
 def test_ray_accepts_its_cluster_file():
     code = (
         "import sys, yaml; from ray.autoscaler._private.util import prepare_config, validate_config;"
-        "validate_config(prepare_config(yaml.safe_load(open(sys.argv[1]))))"
+        "validate_config(prepare_config(yaml.safe_load(sys.stdin)))"
     )
-    subprocess.run([sys.executable, "-c", code, str(ROOT / "pipelines/cluster/ray_cluster.yaml")], check=True)
+    text = (ROOT / "pipelines/cluster/ray_cluster.yaml").read_text()
+    wrong = text.replace("max_workers:", "most_workers:", 1)
+    assert wrong != text
+    accepted = [subprocess.run([sys.executable, "-c", code], input=one, text=True).returncode for one in (text, wrong)]
+    assert accepted == [0, 1]

@@ -42,6 +42,17 @@ class S3:
             return json.loads(answer.read())
 
 
+def environment_of(endpoint: str, downloads: Path) -> dict[str, str]:
+    """By which the server is found, as S3 servers are, and what is read from it kept here."""
+    return {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": endpoint,
+        "OFFLINE_KD_CACHE": str(downloads),
+    }
+
+
 @contextlib.contextmanager
 def run_server(folder: Path):
     port_file = folder / "port"
@@ -69,13 +80,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def s3(server, monkeypatch, tmp_path):
     """The server in a good mood, found through the environment as S3 servers are."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": server.endpoint,
-        "OFFLINE_KD_CACHE": str(tmp_path / "downloads"),
-    }.items():
+    for name, value in environment_of(server.endpoint, tmp_path / "downloads").items():
         monkeypatch.setenv(name, value)
     server.control(latency=0, fail_every=0, cut_every=0, lose_every=0)
     yield server

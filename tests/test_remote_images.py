@@ -16,7 +16,7 @@ import torch
 import yaml
 from bad_network import BadNetwork, first_answer_is_corrupt
 from conftest import CPU, ROOT, invoke, refused
-from test_remote import run_server
+from test_remote import environment_of, run_server
 
 import offline_kd as okd
 import offline_kd.data.blocks as blocks_module
@@ -51,13 +51,7 @@ def network(server):
 @pytest.fixture(autouse=True)
 def s3(server, network, monkeypatch, tmp_path):
     """A way to the server, whose `fate` tests choose, found through the environment; good at first."""
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": network.url,
-        "OFFLINE_KD_CACHE": str(tmp_path / "downloads"),
-    }.items():
+    for name, value in environment_of(network.url, tmp_path / "downloads").items():
         monkeypatch.setenv(name, value)
     network.fate = lambda method, path: ""
     yield network

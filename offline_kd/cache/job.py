@@ -10,7 +10,7 @@ import torch
 from offline_kd.cache.codec_choice import choose_codec
 from offline_kd.cache.tables import identify_decisions
 from offline_kd.cache.teacher import gate
-from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
@@ -233,17 +233,7 @@ def describe_capture(
     return StoreIdentity(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
-        dataset=DatasetIdentity(
-            name=recipe.data.dataset,
-            split=recipe.data.train,
-            fingerprint=dataset_fingerprint(loader.dataset, loader.split),
-            classes=loader.dataset.classes,
-            height=first.images.shape[2] if recipe.views.is_exact else None,
-            width=first.images.shape[3] if recipe.views.is_exact else None,
-            tars=loader.split.tars,
-            labels=loader.split.labels,
-            licence=loader.dataset.licence,
-        ),
+        dataset=_describe_dataset(recipe, loader, first),
         teacher=TeacherIdentity(
             name=teacher.name,
             model=teacher.model,
@@ -271,6 +261,20 @@ def describe_capture(
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")}
         | decoder_versions(),
+    )
+
+
+def _describe_dataset(recipe: CaptureRecipe, loader: BlockLoader, first: ImageBlock) -> DatasetIdentity:
+    return DatasetIdentity(
+        name=recipe.data.dataset,
+        split=recipe.data.train,
+        fingerprint=dataset_fingerprint(loader.dataset, loader.split),
+        classes=loader.dataset.classes,
+        height=first.images.shape[2] if recipe.views.is_exact else None,
+        width=first.images.shape[3] if recipe.views.is_exact else None,
+        tars=loader.split.tars,
+        labels=loader.split.labels,
+        licence=loader.dataset.licence,
     )
 
 
