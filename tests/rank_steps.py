@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -33,12 +34,21 @@ CPU = torch.device("cpu")
 
 
 def steps_of(
-    recipe: str, manifest: str, root: str, store: str, objective: str, steps: int, uneven: bool, sets: list[str]
+    recipe: str,
+    manifest: str,
+    root: str,
+    store: str,
+    objective: str,
+    steps: int,
+    uneven: bool,
+    sets: list[str],
+    double: bool = False,
 ) -> list[dict[str, Any]]:
     """The losses of the terms and the ids of the rows, for each of the first steps of a run.
 
     Args:
         uneven: share out the batches of one process: one row against all others, half of them, or none.
+        double: train in float64, where the roundings of a deep network with BatchNorm take longer to be seen.
     """
     read = load_recipe(Path(recipe), ["training.sync_batchnorm=true", *sets])
     options = {"objective": objective, "stores": [store] if store else [], "online": not store and objective != "ce"}
@@ -47,6 +57,8 @@ def steps_of(
     )
     if uneven:
         loader = Loader(loader.source, replace(loader.options, rank=0, world=1), CPU)
+    if double:
+        student.network.double().register_forward_pre_hook(lambda network, inputs: (inputs[0].double(),))
     student = among_ranks(student, read.training, CPU)
     optimizer, found = make_optimizer(read.training, student.network), []
     student.network.train()
@@ -54,7 +66,8 @@ def steps_of(
         mine = share(batch) if uneven else batch
         set_learning_rate(optimizer, learning_rate(read.training, epoch + batch.step / loader.steps_per_pass))
         weights = [term_weight(term, epoch) for term in run.terms]
-        _, parts = train_step(run, student, optimizer, mine, ask(mine), weights)
+        with patch.object(torch.Tensor, "float", torch.Tensor.double if double else torch.Tensor.float):
+            _, parts = train_step(run, student, optimizer, mine, ask(mine), weights)
         ids = sorted(one for of_rank in of_all(mine.key_hash.tolist()) for one in of_rank)
         found.append({"losses": total(parts).tolist(), "ids": ids})
     return found

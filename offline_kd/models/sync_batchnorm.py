@@ -16,13 +16,13 @@ class CPUSyncBatchNorm(_BatchNorm):
         """Whatever the number of dimensions."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """`[B, D, ...]` -> the same shape, normalised over all ranks' rows and places, in float32."""
+        """`[B, D, ...]` -> the same shape, normalised over all ranks' rows and places, in float32 or better."""
         if not self.training:
             return super().forward(input)
-        x = input.float()
+        x = input.to(torch.promote_types(input.dtype, torch.float32))
         channels = (1, -1, *[1] * (x.dim() - 2))
         others = [dim for dim in range(x.dim()) if dim != 1]
-        count = total(torch.tensor(x.numel() / x.shape[1]))
+        count = total(torch.tensor(x.numel() / x.shape[1], dtype=x.dtype))
         mean = total(x.sum(others)) / count
         centred = x - mean.view(channels)
         variance = total(centred.square().sum(others)) / count
