@@ -428,7 +428,9 @@ def main() -> None:
     rows = []
     for size in options.entries:
         tars, groups = map(int, size.split("x"))
-        folder = Path(tempfile.mkdtemp(prefix="scale-", dir=options.folder))
+        if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="scale-", dir=options.folder))
         try:
             make(folder, tars, groups)
             rows += measure_all(folder, tars, groups, options.check)
