@@ -9,17 +9,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, make_recipe
-from pictures import EVERYTHING
+from hypothesis import given
+from hypothesis import strategies as st
+from pictures import EVERYTHING, make_samples
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from offline_kd.data.manifest import Normalisation
-from offline_kd.distill.loader import one_ahead
+from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.manifest import Dataset, Normalisation, Split
+from offline_kd.data.packing import pack
+from offline_kd.distill.loader import Loader, one_ahead
 from offline_kd.distill.loop import Run, train_step
 from offline_kd.distill.loss import own_parts, term_weights
 from offline_kd.distill.optimisation import make_optimizer
+from offline_kd.distill.reader import Options, Reader, Source
+from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import Ensemble, TeacherSignal, ensemble_logits, stored_signal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
@@ -40,6 +46,8 @@ from offline_kd.store.opening import open_store
 from offline_kd.store.rows import Rows
 from offline_kd.support.constants import constant
 from offline_kd.support.places import Folder
+from offline_kd.views.epochs import view_groups
+from offline_kd.views.random_resized_crop import RandomCrop
 from offline_kd.views.render import render
 
 BATCH, CLASSES, TEMPLATES, PER_CLASS = 6, 10, 12, 2
@@ -73,14 +81,14 @@ def said(device: torch.device) -> tuple[Rows, TeacherSignal]:
         labels,
         labels.flip(0),
         torch.tensor([1, 0.3, 0.7, 1, 1, 0.5]),
-        pixels=torch.arange(BATCH * 3 * 32 * 32).view(BATCH, 3, 32, 32).to(torch.uint8),
-        box=torch.tensor([[-1, 2, 32, 32]] * BATCH, dtype=torch.int16),
+        pixels=torch.arange(BATCH * 3 * 8 * 8).view(BATCH, 3, 8, 8).to(torch.uint8),
+        box=torch.tensor([[-1, 2, 8, 8]] * BATCH, dtype=torch.int16),
         flip=torch.tensor([0, 1] * (BATCH // 2), dtype=torch.uint8),
     )
     ids = torch.arange(BATCH * 8 * 8 * 3).view(BATCH, 8, 8, 3) % TEMPLATES
     probs = unpack_probs(1 + ids * 1000)
     decided = {
-        "last": {"id": ids.to(device), "prob": probs.to(device)},
+        "last": {"id": ids[:, :4, :4].to(device), "prob": probs[:, :4, :4].to(device)},
         "first": {
             "subclass": (ids[..., 0] % PER_CLASS).to(torch.uint8).to(device),
             "table": torch.eye(CLASSES * PER_CLASS).softmax(dim=1).to(device),
@@ -98,7 +106,7 @@ def said(device: torch.device) -> tuple[Rows, TeacherSignal]:
 def test_every_objective_computes_on_a_gpu_without_waiting_for_it(gpu, term, mixes):
     rows, signal = said(gpu)
     scores = {
-        "penultimate": torch.empty(BATCH, TEMPLATES, 8, 8, device=gpu),
+        "penultimate": torch.empty(BATCH, TEMPLATES, 4, 4, device=gpu),
         "layer3": torch.empty(BATCH, CLASSES * PER_CLASS, 8, 8, device=gpu),
     }
     mixing = (rows.other_labels, rows.share) if mixes else None
@@ -113,10 +121,10 @@ def test_every_objective_computes_on_a_gpu_without_waiting_for_it(gpu, term, mix
 @pytest.mark.parametrize("fill", ["zeros", "reflect"])
 def test_views_are_rendered_and_normalised_on_a_gpu_without_waiting_for_it(gpu, fill):
     rows, _ = said(gpu)
-    pixels = render(rows.images, rows.box, rows.flip, (32, 32), fill)
-    assert (pixels.device.type, pixels.dtype, pixels.shape) == ("cuda", torch.uint8, (BATCH, 3, 32, 32))
+    pixels = render(rows.images, rows.box, rows.flip, (8, 8), fill)
+    assert (pixels.device.type, pixels.dtype, pixels.shape) == ("cuda", torch.uint8, (BATCH, 3, 8, 8))
     inputs = normalise(pixels, NORMALISATION)
-    assert (inputs.device.type, inputs.dtype, inputs.shape) == ("cuda", torch.float32, (BATCH, 3, 32, 32))
+    assert (inputs.device.type, inputs.dtype, inputs.shape) == ("cuda", torch.float32, (BATCH, 3, 8, 8))
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.label())
@@ -157,34 +165,35 @@ def test_constants_are_made_once_and_never_those_of_a_mode_that_ended():
 
 # ---- counted -------------------------------------------------------------------------------------------------------
 
-READS = ("aten::_local_scalar_dense", "aten::nonzero")
+READ, MADE = ("aten::_local_scalar_dense", "aten::nonzero"), ("aten::lift_fresh",)
 
 
-def reads(work) -> int:
-    """How often a number was read from a tensor, or a size taken from its values."""
+def counted(work, names=READ) -> int:
+    """How often a number was read from a tensor, or a size taken from its values; of MADE: tensors made of numbers."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
-    return sum(event.count for event in profiled.key_averages() if event.key in READS)
+    return sum(event.count for event in profiled.key_averages() if event.key in names)
 
 
 def step_of(term: Term, optimizer: str):
     """A whole step, from images that are to be rendered to changed weights; and the student."""
     torch.manual_seed(0)
-    recipe = make_recipe(
-        views=EVERYTHING.model_dump(mode="json"),
-        training={"optimizer": {"name": optimizer, "lr": 0.01}, "label_smoothing": 0.1},
-    )
-    network, example = build("cifar:resnet8", CLASSES), torch.zeros(2, 3, 32, 32)
+    training = {"optimizer": {"name": optimizer, "lr": 0.01}, "label_smoothing": 0.1}
+    recipe = make_recipe(training=training).model_copy(update={"views": EVERYTHING})  # which mix
+    network, example = build("networks:small", CLASSES, {"width": 2}), torch.zeros(2, 3, 8, 8)
     layers = {
-        after: insert_kd_layer(network, after, templates, value_ratio=1.0, example=example)[0]
-        for after, templates in (("layer3", CLASSES * PER_CLASS), ("penultimate", TEMPLATES))
+        after: insert_kd_layer(network, module, templates, value_ratio=1.0, example=example)[0]
+        for after, module, templates in (
+            ("layer3", "body.2", CLASSES * PER_CLASS),
+            ("penultimate", "body.5", TEMPLATES),
+        )
     }
     student = Student(network.train(), layers)
     made, weights = make_optimizer(recipe.training, network), term_weights([term], 0, CPU)
     run, (rows, signal) = Run(recipe, "one", [term], 0, Folder(Path("unused")), CPU), said(CPU)
 
     def step() -> None:
-        pixels = render(rows.images, rows.box, rows.flip, (32, 32), "zeros")
+        pixels = render(rows.images, rows.box, rows.flip, (8, 8), "zeros")
         logits, _ = train_step(run, student, made, replace(rows, pixels=pixels), signal, weights)
         term.fallbacks(logits, signal)
 
@@ -192,22 +201,24 @@ def step_of(term: Term, optimizer: str):
 
 
 @pytest.mark.parametrize("term", TERMS.values(), ids=list(TERMS))
-def test_a_step_of_every_objective_reads_nothing_back(term):
+def test_a_step_of_every_objective_reads_nothing_back_and_brings_no_numbers(term):
     step, student = step_of(term, "sgd")
+    normalise(torch.zeros(1, 3, 2, 2), make_recipe().data.normalisation)  # whose constants are made once
     before = [one.clone() for one in student.network.parameters()]
-    assert reads(step) == 0
+    assert counted(step, (*READ, *MADE)) == 0
     assert any(not torch.equal(*pair) for pair in zip(before, student.network.parameters(), strict=True))
 
 
 def test_what_counts_reads_would_find_them():
     found = torch.arange(4.0)
     for work in (lambda: found.sum().item(), lambda: bool(found.any()), lambda: found[found > 1]):
-        assert reads(work) == 1
+        assert counted(work) == 1
+    assert counted(lambda: torch.tensor([1.0]), MADE) == 1
 
 
 def test_adamw_reads_only_its_own_counters_which_lie_on_the_host():
     step, student = step_of(TERMS["kd"], "adamw")
-    assert reads(step) == sum(one.requires_grad for one in student.network.parameters())
+    assert counted(step) == sum(one.requires_grad for one in student.network.parameters())
 
 
 def test_a_pass_reads_as_often_whatever_its_number_of_steps(recipe, manifest, roots, store_path, tmp_path):
@@ -217,7 +228,7 @@ def test_a_pass_reads_as_often_whatever_its_number_of_steps(recipe, manifest, ro
         training = recipe.training.model_copy(update={"batch_size": batch_size, "epochs": 1})
         changed, out = recipe.model_copy(update={"training": training}), tmp_path / str(batch_size)
         options = {"objective": "dtkd", "stores": [str(store_path)]}
-        return reads(lambda: distill(changed, manifest, roots, out, CPU, **options))
+        return counted(lambda: distill(changed, manifest, roots, out, CPU, **options))
 
     assert of(100) == of(400)
 
@@ -302,3 +313,58 @@ def test_on_a_real_gpu_batches_are_those_of_the_cpu_and_steps_do_not_wait(recipe
             train_step(run, student, optimizer, other, ask(other), weights)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- the first batch -----------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=50),
+    st.integers(1, 17),
+    st.integers(1, 5),
+    st.integers(1, 2),
+    st.integers(0, 9),
+)
+def test_pools_grow_from_one_tar_and_lose_no_row(counts, pool_blocks, num_workers, epochs, epoch):
+    order = Order(3, epoch, epochs, counts, pool_blocks, 8, grows=True)
+    pools = [order.positions(pool) for pool in range(order.num_pools)]
+    assert [position for pool in pools for position in pool] == list(range(len(counts)))
+    for number, pool in enumerate(pools[:-1]):
+        assert len(pool) == min(2**number, pool_blocks)
+    shown = [np.concatenate([one.ravel() for one in order.slots(pool)]) for pool in range(order.num_pools)]
+    for pool, slots in enumerate(shown):
+        assert sorted(slots.tolist()) == list(range(order.starts[pool], order.starts[pool + 1]))
+    homes, load = home_workers(counts, num_workers), [0] * num_workers
+    small = [pool for pool in range(order.num_pools) if 2**pool < pool_blocks]
+    for pool in small:
+        for tar, worker in zip(order.tars[pools[pool]], order.workers(pool, homes, 1.25), strict=True):
+            load[worker] += counts[tar]
+    # One worker alone would otherwise read half of the first tars.
+    assert max(load) <= max(1.25 * sum(load) / num_workers, sum(load) / num_workers + max(counts))
+
+
+def test_the_first_batch_of_photographs_waits_for_one_tar_and_ranks_and_resumption_agree(tmp_path, monkeypatch):
+    tars = pack(make_samples(), tmp_path / "photos", "train", 9)
+    dataset = Dataset(folder="photos", classes=["a", "b", "c"], splits={"train": Split(tars=tars)})
+    images = BlockLoader(dataset, dataset.splits["train"], [tmp_path], decode=False)
+    views = RandomCrop(kind="random_resized_crop", size=8, count=4)
+    source, rendered = Source(images, views, view_groups(views.num_views, 2)), list[int]()
+    real = Reader._pieces
+
+    def spy(self: Reader, order: Order, position: int, *rest: object):
+        rendered.append(position)
+        return real(self, order, position, *rest)
+
+    monkeypatch.setattr(Reader, "_pieces", spy)
+    loaders = [
+        Loader(source, Options(9, pool_blocks=4, rank=rank, world=world), CPU) for rank, world in ((0, 1), (1, 2))
+    ]
+    alone = []
+    for batch in loaders[0].epoch(0):
+        alone.append(batch.key_hash.tolist())
+        if len(alone) in (1, 2, 4):
+            assert rendered == list(range(2 * len(alone) - 1))
+    assert sorted(key for keys in alone for key in keys) == sorted(
+        key for block in images for key in block.key_hash.tolist()
+    )
+    assert [batch.key_hash.tolist() for batch in loaders[1].epoch(0, 2)] == [keys[1::2] for keys in alone[2:]]
