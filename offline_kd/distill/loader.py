@@ -118,21 +118,13 @@ class Loader:
             for rows in gathered:
                 yield self._rendered(rows, rows.map(lambda tensor: tensor.to(self.device, non_blocking=True)))
             return
-        for rows, moved, arrived in one_ahead(self._copied(gathered), self._thread):
+        new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+        for rows, moved, arrived in one_ahead(_copied(gathered, new_stream(self.device)), self._thread):
             now = torch.cuda.current_stream(self.device)
             now.wait_event(arrived)
             for tensor in moved.fields():
                 tensor.record_stream(now)  # else its memory were free for the next copy before it was computed with
             yield self._rendered(rows, moved)
-
-    def _copied(self, gathered: Iterator[Rows]) -> Iterator[tuple[Rows, Rows, torch.cuda.Event]]:
-        """Rows on the host and on the GPU, where they have arrived after the event."""
-        stream = torch.cuda.Stream(self.device)
-        for rows in gathered:
-            with torch.cuda.stream(stream):
-                moved = rows.map(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True))
-                arrived = stream.record_event()
-            yield rows, moved, arrived
 
     def _gathered(self, epoch: int, first_step: int) -> Iterator[Rows]:
         """This rank's rows of every step, on the host; images that are copied are still to be rendered."""
@@ -198,6 +190,15 @@ def one_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
     while (item := coming.result()) is not None:
         coming = thread.submit(next, items, None)
         yield item
+
+
+def _copied(gathered: Iterator[Rows], stream: torch.cuda.Stream) -> Iterator[tuple[Rows, Rows, torch.cuda.Event]]:
+    """Rows on the host and on the stream's GPU, where they have arrived after the event."""
+    for rows in gathered:
+        with torch.cuda.stream(stream):  # of its GPU, too: in a thread the current one is another
+            moved = rows.map(lambda tensor: tensor.pin_memory().to(stream.device, non_blocking=True))
+            arrived = stream.record_event()
+        yield rows, moved, arrived
 
 
 def _labelled(rows: Rows, known: Tensor) -> Rows:
