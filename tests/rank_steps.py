@@ -21,7 +21,7 @@ from offline_kd.cli.main import main
 from offline_kd.data.manifest import data_roots, load_manifest
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import train_step
-from offline_kd.distill.loss import term_weight
+from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.student import among_ranks
 from offline_kd.distill.training import prepare
@@ -65,7 +65,7 @@ def steps_of(
     for epoch, batch in batches(loader, steps):
         mine = share(batch) if uneven else batch
         set_learning_rate(optimizer, learning_rate(read.training, epoch + batch.step / loader.steps_per_pass))
-        weights = [term_weight(term, epoch) for term in run.terms]
+        weights = term_weights(run.terms, epoch, CPU)
         with patch.object(torch.Tensor, "float", torch.Tensor.double if double else torch.Tensor.float):
             _, parts = train_step(run, student, optimizer, mine, ask(mine), weights)
         ids = sorted(one for of_rank in of_all(mine.key_hash.tolist()) for one in of_rank)

@@ -8,7 +8,7 @@ import torch
 from conftest import CPU
 
 from offline_kd.distill.loop import Run, train_step
-from offline_kd.distill.loss import term_weight
+from offline_kd.distill.loss import term_weights
 from offline_kd.distill.open_loader import open_loader
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.reader import Options
@@ -35,7 +35,7 @@ def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots
     optimizer = make_optimizer(recipe.training, student.network)
     run = Run(recipe, "kd", terms, 3, Folder(tmp_path / "plain"), CPU)
     for epoch in range(recipe.training.epochs):
-        weights = [term_weight(term, epoch) for term in terms]
+        weights = term_weights(terms, epoch, CPU)
         for batch in loader:
             set_learning_rate(optimizer, learning_rate(recipe.training, epoch + batch.step / len(loader)))
             train_step(run, student, optimizer, batch, TeacherSignal(batch.teacher_logits), weights)

@@ -13,7 +13,7 @@ from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Run, train_step
-from offline_kd.distill.loss import term_weight
+from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, stored_signal
@@ -103,5 +103,4 @@ def _train(
             batches = stream.epoch(epoch)
         set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_pass))
         batch = next(batches)
-        weights = [term_weight(term, epoch) for term in terms]
-        train_step(run, student, optimizer, batch, ask(batch), weights)
+        train_step(run, student, optimizer, batch, ask(batch), term_weights(terms, epoch, stream.device))

@@ -255,7 +255,7 @@ def _training(this: Bench, stream: Loader, terms: Sequence[AnyTerm], ask: AskTea
     student.network.train()
     optimizer = make_optimizer(this.recipe.training, student.network)
     set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
-    weights = [term.weight for term in terms]
+    weights = torch.tensor([term.weight for term in terms], device=this.device)
     run = Run(this.recipe, "bench", terms, 0, Folder(Path()), this.device)
 
     def work() -> None:

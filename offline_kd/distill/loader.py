@@ -1,13 +1,16 @@
 """Batches of rows: what the reader hands over, shuffled within pools, gathered and put on the device.
 
 Reading and joining happen per tar, in worker processes if there are any; shuffling and batching happen afterwards in
-the training process, so the batches do not depend on the number of workers.
+the training process, so the batches do not depend on the number of workers. For a GPU that is done in a thread, one
+batch ahead, into pinned memory and on a stream of its own: no step waits for its batch to be gathered or copied.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +27,9 @@ from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
 from offline_kd.support.console import say
 from offline_kd.support.counter_rng import counter_uniform
-from offline_kd.views.render import render
+from offline_kd.views.render import render, size_of_boxes
 
+T = TypeVar("T")
 LABEL_STREAM = 0x6C6162656C  # first counter of the draws made here, so that they are independent of all others
 
 
@@ -53,6 +57,7 @@ class Loader:
         self.reader = Reader(source, options)
         has_logits = len(source.stores) == 1 and source.wanted[0].logits
         self._decode = logits_decoder(source.stores[0], device) if has_logits else None
+        self._thread = ThreadPoolExecutor(1)  # only a GPU's batches are made in it: a CPU has enough to do
         is_remote = source.images.is_remote or any(store.place.is_remote for store in source.stores)
         # One loader of one process each: pieces are taken from the worker that has the next tar, and from no other.
         self.workers = [
@@ -108,6 +113,21 @@ class Loader:
             epoch: counted from 0; a multiple of `views_per_decode`.
             first_step: go on from here, where another run, of however many workers and ranks, was stopped.
         """
+        gathered = self._gathered(epoch, first_step)
+        if self.device.type != "cuda":
+            for rows in gathered:
+                yield self._rendered(rows, rows.map(lambda tensor: tensor.to(self.device, non_blocking=True)))
+            return
+        new_stream: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+        for rows, moved, arrived in one_ahead(_copied(gathered, new_stream(self.device)), self._thread):
+            now = torch.cuda.current_stream(self.device)
+            now.wait_event(arrived)
+            for tensor in moved.fields():
+                tensor.record_stream(now)  # else its memory were free for the next copy before it was computed with
+            yield self._rendered(rows, moved)
+
+    def _gathered(self, epoch: int, first_step: int) -> Iterator[Rows]:
+        """This rank's rows of every step, on the host; images that are copied are still to be rendered."""
         self.reader.start[0] = epoch
         order = self.reader.order()
         step, done = first_step, order.batch(first_step).start
@@ -121,7 +141,8 @@ class Loader:
             while step < order.steps and order.batch(step).stop <= order.starts[pool + 1]:
                 rows = left.of(order.batch(step))
                 if len(rows) or self.options.world > 1:
-                    yield self._on_device(rows, step)
+                    known = counter_uniform(LABEL_STREAM, rows.key_hash) < self.options.labelled_fraction
+                    yield replace(_labelled(rows, torch.from_numpy(known)), step=step)
                 step += 1
             left = left.after(order.batch(step).start)
 
@@ -142,18 +163,14 @@ class Loader:
                 self.bad.add(line)
                 say(f"left out: {line}")
 
-    def _on_device(self, rows: Rows, step: int) -> Rows:
-        known = torch.from_numpy(counter_uniform(LABEL_STREAM, rows.key_hash) < self.options.labelled_fraction)
-        labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
-        moved = replace(rows, labels=labels, other_labels=other).map(
-            lambda tensor: tensor.to(self.device, non_blocking=True)
-        )
+    def _rendered(self, rows: Rows, moved: Rows) -> Rows:
+        """The batch, of rows on the host and the same on the device."""
         images = moved.images
-        if moved.box is not None and moved.flip is not None and len(moved):
-            images = render(images, moved.box, moved.flip, self.source.views.outside)
+        if rows.box is not None and moved.box is not None and moved.flip is not None and len(moved):
+            images = render(images, moved.box, moved.flip, size_of_boxes(rows.box.numpy()), self.source.views.outside)
         if self.normalisation is not None:
             images = normalise(images, self.normalisation)
-        return replace(moved, pixels=images, box=None, flip=None, step=step, decode=self._decode)
+        return replace(moved, pixels=images, box=None, flip=None, decode=self._decode)
 
 
 def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal], Tensor]:
@@ -165,6 +182,29 @@ def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal
         return identity.codec.decode(signal.logits, identity.num_classes, tables)
 
     return logits
+
+
+def one_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:
+    """The same items: each is made in the thread while the one before it is used."""
+    coming = thread.submit(next, items, None)
+    while (item := coming.result()) is not None:
+        coming = thread.submit(next, items, None)
+        yield item
+
+
+def _copied(gathered: Iterator[Rows], stream: torch.cuda.Stream) -> Iterator[tuple[Rows, Rows, torch.cuda.Event]]:
+    """Rows on the host and on the stream's GPU, where they have arrived after the event."""
+    for rows in gathered:
+        with torch.cuda.stream(stream):  # of its GPU, too: in a thread the current one is another
+            moved = rows.map(lambda tensor: tensor.pin_memory().to(stream.device, non_blocking=True))
+            arrived = stream.record_event()
+        yield rows, moved, arrived
+
+
+def _labelled(rows: Rows, known: Tensor) -> Rows:
+    """With the labels that are known `[n]`."""
+    labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
+    return replace(rows, labels=labels, other_labels=other)
 
 
 # ---- batching ------------------------------------------------------------------------------------------------------

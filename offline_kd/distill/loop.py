@@ -16,7 +16,7 @@ from torch import Tensor
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loss import own_parts, term_weight
+from offline_kd.distill.loss import own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.run_directory import run_directory
 from offline_kd.distill.sampler import ORDER_VERSION
@@ -139,10 +139,10 @@ def _train(
     ) as meter:
         for epoch in passes:
             student.network.train()
-            weights = [term_weight(term, epoch) for term in run.terms]
+            weights = term_weights(run.terms, epoch, run.device)
             tally = _Tally.after(done, run.device)
             for batch in loader.epoch(epoch, done.steps_done):
-                if not int(total(torch.tensor(len(batch)))):
+                if not _of_all_ranks(len(batch)):
                     continue  # nothing but bad images, on any rank
                 _draw_by_step(run, epoch, batch.step)
                 at = epoch + batch.step / loader.steps_per_pass * loader.views_per_decode
@@ -171,6 +171,11 @@ def _train(
                 _write_metrics(run, done.history)
 
 
+def _of_all_ranks(count: int) -> int:
+    """The sum of a number of the host: ranks meet for it on the CPU, and one process alone not at all."""
+    return int(total(torch.tensor(count))) if world() > 1 else count
+
+
 def _draw_by_step(run: Run, epoch: int, step: int) -> None:
     """What dropout draws on several ranks: another number on each, and the same one whenever a run goes on."""
     if world() > 1:
@@ -184,7 +189,7 @@ def _save(run: Run, student: Student, optimizer: torch.optim.Optimizer, done: Pr
 
 @dataclass
 class _Tally:
-    """What is counted over the steps of a pass; the tensors stay on the device, which need not be waited for.
+    """What is counted over the steps of a pass; the tensors stay on the device, and are read when `progress` is asked.
 
     Each rank counts its own part; what was counted before a run went on is with the first one.
     """
@@ -215,8 +220,7 @@ class _Tally:
     def progress(self, epoch: int, steps: int, history: list[dict[str, Any]]) -> Progress:
         """Of all ranks together, which all ask."""
         sums, fallbacks = total(self.sums).tolist(), int(total(self.fallbacks))
-        images = int(total(torch.tensor(self.images)))
-        return Progress(epoch, steps, sums, fallbacks, images, self.seconds(), history)
+        return Progress(epoch, steps, sums, fallbacks, _of_all_ranks(self.images), self.seconds(), history)
 
 
 def _losses(run: Run, sums: list[float], steps: int, epoch: int) -> dict[str, float]:
@@ -265,12 +269,12 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batch: Rows,
     signal: TeacherSignal,
-    weights: Sequence[float],
+    weights: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """One update of the student.
 
     Args:
-        weights: of every term of the run, in this epoch.
+        weights: `[terms]` float32 on the device, as `term_weights` gives them: of every term of the run, in this epoch.
 
     Returns:
         Its logits `[B, C]` and this rank's part of the bare value of every term `[terms]`, detached. A rank may have no
@@ -289,7 +293,7 @@ def train_step(
     parts = own_parts(run.terms, logits, signal, known)
     optimizer.zero_grad(set_to_none=True)
     # What is shared divides the sum of the ranks' gradients by their number.
-    loss = world() * (parts * torch.tensor(weights, device=parts.device)).sum()
+    loss = world() * (parts * weights).sum()
     # Through the logits too, whatever the terms use: every weight waits for the gradient of every rank.
     torch.autograd.backward([loss, logits], [None, torch.zeros_like(logits)])
     optimizer.step()

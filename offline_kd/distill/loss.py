@@ -27,9 +27,19 @@ def own_parts(terms: Sequence[Term], student_logits: Tensor, signal: Signal, bat
     values = bare_values(terms, student_logits, signal, batch)
     if world() == 1:
         return values
-    counts = torch.stack([torch.as_tensor(term.count(batch), device=values.device) for term in terms]).float()
+    counts = torch.stack([_on_device(term.count(batch), values) for term in terms])
     parts = values * counts / total(counts).clamp(min=1)
     return torch.where(counts > 0, parts, 0)  # a mean over nothing is no number
+
+
+def _on_device(count: Tensor | int, values: Tensor) -> Tensor:
+    """A count beside values; filled in there, for a number that is copied would be waited for."""
+    return count.float() if isinstance(count, Tensor) else values.new_full((), count).float()
+
+
+def term_weights(terms: Sequence[Term], epoch: int, device: torch.device) -> Tensor:
+    """`[terms]` float32: the weights of all terms in an epoch, made once for all its steps."""
+    return torch.tensor([term_weight(term, epoch) for term in terms], device=device)
 
 
 def term_weight(term: Term, epoch: int) -> float:

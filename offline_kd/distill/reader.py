@@ -101,9 +101,10 @@ class Reader(IterableDataset[Piece]):
     def order(self) -> Order:
         first_epoch, options = self.start[0], self.options
         counts = [tar.count for tar in self.source.images.split.tars]
-        return Order(
-            options.seed, first_epoch, options.views_per_decode, counts, options.pool_blocks, options.batch_size
-        )
+        # Images that are copied come with their tar, and cost no time that a smaller pool would save.
+        grows = not self.source.views.is_exact
+        epochs, pool, batch = options.views_per_decode, options.pool_blocks, options.batch_size
+        return Order(options.seed, first_epoch, epochs, counts, pool, batch, grows)
 
     @cached_property
     def homes(self) -> list[int]:

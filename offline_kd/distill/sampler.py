@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from offline_kd.support.counter_rng import counter_hash
 
-ORDER_VERSION = 2  # a run that was begun in another order cannot go on in this one
+ORDER_VERSION = 3  # a run that was begun in another order cannot go on in this one
 SMALL = 8  # a last batch of less than an eighth is not worth a step
 BLOCK_STREAM, ROW_STREAM = 0x626C6F636B, 0x726F77  # first counters of the draws made here
 
@@ -21,6 +21,8 @@ class Order:
 
     A pass shows `epochs` epochs at once; its rows are the images of all tars, once for each of them. Tars come in an
     order of the pass, so many at a time are a pool, and within a pool rows are shuffled: that gives every row a slot.
+    Where pools grow, the first one is a single tar, and each is twice the one before until they have their size: the
+    first batch waits for one tar, and the others are read while it and its followers are shown.
     A step shows a batch of consecutive slots, of which every rank takes each `world`-th. So whoever reads a tar knows
     when its rows are shown, and on which rank, whatever is known of the other tars; batches do not depend on how many
     ranks and workers there are; and a pass that was stopped goes on with the slots that are left, with any number.
@@ -32,6 +34,7 @@ class Order:
     counts: Sequence[int]  # of the tars, by number
     pool_blocks: int
     batch_size: int  # of all ranks together
+    grows: bool = False
 
     @cached_property
     def tars(self) -> NDArray[np.int64]:
@@ -47,15 +50,24 @@ class Order:
     def starts(self) -> NDArray[np.int64]:
         """The first slot of each pool; behind the last one, the number of rows."""
         rows = np.concatenate([[0], np.cumsum(np.array(self.counts)[self.tars])]) * self.epochs
-        return rows[[*range(0, len(self.tars), self.pool_blocks), len(self.tars)]]
+        return rows[[*(pool.start for pool in self._pools), len(self.tars)]]
+
+    @cached_property
+    def _pools(self) -> list[range]:
+        """The positions of the tars of each pool."""
+        found, start, size = list[range](), 0, 1 if self.grows else self.pool_blocks
+        while start < len(self.tars):
+            found.append(range(start, min(start + size, len(self.tars))))
+            start, size = start + size, min(2 * size, self.pool_blocks)
+        return found
 
     @property
     def num_pools(self) -> int:
-        return len(self.starts) - 1
+        return len(self._pools)
 
     def positions(self, pool: int) -> range:
         """Of the tars of a pool."""
-        return range(pool * self.pool_blocks, min((pool + 1) * self.pool_blocks, len(self.tars)))
+        return self._pools[pool]
 
     def slots(self, pool: int) -> list[NDArray[np.int64]]:
         """For every tar of a pool, `[epochs, count]`: the slots of its rows."""
@@ -94,7 +106,8 @@ class Order:
             homes: by tar, as `home_workers` gives them.
             uneven: how much of an even share of the pool's rows a worker may be given for its tars to stay with it.
         """
-        tars = self.tars[self.positions(pool)].tolist()
+        together = self._read_together(pool)
+        tars = self.tars[together].tolist()
         counts, num_workers = [self.counts[tar] for tar in tars], max(homes) + 1
         largest_first = sorted(range(len(tars)), key=lambda at: -counts[at])
         # No more than that, but what the best sharing gives to one worker it may always have.
@@ -108,7 +121,15 @@ class Order:
                 found[at] = home
                 load[home] += counts[at]
         found |= _shared(counts, [at for at in largest_first if at not in found], load)
-        return [found[at] for at in range(len(tars))]
+        return [found[at - together.start] for at in self.positions(pool)]
+
+    def _read_together(self, pool: int) -> range:
+        """The positions that are shared out together: of a pool, or of all that are smaller because they grow.
+
+        One worker would be given most of those, each of which has too few tars for all.
+        """
+        growing = min((self.pool_blocks - 1).bit_length() if self.grows else 0, self.num_pools)
+        return range(self._pools[growing - 1].stop) if pool < growing else self.positions(pool)
 
 
 def home_workers(counts: Sequence[int], num_workers: int) -> list[int]:

@@ -23,6 +23,7 @@ from offline_kd.models.mobilenetv2 import MobileNetV2
 from offline_kd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from offline_kd.models.weights import _torchvision_entry
 from offline_kd.models.wide_resnet import WideResNet
+from offline_kd.support.constants import constant
 from offline_kd.support.errors import ModelError, did_you_mean
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
@@ -140,8 +141,6 @@ def parameter_count(model: nn.Module) -> int:
 
 def normalise(images: Tensor, normalisation: Normalisation) -> Tensor:
     """`[B, 3, H, W]` uint8 pixels to the float32 input of a network: `(pixels / 255 - mean) / std`."""
-    mean, std = (
-        torch.tensor(values, device=images.device).view(1, 3, 1, 1)
-        for values in (normalisation.mean, normalisation.std)
-    )
-    return ((images.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    pixels = images.float() / 255
+    mean, std = (constant(tuple(one), pixels).view(1, 3, 1, 1) for one in (normalisation.mean, normalisation.std))
+    return ((pixels - mean) / std).contiguous(memory_format=torch.channels_last)

@@ -46,9 +46,14 @@ def subclass_decisions(scores: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     Returns:
         The loss in nats, a scalar.
     """
+    return _subclass_divergence(scores, ids, table).mean()
+
+
+def _subclass_divergence(scores: Tensor, ids: Tensor, table: Tensor) -> Tensor:
+    """`[B, H, W]`: KL( table[id] || softmax(scores) )."""
     log_q = F.log_softmax(scores, dim=1).permute(0, 2, 3, 1)
     target = table.to(scores.dtype)[ids.long()]  # [B, H, W, S]
-    return (torch.special.xlogy(target, target) - target * log_q).sum(dim=-1).mean()
+    return (torch.special.xlogy(target, target) - target * log_q).sum(dim=-1)
 
 
 class KDLayerTerm(Term):
@@ -116,9 +121,10 @@ class SubclassTerm(KDLayerTerm):
         """
         decided = signal.decisions[self.decisions]
         scores = self.scores(batch, decided["subclass"].shape[1:3])
-        known = batch.labels >= 0
-        if not known.any():
-            return 0 * scores.sum()
+        known = (batch.labels >= 0)[:, None, None]
         per_class = len(decided["table"]) // student_logits.shape[1]
-        ids = batch.labels[known][:, None, None] * per_class + decided["subclass"][known].long()
-        return subclass_decisions(scores[known], ids, decided["table"])
+        # Left out by what they count, not by choosing rows: how many there are would have to be waited for.
+        ids = torch.where(known, batch.labels[:, None, None] * per_class + decided["subclass"].long(), 0)
+        divergence = torch.where(known, _subclass_divergence(scores, ids, decided["table"]), 0)
+        places = scores.shape[2] * scores.shape[3]
+        return divergence.sum() / (known.sum() * places).clamp(min=1)

@@ -38,17 +38,20 @@ def dkd(
         The loss in nats, a scalar; 0 at equal logits.
     """
     z_s, z_t = student_logits / temperature, teacher_logits / temperature
-    is_label = F.one_hot(labels, z_s.shape[1]).bool()
-    target = F.kl_div(_label_or_rest(z_s, is_label), _label_or_rest(z_t, is_label), reduction="none", log_target=True)
+    label = labels[:, None]
+    is_label = torch.zeros_like(z_s, dtype=torch.bool).scatter_(1, label, True)
+    target = F.kl_div(
+        _label_or_rest(z_s, label, is_label), _label_or_rest(z_t, label, is_label), reduction="none", log_target=True
+    )
     log_q_s = F.log_softmax(z_s - EXCLUDED * is_label, dim=1)
     log_q_t = F.log_softmax(z_t - EXCLUDED * is_label, dim=1)
     others = F.kl_div(log_q_s, log_q_t, reduction="none", log_target=True)
     return temperature**2 * (alpha * target.sum(dim=1).mean() + beta * others.sum(dim=1).mean())
 
 
-def _label_or_rest(z: Tensor, is_label: Tensor) -> Tensor:
+def _label_or_rest(z: Tensor, label: Tensor, is_label: Tensor) -> Tensor:
     """`[B, 2]` log-probabilities of the label and of everything else."""
-    of_label = z[is_label]
+    of_label = z.gather(1, label).squeeze(1)
     of_rest = torch.logsumexp(z.masked_fill(is_label, -torch.inf), dim=1)
     return F.log_softmax(torch.stack([of_label, of_rest], dim=1), dim=1)
 

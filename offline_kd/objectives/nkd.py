@@ -27,15 +27,15 @@ def nkd(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, *, gamma
     Returns:
         The loss in nats, a scalar.
     """
-    batch, classes = student_logits.shape
     label = labels[:, None]
     log_q_label = F.log_softmax(student_logits, dim=1).gather(1, label)
     p_label = F.softmax(teacher_logits, dim=1).gather(1, label)
-    is_other = torch.ones_like(student_logits, dtype=torch.bool).scatter_(1, label, False)
-    z_s = student_logits[is_other].view(batch, classes - 1) / temperature
-    z_t = teacher_logits[is_other].view(batch, classes - 1) / temperature
-    others = (F.softmax(z_t, dim=1) * F.log_softmax(z_s, dim=1)).sum(dim=1)
-    return -(p_label * log_q_label).mean() - gamma * temperature**2 * others.mean()
+    # Numbers of the other classes in their order: a mask would have to be read before the size of the result is known.
+    below = torch.arange(student_logits.shape[1] - 1, device=labels.device)
+    others = below + (below >= label)  # [B, C - 1]
+    z_s, z_t = (logits.gather(1, others) / temperature for logits in (student_logits, teacher_logits))
+    shared = (F.softmax(z_t, dim=1) * F.log_softmax(z_s, dim=1)).sum(dim=1)
+    return -(p_label * log_q_label).mean() - gamma * temperature**2 * shared.mean()
 
 
 class NKD(Term):

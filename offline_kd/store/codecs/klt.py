@@ -20,6 +20,7 @@ from torch import Tensor
 
 from offline_kd.store.codecs.codec import Arrays, Codec, CodecArray, Comparison, Floats, Tables
 from offline_kd.store.codecs.rans import Coder, frequencies
+from offline_kd.support.constants import constant
 from offline_kd.support.errors import TeacherError
 
 FEWEST_CLASSES = 64  # with fewer it gains nothing
@@ -103,7 +104,7 @@ class Klt(Codec):
         shape = arrays["q"].shape[:-1]
         q, differences = (arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("q", "differences"))
         whole = whole_logits(q, tables["axes"].float(), tables["mean"].float())
-        steps = torch.from_numpy(self._steps(num_classes)).to(q.device)
+        steps = constant(tuple(self._steps(num_classes).tolist()), whole)
         finer = (whole * (self.step / SCALE)).scatter_add_(1, ranked(whole, len(steps)), differences.float() * steps)
         return finer.view(*shape, num_classes)
 
