@@ -56,7 +56,7 @@ def test_rendering_is_pad_crop_flip_to_the_bit(seed, padding, fill):
     images = rng.integers(0, 256, (4, 3, 9, 11), dtype=np.uint8)
     box = np.stack([*rng.integers(-padding, padding + 1, (2, 4)), [9] * 4, [11] * 4], axis=1).astype(np.int16)
     flip = rng.integers(0, 2, 4, dtype=np.uint8)
-    pixels = render(torch.from_numpy(images), torch.from_numpy(box), torch.from_numpy(flip), fill)
+    pixels = render(torch.from_numpy(images), torch.from_numpy(box), torch.from_numpy(flip), (9, 11), fill)
     assert pixels.dtype == torch.uint8
     for index in range(4):
         expected = padded_crop(images[index], box[index, 0], box[index, 1], flip[index] == 1, fill, padding)
@@ -192,7 +192,7 @@ def test_no_augmentation_is_the_image_itself():
     parameters = draw_all(NoAugmentation(), KEYS[:2], 8, 9)
     images = torch.randint(256, (2, 3, 8, 9), dtype=torch.uint8)
     box, flip = torch.from_numpy(parameters["box"][:, 0]), torch.from_numpy(parameters["flip"][:, 0])
-    assert torch.equal(render(images, box, flip, "zeros"), images)
+    assert torch.equal(render(images, box, flip, (8, 9), "zeros"), images)
 
 
 @given(st.integers(0, 1000), st.integers(1, 30), st.integers(1, 30), st.integers(0, 40))

@@ -17,16 +17,14 @@ from torch.utils.data import DataLoader
 
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
+from offline_kd.distill.resident import Resident
 from offline_kd.distill.sampler import Order
 from offline_kd.models.networks import normalise
 from offline_kd.store.join import codec_tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
 from offline_kd.support.console import say
-from offline_kd.support.counter_rng import counter_uniform
-from offline_kd.views.render import render
-
-LABEL_STREAM = 0x6C6162656C  # first counter of the draws made here, so that they are independent of all others
+from offline_kd.views.render import render, size_of_boxes
 
 
 class Loader:
@@ -42,12 +40,20 @@ class Loader:
 
     Args:
         normalisation: give images as the float32 input of a network; None: as uint8 pixels.
+        resident: of the same source: the same batches are made from what it keeps on the device; None: they are read,
+            pass by pass.
     """
 
     def __init__(
-        self, source: Source, options: Options, device: torch.device, normalisation: Normalisation | None = None
+        self,
+        source: Source,
+        options: Options,
+        device: torch.device,
+        normalisation: Normalisation | None = None,
+        resident: Resident | None = None,
     ) -> None:
         self.source, self.options, self.device, self.normalisation = source, options, device, normalisation
+        self.resident = resident
         self.views_per_decode, self.bad = options.views_per_decode, set[str]()
         self.next_epoch = self.next_step = 0
         self.reader = Reader(source, options)
@@ -110,6 +116,9 @@ class Loader:
         """
         self.reader.start[0] = epoch
         order = self.reader.order()
+        if self.resident is not None:
+            yield from self._of_resident(self.resident, order, first_step)
+            return
         step, done = first_step, order.batch(first_step).start
         self.reader.start[1] = done
         workers: list[Iterator[Piece]] = [iter(worker) for worker in self.workers] or [iter(self.reader)]
@@ -124,6 +133,13 @@ class Loader:
                     yield self._on_device(rows, step)
                 step += 1
             left = left.after(order.batch(step).start)
+
+    def _of_resident(self, resident: Resident, order: Order, first_step: int) -> Iterator[Rows]:
+        resident.load(order)
+        self._report(resident.bad)
+        for rows in resident.batches(order, self.options, first_step):
+            pixels = rows.images if self.normalisation is None else normalise(rows.images, self.normalisation)
+            yield replace(rows, pixels=pixels, decode=self._decode)
 
     def _pieces_of(self, order: Order, pool: int, workers: Sequence[Iterator[Piece]]) -> list[Piece]:
         """All pieces of a pool, and nothing of later ones."""
@@ -143,14 +159,15 @@ class Loader:
                 say(f"left out: {line}")
 
     def _on_device(self, rows: Rows, step: int) -> Rows:
-        known = torch.from_numpy(counter_uniform(LABEL_STREAM, rows.key_hash) < self.options.labelled_fraction)
+        known = torch.from_numpy(self.options.shows_label(rows.key_hash))
         labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
         moved = replace(rows, labels=labels, other_labels=other).map(
             lambda tensor: tensor.to(self.device, non_blocking=True)
         )
         images = moved.images
         if moved.box is not None and moved.flip is not None and len(moved):
-            images = render(images, moved.box, moved.flip, self.source.views.outside)
+            assert rows.box is not None
+            images = render(images, moved.box, moved.flip, size_of_boxes(rows.box.numpy()), self.source.views.outside)
         if self.normalisation is not None:
             images = normalise(images, self.normalisation)
         return replace(moved, pixels=images, box=None, flip=None, step=step, decode=self._decode)

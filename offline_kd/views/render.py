@@ -28,20 +28,21 @@ from offline_kd.views.operations import apply_op, operation_name
 Pixels = NDArray[np.uint8]
 
 
-def render(images: Tensor, box: Tensor, flip: Tensor, fill: Outside) -> Tensor:
+def render(images: Tensor, box: Tensor, flip: Tensor, size: tuple[int, int], fill: Outside) -> Tensor:
     """Cut one view out of every image, on the images' device; exact, since no resampling takes place.
 
     Args:
         images: `[B, 3, H, W]` uint8.
         box: `[B, 4]` integer top, left, height, width; all of one height and one width.
         flip: `[B]`, nonzero where the view is mirrored.
+        size: height and width of all boxes: read off a device they would have to be waited for (`size_of_boxes`).
         fill: what pixels outside the image are: 0, or the image mirrored at its edge (the edge not repeated).
 
     Returns:
         `[B, 3, height, width]` uint8.
     """
     box = box.long()
-    height, width = int(box[0, 2]), int(box[0, 3])
+    height, width = size
     down = torch.arange(height, device=images.device)
     across = torch.arange(width, device=images.device).expand(len(images), width)
     across = torch.where(flip.bool()[:, None], width - 1 - across, across)
@@ -53,6 +54,12 @@ def render(images: Tensor, box: Tensor, flip: Tensor, fill: Outside) -> Tensor:
         inside = (rows_inside[:, :, None] & columns_inside[:, None, :]).flatten(1)
         pixels = pixels * inside[:, None]
     return pixels.view(len(images), 3, height, width)
+
+
+def size_of_boxes(box: NDArray[np.integer]) -> tuple[int, int]:
+    """Height and width of views `[..., 4]` of one size, at least one of them, where they lie on the host."""
+    height, width = box.reshape(-1, 4)[0, 2:].tolist()
+    return height, width
 
 
 def _into_image(index: Tensor, size: int, fill: Outside) -> tuple[Tensor, Tensor]:
@@ -203,7 +210,7 @@ def view_batches(
         for start in range(0, count * num_views, batch_size):
             row, view = np.divmod(np.arange(start, min(start + batch_size, count * num_views)), num_views)
             at = torch.from_numpy(row).to(device), torch.from_numpy(view).to(device)
-            yield row, view, render(images[at[0]], box[at], flip[at], views.outside)
+            yield row, view, render(images[at[0]], box[at], flip[at], size_of_boxes(parameters["box"]), views.outside)
         return
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for first in range(0, count, PARTNERS):
@@ -226,7 +233,8 @@ def render_some(
     """Pixels of a few chosen views, `[m, 3, H, W]` uint8; raises DataError for what cannot be decoded."""
     if views.is_exact:
         box, flip = (torch.from_numpy(choice.own[name]) for name in ("box", "flip"))
-        return render(block.images[torch.from_numpy(choice.row)], box, flip, views.outside).numpy()
+        images = block.images[torch.from_numpy(choice.row)]
+        return render(images, box, flip, size_of_boxes(choice.own["box"]), views.outside).numpy()
     return render_choice(Decoder(replace(block, on_bad="fail")), choice, views, size, threads)[0].numpy()
 
 
