@@ -186,7 +186,7 @@ class Coloured(MadeUp):
         return ((number, self[number]) for number in numbers)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=5),
     st.integers(1, 24),
