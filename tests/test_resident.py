@@ -329,6 +329,17 @@ def test_runs_about_other_things_share_nothing():
 # ---- for a GPU, without one ------------------------------------------------------------------------------------------
 
 
+def test_no_batch_of_a_pass_is_waited_for():
+    views = PadCropFlip(kind="pad_crop_flip", padding=1)
+    source = Source(Coloured([30, 20]), views, view_groups(views.num_views, 6))
+    loader = Loader(source, Options(8), CPU, None, Resident(source, 0, CPU))
+    with torch.autograd.profiler.profile() as profile:
+        assert len(list(loader.epoch(1))) == len(loader) == 7
+    done = {event.name for event in profile.function_events}
+    assert "aten::index_select" in done
+    assert not done & {"aten::_local_scalar_dense", "aten::nonzero", "aten::item"}
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_making_a_batch_needs_no_answer_of_the_device(exact):
     """Tensors of a GPU that is not there: what would wait for one, or mixes devices, is refused."""
