@@ -82,6 +82,13 @@ class Cosine(Strict):
     warmup_epochs: float = Field(0, ge=0)
 
 
+Residence = Literal["auto", "always", "never"]
+
+
+def _is_auto(residence: Residence) -> bool:
+    return residence == "auto"
+
+
 class Training(Strict):
     epochs: Count
     batch_size: int = Field(64, ge=2, lt=2**31, description="of all ranks together, where torchrun starts several")
@@ -94,6 +101,12 @@ class Training(Strict):
     checkpoint_steps: Count | None = Field(None, description="save every so many steps, beside every epoch's end")
     amp: bool = Field(False, description="bfloat16 autocast of the student; helps on GPUs with tensor cores")
     pool_blocks: Count = Field(16, description="tars whose rows are shuffled together")
+    resident: Residence = Field(
+        "auto",
+        exclude_if=_is_auto,
+        description="keep images, views and targets on the device, and make the same batches there; auto: on a GPU, "
+        "where images are copied and not resampled, if they fit into half of its free memory",
+    )
     sync_batchnorm: bool = Field(
         False,
         description="under torchrun: BatchNorm over the batch of all ranks, as one process has it, instead of each "

@@ -20,17 +20,16 @@ from torch.utils.data import DataLoader
 
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
+from offline_kd.distill.resident import Resident
 from offline_kd.distill.sampler import Order
 from offline_kd.models.networks import normalise
 from offline_kd.store.join import codec_tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
 from offline_kd.support.console import say
-from offline_kd.support.counter_rng import counter_uniform
 from offline_kd.views.render import render, size_of_boxes
 
 T = TypeVar("T")
-LABEL_STREAM = 0x6C6162656C  # first counter of the draws made here, so that they are independent of all others
 
 
 class Loader:
@@ -46,12 +45,20 @@ class Loader:
 
     Args:
         normalisation: give images as the float32 input of a network; None: as uint8 pixels.
+        resident: of the same source: the same batches are made from what it keeps on the device; None: they are read,
+            pass by pass.
     """
 
     def __init__(
-        self, source: Source, options: Options, device: torch.device, normalisation: Normalisation | None = None
+        self,
+        source: Source,
+        options: Options,
+        device: torch.device,
+        normalisation: Normalisation | None = None,
+        resident: Resident | None = None,
     ) -> None:
         self.source, self.options, self.device, self.normalisation = source, options, device, normalisation
+        self.resident = resident
         self.views_per_decode, self.bad = options.views_per_decode, set[str]()
         self.next_epoch = self.next_step = 0
         self.reader = Reader(source, options)
@@ -113,6 +120,9 @@ class Loader:
             epoch: counted from 0; a multiple of `views_per_decode`.
             first_step: go on from here, where another run, of however many workers and ranks, was stopped.
         """
+        if self.resident is not None:
+            yield from self._of_resident(self.resident, epoch, first_step)
+            return
         gathered = self._gathered(epoch, first_step)
         if self.device.type != "cuda":
             for rows in gathered:
@@ -141,10 +151,19 @@ class Loader:
             while step < order.steps and order.batch(step).stop <= order.starts[pool + 1]:
                 rows = left.of(order.batch(step))
                 if len(rows) or self.options.world > 1:
-                    known = counter_uniform(LABEL_STREAM, rows.key_hash) < self.options.labelled_fraction
+                    known = self.options.shows_label(rows.key_hash)
                     yield replace(_labelled(rows, torch.from_numpy(known)), step=step)
                 step += 1
             left = left.after(order.batch(step).start)
+
+    def _of_resident(self, resident: Resident, epoch: int, first_step: int) -> Iterator[Rows]:
+        self.reader.start[0] = epoch
+        order = self.reader.order()
+        resident.load(order)
+        self._report(resident.bad)
+        for rows in resident.batches(order, self.options, first_step):
+            pixels = rows.images if self.normalisation is None else normalise(rows.images, self.normalisation)
+            yield replace(rows, pixels=pixels, decode=self._decode)
 
     def _pieces_of(self, order: Order, pool: int, workers: Sequence[Iterator[Piece]]) -> list[Piece]:
         """All pieces of a pool, and nothing of later ones."""

@@ -58,6 +58,7 @@ class Run:
         for field_name in ("workers", "keep_bytes", "root"):
             del content["data"][field_name]
         del content["training"]["checkpoint_steps"]
+        content["training"].pop("resident", None)
         for one in content["store"] if isinstance(content["store"], list) else []:
             del one["signed_by"]  # where a key lies; what is read is in the digest
         return fingerprint([content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION])

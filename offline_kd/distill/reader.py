@@ -18,6 +18,7 @@ from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.store.join import Wanted, join_all, joined_arrays, left_out_of, without_store
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate, take
+from offline_kd.support.counter_rng import U64, counter_uniform
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.strict import MAX_SEED
 from offline_kd.views.epochs import view_of_epoch
@@ -26,6 +27,7 @@ from offline_kd.views.mixing import NO_PARTNER, PARTNERS
 from offline_kd.views.random_resized_crop import RandomCrop
 from offline_kd.views.render import render_choice
 
+LABEL_STREAM = 0x6C6162656C  # first counter of the draws made here, so that they are independent of all others
 READ_AHEAD = 4  # tars, from afar
 # Of an even share of a pool, what a worker may have to read so that its tars stay with it: a tar that was kept decoded
 # costs next to nothing, one that was kept encoded costs nearly as much as any other.
@@ -75,6 +77,10 @@ class Options:
                 f"rank {self.rank} of {self.world} with batches of {self.batch_size}: ranks are numbered from 0, and "
                 "there can be as many as a batch has rows. Use fewer processes, or a larger training.batch_size."
             )
+
+    def shows_label(self, key_hash: U64) -> NDArray[np.bool_]:
+        """`[n]` whether the student may see the label of a sample."""
+        return counter_uniform(LABEL_STREAM, key_hash) < self.labelled_fraction
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ class Reader(IterableDataset[Piece]):
             if source.views.is_exact:
                 rows = _copied(block, some)
             else:
-                rows, rendered = self._rendered(decoder, some)
+                rows, rendered = self.rendered(decoder, some)
                 places = places[rendered]
             bad += [f"{block.where}: sample '{block.keys[row]}': {problem}" for row, problem in decoder.bad.items()]
             decoder.bad.clear()
@@ -203,7 +209,7 @@ class Reader(IterableDataset[Piece]):
         row_bytes = (image_bytes or 3 * self.size * self.size or 1) * self.options.views_per_decode
         return max(PIECE_BYTES * self.options.world // row_bytes // PARTNERS, 1) * PARTNERS
 
-    def _rendered(self, decoder: Decoder, joined: list[Rows]) -> tuple[Rows, NDArray[np.bool_]]:
+    def rendered(self, decoder: Decoder, joined: list[Rows]) -> tuple[Rows, NDArray[np.bool_]]:
         """Rendered views, and which of the joined rows could be rendered.
 
         Few images are held decoded at once, and all views of an image are rendered while it is.

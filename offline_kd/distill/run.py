@@ -26,7 +26,7 @@ from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
 from offline_kd.distill.run_directory import refuse_ranks, run_directory
-from offline_kd.distill.training import DistillOptions, distill, train_teacher
+from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
 from offline_kd.support.errors import RecipeError
@@ -146,8 +146,10 @@ def _distill_all(
 ) -> Iterator[tuple[Path, Result]]:
     """Every student with its run directory, when it is finished: one after the other, or all at once on Ray."""
     if options.get("engine") != "ray":
+        shared = Shared()
         for folder, about in students.items():
-            yield folder, distill(recipe, manifest, roots, folder, device, **about)
+            what: DistillOptions = {**about, "shared": shared}
+            yield folder, distill(recipe, manifest, roots, folder, device, **what)
         return
     from offline_kd.distill.ray_students import distill_on_ray
 

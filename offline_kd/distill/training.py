@@ -4,9 +4,9 @@ All it knows of stage 1 is the store. A live teacher (`--online`) takes the stor
 same views in the same order, and exists to measure that the two agree.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
 
@@ -20,6 +20,7 @@ from offline_kd.distill.compatibility import check_all, check_teachers
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Result, Run, fit
 from offline_kd.distill.reader import Options, Source
+from offline_kd.distill.resident import resident_if_it_fits
 from offline_kd.distill.run_directory import run_place
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
@@ -42,6 +43,25 @@ from offline_kd.support.places import WritablePlace
 from offline_kd.support.ranks import joined, rank, world
 from offline_kd.views.epochs import view_groups
 
+T = TypeVar("T")
+
+
+class Shared:
+    """What runs in one process, one after the other, have in common: stores, images, and what of them is on the device.
+
+    Of every kind only what the last run used is kept; a run about anything else makes its own.
+    """
+
+    def __init__(self) -> None:
+        self.kept = dict[str, tuple[object, object]]()
+
+    def once(self, kind: str, about: object, make: Callable[[], T]) -> T:
+        """What `make` gives; or what it gave the last time, where that was about the same."""
+        if kind not in self.kept or self.kept[kind][0] != about:
+            self.kept.pop(kind, None)  # first: there may be no room for both
+            self.kept[kind] = about, make()
+        return cast(T, self.kept[kind][1])
+
 
 class DistillOptions(TypedDict, total=False):
     """What a run may be told besides what it is about."""
@@ -52,6 +72,7 @@ class DistillOptions(TypedDict, total=False):
     online: bool  # ask the live teacher instead of the stores
     download_bytes: int  # how much of remote stores and images is kept on the local disk
     allow_biased: bool  # train even where a store's codec has not kept what a term needs
+    shared: Shared  # with runs before and after this one, in this process
 
 
 def distill(
@@ -94,11 +115,18 @@ def prepare(
     chosen, online = options.get("seed"), options.get("online", False)
     seed = recipe.seeds[0] if chosen is None else chosen
     wanted = wanted_stores(recipe, options.get("stores", ()))
-    limit = options.get("download_bytes", DEFAULT_BYTES)
-    opened, ensemble = open_stores(recipe, manifest, wanted, limit)
+    limit, shared = options.get("download_bytes", DEFAULT_BYTES), options.get("shared") or Shared()
+    opened, ensemble = shared.once(
+        "stores", (manifest, wanted, recipe.mix, limit), lambda: open_stores(recipe, manifest, wanted, limit)
+    )
     # Where a store is read, the join compares every key, image and label with what the teacher saw, at every read.
     proof: Proof = "always" if online or not opened else "once"
-    images = training_images(recipe, manifest, roots, prove=proof, download_bytes=limit)
+    read = recipe.data, recipe.views, recipe.evaluation_crop, manifest, list(roots), limit
+    images = shared.once(
+        "images",
+        (read, proof),
+        lambda: training_images(recipe, manifest, roots, prove=proof, download_bytes=limit),
+    )
     for store in [] if online else opened:
         if not store.created.keeps_digests:
             say(f"{store.place}: {proof_of_images(store.created)}")
@@ -109,7 +137,9 @@ def prepare(
     check_all(opened, recipe, images, [] if options.get("allow_biased") or online else terms)
     check_teachers(opened, [manifest.store(one.store).digest is not None for one in wanted], recipe, manifest)
     _refuse_labels_that_are_not(recipe, images, terms)
-    evaluated = evaluation_images(recipe, manifest, roots, download_bytes=limit)
+    evaluated = shared.once(
+        "evaluation", read, lambda: evaluation_images(recipe, manifest, roots, download_bytes=limit)
+    )
     student = new_student(recipe, images, seed, device, terms)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
@@ -121,7 +151,7 @@ def prepare(
         ask, asked = stored_signal(opened, terms, device, ensemble), "store"
     groups = group_views(recipe, images, opened[0] if opened else None)
     source = source_of(recipe, images, [] if online else opened, terms, groups)
-    loader = make_loader(recipe, source, seed, device, live_size)
+    loader = make_loader(recipe, source, seed, device, live_size, shared)
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest)
     return run, student, loader, evaluated, ask
@@ -230,12 +260,20 @@ def source_of(
 
 
 def make_loader(
-    recipe: Recipe, source: Source, seed: int, device: torch.device, live_size: int | None = None
+    recipe: Recipe,
+    source: Source,
+    seed: int,
+    device: torch.device,
+    live_size: int | None = None,
+    shared: Shared | None = None,
 ) -> Loader:
-    """The batches of a run, read as the recipe says.
+    """The batches of a run, read as the recipe says: from what is kept on the device, or as a stream.
 
     Args:
         live_size: of the same views for a live teacher, in pixels.
+        shared: where runs keep what they have on the device.
+
+    Raises RecipeError where `training.resident` is `always`, and the device has no room.
     """
     options = Options(
         batch_size=recipe.training.batch_size,
@@ -248,7 +286,13 @@ def make_loader(
         rank=rank(),
         world=world(),
     )
-    return Loader(source, options, device)
+    choice = recipe.training.resident
+    resident = (shared or Shared()).once(
+        "resident",
+        (choice, source, live_size, device),
+        lambda: resident_if_it_fits(choice, source, options, device),
+    )
+    return Loader(source, options, device, resident=resident)
 
 
 def group_views(recipe: Recipe, images: BlockLoader, store: Store | None) -> list[range]:

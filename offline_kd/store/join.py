@@ -25,7 +25,7 @@ from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
-from offline_kd.views.choice import Choice, choose, draw_choice
+from offline_kd.views.choice import Choice, choose, draw_choice, side_by_side
 from offline_kd.views.kind import Parameters, ViewSpec
 from offline_kd.views.mixing import NO_PARTNER, WHOLE
 from offline_kd.views.render import decoder_versions, render_some
@@ -45,11 +45,12 @@ class Wanted:
 
 
 def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64], wanted: Wanted = Wanted()) -> Rows:
-    """Give each sample of an image tar what the store says of one of its views.
+    """Give each sample of an image tar what the store says of one of its views, or of several.
 
     Args:
         group: the view group, common to all samples.
-        position: `[n]` view within the group, for each sample of the tar.
+        position: `[n]` view within the group, for each sample of the tar; or `[n, v]`: then there are `n * v` rows, all
+            of the first sample first.
 
     Raises:
         StoreMismatch: a sample is not in the store, or is there with other image bytes or another label.
@@ -58,8 +59,9 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
     arrays = joined_arrays(store, wanted)
     store_rows = _find_rows(store, block)
     store_blocks, offsets = np.divmod(store_rows, store.identity.rows_per_block)
+    position = position.reshape(len(block), -1)
     found: Arrays = {}
-    partner_row = np.full(len(block), NO_PARTNER, dtype=np.int64)
+    partner_row = np.full(position.shape, NO_PARTNER, dtype=np.int64)
     partner: Parameters = {}
     pieces = []
     for number in np.unique(store_blocks):
@@ -70,7 +72,7 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
             if name.startswith("probe/"):
                 continue
             per_view = name.startswith(("view/", "logits/", "decisions/"))
-            values = read[name][offsets[here], position[here]] if per_view else read[name][offsets[here]]
+            values = read[name][offsets[here, None], position[here]] if per_view else read[name][offsets[here]]
             _put(found, name, here, values, len(block))
         if "view/partner" in read:
             at = found["view/partner"][here].astype(np.int64)
@@ -80,8 +82,10 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
     _check_samples(store, block, found)
     for number, read, here in pieces:
         _check_probes(store, block, number, read, here, offsets[here])
-    own = {name: found[f"view/{name}"] for name in store.identity.views.arrays()}
-    choice = Choice(np.arange(len(block)), own, partner_row, partner or own)
+    own = {name: _by_row(found[f"view/{name}"]) for name in store.identity.views.arrays()}
+    its = {name: _by_row(array) for name, array in partner.items()}
+    row = np.arange(len(block)).repeat(position.shape[1])
+    choice = Choice(row, own, partner_row.ravel(), its or own)
     return _rows(block, choice, [_signal(store, found, wanted)])
 
 
@@ -92,7 +96,7 @@ def join_all(
     position: NDArray[np.int64],
     wanted: Sequence[Wanted],
 ) -> Rows:
-    """Give each sample of an image tar what several stores say of one of its views, a signal of each.
+    """Give each sample of an image tar what several stores say of one of its views, or several, a signal of each.
 
     Raises what `join` does, and StoreMismatch when the stores mean different crops by one view.
     """
@@ -106,11 +110,11 @@ def join_all(
             different = (array != other).reshape(len(array), -1).any(axis=1)
             if different.any():
                 index = int(different.nonzero()[0][0])
+                view, key = position.ravel()[index], block.keys[rows.view.row[index]]
                 raise StoreMismatch(
-                    f"{store.place}: view {store.identity.groups[group][int(position[index])]} of sample "
-                    f"'{block.keys[index]}' has {name} {other[index].tolist()}, in {stores[0].place} it is "
-                    f"{array[index].tolist()}. Stores that are mixed must hold the same views: capture both with the "
-                    "same views (kind, seed and views_per_group)."
+                    f"{store.place}: view {store.identity.groups[group][int(view)]} of sample '{key}' has {name} "
+                    f"{other[index].tolist()}, in {stores[0].place} it is {array[index].tolist()}. Stores that are "
+                    "mixed must hold the same views: capture both with the same views (kind, seed and views_per_group)."
                 )
     return replace(first, signal=[signal for rows in (first, *others) for signal in rows.signal])
 
@@ -118,14 +122,19 @@ def join_all(
 def _signal(store: Store, found: Arrays, wanted: Wanted) -> StoredSignal:
     logits = None
     if wanted.logits:
-        encoded = {name: found[f"logits/{name}"] for name in store.identity.codec.arrays()}
+        encoded = {name: _by_row(found[f"logits/{name}"]) for name in store.identity.codec.arrays()}
         unpacked = store.identity.codec.unpack(encoded, store.codec_tables)
         logits = {name: _tensor(array) for name, array in unpacked.items()}
     decisions = {
-        name: {array: _tensor(found[f"decisions/{name}/{array}"]) for array in decision_arrays(store, name)}
+        name: {array: _tensor(_by_row(found[f"decisions/{name}/{array}"])) for array in decision_arrays(store, name)}
         for name in wanted.decisions
     }
     return StoredSignal(logits, decisions)
+
+
+def _by_row(array: NDArray[Any]) -> NDArray[Any]:
+    """`[n * v, ...]` of `[n, v, ...]`."""
+    return array.reshape(-1, *array.shape[2:])
 
 
 def _put(found: dict[str, NDArray[Any]], name: str, here: NDArray[np.int64], values: NDArray[Any], count: int) -> None:
@@ -152,7 +161,7 @@ def _rows_in_tar(
             f"{block.name}: {len(absent)} of its images are mixed with images of other tars (the first has key hash "
             f"{wanted[absent[0]]:016x}). Mixed views of {store.place} need the tars that it was made from."
         )
-    found = np.full(len(partner), NO_PARTNER, dtype=np.int64)
+    found = np.full(partner.shape, NO_PARTNER, dtype=np.int64)
     found[mixed] = rows
     return found
 
@@ -244,8 +253,12 @@ def without_store(
     views: ViewSpec, groups: list[range], block: ImageBlock, group: int, position: NDArray[np.int64]
 ) -> Rows:
     """Rows of a tar with the views that `join` would give them, drawn here: no store is read."""
-    choice = draw_choice(views, block.key_hash, block.sizes(), groups[group].start + position)
-    return _rows(block, choice, [])
+    sizes = block.sizes()
+    drawn = [
+        draw_choice(views, block.key_hash, sizes, groups[group].start + one)
+        for one in position.reshape(len(block), -1).T
+    ]
+    return _rows(block, side_by_side(drawn), [])
 
 
 def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:

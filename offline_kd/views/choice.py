@@ -1,6 +1,8 @@
 """One view of each of some rows: its parameters, and those of the image that is mixed in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,23 @@ class Choice:
         """Some of the rows, in the order of `index`."""
         own, partner = ({name: array[index] for name, array in one.items()} for one in (self.own, self.partner))
         return Choice(self.row[index], own, self.partner_row[index], partner)
+
+
+def side_by_side(choices: Sequence[Choice]) -> Choice:
+    """Several views of the same rows as one choice, all of the first row first."""
+
+    def of_row(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+        return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+    if len(choices) == 1:
+        return choices[0]
+    own, partner = (
+        {name: of_row([one[name] for one in every]) for name in every[0]}
+        for every in ([choice.own for choice in choices], [choice.partner for choice in choices])
+    )
+    return Choice(
+        of_row([choice.row for choice in choices]), own, of_row([choice.partner_row for choice in choices]), partner
+    )
 
 
 def choose(parameters: Parameters, row: NDArray[np.int64], view: NDArray[np.int64]) -> Choice:
