@@ -429,8 +429,8 @@ def main() -> None:
     for size in options.entries:
         tars, groups = map(int, size.split("x"))
         if options.folder:
-        options.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="scale-", dir=options.folder))
+            options.folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="scale-", dir=options.folder))
         try:
             make(folder, tars, groups)
             rows += measure_all(folder, tars, groups, options.check)

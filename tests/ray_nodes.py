@@ -45,9 +45,7 @@ class Nodes:
 def ray_nodes(count: int, cpus: int = 1) -> Iterator[Nodes]:
     """A head and further raylets, each of which counts that many CPUs; what they wrote is removed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # names of sockets may have 107 characters
-    (
-        folder / "ray"
-    ).mkdir()  # where Ray notes the newest cluster of a machine: it is not made for a folder of one's own
+    (folder / "ray").mkdir()  # where Ray notes the newest cluster of a machine, and which it does not always make
     with (folder / "errors").open("w") as errors:
         process = subprocess.Popen(
             [sys.executable, __file__, str(count), str(cpus), folder],
