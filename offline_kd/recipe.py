@@ -23,6 +23,7 @@ from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.strict import Count, Seed, Strict, parse
 from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
+from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
@@ -48,70 +49,6 @@ class Data(Strict):
     bad_images: OnBadImage = Field("fail", description="skip: leave out images that cannot be decoded, and list them")
     keep_bytes: int = Field(2**30, ge=0, lt=2**63, description="decoded images kept in memory between epochs")
     workers: int = Field(0, ge=0, le=1024, description="processes that read and decode tars")
-
-
-class SGD(Strict):
-    name: Literal["sgd"]
-    lr: Positive
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(5e-4, ge=0)
-
-
-class AdamW(Strict):
-    name: Literal["adamw"]
-    lr: Positive
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class Step(Strict):
-    """Multiply the rate by `gamma` after each milestone (epochs that are over)."""
-
-    name: Literal["step"]
-    milestones: list[int]
-    gamma: Positive = 0.1
-    warmup_epochs: float = Field(0, ge=0)
-
-
-class Cosine(Strict):
-    """From the full rate to `final_fraction` of it along half a cosine."""
-
-    name: Literal["cosine"]
-    final_fraction: float = Field(0, ge=0, le=1)
-    warmup_epochs: float = Field(0, ge=0)
-
-
-Residence = Literal["auto", "always", "never"]
-
-
-def _is_auto(residence: Residence) -> bool:
-    return residence == "auto"
-
-
-class Training(Strict):
-    epochs: Count
-    batch_size: int = Field(64, ge=2, lt=2**31, description="of all ranks together, where torchrun starts several")
-    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
-    schedule: Annotated[Step | Cosine, Field(discriminator="name")]
-    label_smoothing: float = Field(0, ge=0, lt=1)
-    views_per_decode: Count = Field(
-        1, description="views shown of an image once it is decoded; so many epochs pass at once"
-    )
-    checkpoint_steps: Count | None = Field(None, description="save every so many steps, beside every epoch's end")
-    amp: bool = Field(False, description="bfloat16 autocast of the student; helps on GPUs with tensor cores")
-    pool_blocks: Count = Field(16, description="tars whose rows are shuffled together")
-    resident: Residence = Field(
-        "auto",
-        exclude_if=_is_auto,
-        description="keep images, views and targets on the device, and make the same batches there; auto: on a GPU, "
-        "where images are copied and not resampled, if they fit into half of its free memory",
-    )
-    sync_batchnorm: bool = Field(
-        False,
-        description="under torchrun: BatchNorm over the batch of all ranks, as one process has it, instead of each "
-        "rank's own rows; costs a message between ranks in every layer",
-    )
 
 
 if TYPE_CHECKING:
@@ -164,6 +101,11 @@ class Capture(Strict):
 class StudentNetwork(Strict):
     model: str
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
+    weights: str | None = Field(
+        None,
+        exclude_if=is_unused,
+        description="to begin from, as of a teacher: manifest name, path, or torchvision weights name",
+    )
 
 
 class TeacherStore(Strict):

@@ -12,9 +12,10 @@ from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loop import Run, train_step
+from offline_kd.distill.loop import train_step
 from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.distill.results import Run
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, stored_signal
 from offline_kd.distill.training import evaluation_images, make_loader, source_of, training_images

@@ -26,8 +26,9 @@ from offline_kd.data.manifest import Dataset, Manifest, Split, folders_of, locat
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loop import Run, train_step
+from offline_kd.distill.loop import train_step
 from offline_kd.distill.optimisation import make_optimizer, set_learning_rate
+from offline_kd.distill.results import Run
 from offline_kd.distill.student import kd_layer_scores, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, live_signal, no_signal, stored_signal
 from offline_kd.distill.training import make_loader, source_of, training_images

@@ -12,7 +12,7 @@ import click
 from offline_kd.cli.options import DOWNLOAD_BYTES, SEED, read_inputs, recipe_options
 
 if TYPE_CHECKING:
-    from offline_kd.distill.loop import Result
+    from offline_kd.distill.results import Result
     from offline_kd.distill.training import DistillOptions
 
 

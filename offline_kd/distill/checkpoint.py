@@ -7,8 +7,9 @@ another student. It is read without running anything of it.
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,14 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Stateful(Protocol):
+    """What goes on from a state of plain values and tensors."""
+
+    def state_dict(self) -> dict[str, object]: ...
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> object: ...
+
+
 @dataclass(frozen=True)
 class _Saved:
     identity: str  # of the run
@@ -43,36 +52,47 @@ class _Saved:
     optimizer: dict[str, Any]
     rng: Tensor  # of the CPU: for networks with dropout
     device_rng: Tensor | None  # of the GPU that the run is on
+    beside: dict[str, dict[str, object]] = field(default_factory=dict)  # by name: what a student has beside its weights
 
 
 def save_progress(
-    out: WritablePlace, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, progressed: Progress
+    out: WritablePlace,
+    identity: str,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progressed: Progress,
+    beside: Mapping[str, Stateful] | None = None,
 ) -> None:
     """Everything that the rest of the run depends on; what was saved before becomes `previous.ckpt`."""
     device = next(network.parameters()).device
+    content: dict[str, object] = {
+        "identity": identity,
+        "progress": json.dumps(asdict(progressed)),
+        "network": network.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+    if beside:
+        content["beside"] = {name: one.state_dict() for name, one in beside.items()}
     buffer = io.BytesIO()
-    torch.save(
-        {
-            "identity": identity,
-            "progress": json.dumps(asdict(progressed)),
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        },
-        buffer,
-    )
-    content = buffer.getvalue()
+    torch.save(content, buffer)
+    saved = buffer.getvalue()
     # The newest keeps its name until it is replaced whole: a full disk, or a kill at any point, leaves it good.
     if out.size("last.ckpt") is not None:
         out.copy("last.ckpt", "previous.ckpt")
-    out.put("last.ckpt", content + LAST_LINE + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    out.put("last.ckpt", saved + LAST_LINE + hashlib.sha256(saved).hexdigest().encode() + b"\n")
 
 
 def load_progress(
-    out: WritablePlace, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    out: WritablePlace,
+    identity: str,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    beside: Mapping[str, Stateful] | None = None,
 ) -> Progress | None:
-    """Bring network, optimizer and generators to where the run was; None where nothing was saved yet.
+    """Bring network, optimizer, generators and what is beside to where the run was; None where nothing was saved yet.
 
     Of several ranks the first one reads, and tells the others.
 
@@ -89,6 +109,8 @@ def load_progress(
     try:
         network.load_state_dict(saved.network)
         optimizer.load_state_dict(saved.optimizer)
+        for name, one in (beside or {}).items():
+            one.load_state_dict(saved.beside[name])
         torch.set_rng_state(saved.rng.cpu())
         if device.type == "cuda" and saved.device_rng is not None:
             torch.cuda.set_rng_state(saved.device_rng.cpu(), device)

@@ -1,91 +1,39 @@
 """The training loop: batches and a teacher signal in, an evaluated student out, whatever the signal comes from."""
 
-import hashlib
-import json
-import statistics
+import contextlib
+import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loss import own_parts, term_weights
+from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
-from offline_kd.distill.sampler import ORDER_VERSION
-from offline_kd.distill.student import Student, among_ranks, kd_layer_scores
+from offline_kd.distill.student import Student, among_ranks, compiled, compiling, kd_layer_scores, with_states
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal
 from offline_kd.models.evaluation import evaluate
-from offline_kd.models.networks import normalise, parameter_count
+from offline_kd.models.networks import normalise
 from offline_kd.objectives.term import LossBatch
-from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
+from offline_kd.recipe import AnyTerm
 from offline_kd.store.rows import Rows
-from offline_kd.support.console import progress, say
+from offline_kd.support.console import progress
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import TrainingError
-from offline_kd.support.places import WritablePlace
 from offline_kd.support.ranks import copy_from_first, from_first, of_all, rank, total, world
 from offline_kd.support.strict import fingerprint
+from offline_kd.training_recipe import Training
 
 DROPOUT_STREAM = 0x64726F70  # first counter of the draws made here, so that they are independent of all others
-MAX_STUDENT_BYTES = 2**40
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is: two runs of one description train one student, bit by bit on one machine."""
-
-    recipe: Recipe
-    objective: str
-    terms: Sequence[AnyTerm]
-    seed: int
-    out: WritablePlace
-    device: torch.device
-    source: str = "none"  # of the teacher signal: "store", "online" or "none"
-    store_digest: str = ""
-
-    @cached_property
-    def identity(self) -> str:
-        """Fingerprint of everything that must be the same when the run goes on."""
-        content = self.recipe.model_dump(mode="json")
-        for field_name in ("workers", "keep_bytes", "root"):
-            del content["data"][field_name]
-        del content["training"]["checkpoint_steps"]
-        content["training"].pop("resident", None)
-        for one in content["store"] if isinstance(content["store"], list) else []:
-            del one["signed_by"]  # where a key lies; what is read is in the digest
-        return fingerprint([content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION])
-
-
-@dataclass(frozen=True)
-class Result:
-    """`result.json`: what a finished run achieved."""
-
-    recipe: str
-    objective: str
-    targets: str  # "store", "online" or "none"
-    seed: int
-    top1: float  # percent, after the last epoch
-    best_top1: float
-    nll: float
-    ece: float
-    epochs: int
-    steps: int
-    parameters: int  # those of KD layers included
-    kd_layer_parameters: int
-    seconds_per_epoch: float  # training alone, median over epochs
-    seconds_per_step: float
-    images_per_second: float
-    dtkd_fallbacks: int  # samples for which DTKD's temperatures were undefined
-    store_digest: str
-    student_sha256: str
 
 
 def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask: AskTeacher) -> Result:
@@ -99,28 +47,31 @@ def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask
     """
     with run_directory(run.out):
         _refuse_different_ranks(run)
-        optimizer = make_optimizer(run.recipe.training, student.network)
-        done = load_progress(run.out, run.identity, student.network, optimizer, run.device)
-        result = from_first(lambda: _before(run, done))
+        training = run.recipe.training
+        student = with_states(student, training, run.device)
+        optimizer = make_optimizer(training, student.network)
+        done = load_progress(run.out, run.identity, student.network, optimizer, run.device, student.beside)
+        result = from_first(lambda: begin(run, done))
         if result is not None:
             return result
         done = done or Progress(sums=[0.0] * len(run.terms))
-        student = among_ranks(student, run.recipe.training, run.device)
-        _train(run, student, optimizer, loader, evaluation, ask, done)
-        return from_first(lambda: _finish(run, student, loader, done.history))
+        if not done.steps_done:
+            keep_weights(run, student, done.history)
+        with compiling(training):
+            trained = among_ranks(compiled(student, training), training, run.device)
+            _train(run, trained, optimizer, loader, evaluation, ask, done)
+        return from_first(lambda: finish(run, trained, loader, done.history))
 
 
-def _before(run: Run, done: Progress | None) -> Result | None:
-    """Make the run directory ready; the result, where the run is finished already."""
-    if done is None:
-        _refuse_foreign(run)
-    elif done.epochs_done == run.recipe.training.epochs and run.out.size("result.json") is not None:
-        result = _read_result(run)
-        say(f"{run.out}: finished already, nothing to do")
-        _write_metrics(run, done.history)
-        return result
-    run.out.put("recipe.yaml", dump_recipe(run.recipe).encode())
-    return None
+def _refuse_different_ranks(run: Run) -> None:
+    """All ranks train one student: from one recipe, with one objective and seed, from one store."""
+    identities = of_all(fingerprint([run.identity, run.recipe.training.checkpoint_steps]))
+    if len(set(identities)) > 1:
+        other = next(one for one, identity in enumerate(identities) if identity != identities[0])
+        raise TrainingError(
+            f"rank {other} was given another run than rank 0. Start all ranks with the same command, recipe, store and "
+            "manifest."
+        )
 
 
 def _train(
@@ -168,8 +119,9 @@ def _train(
             done.history.append({"epoch": epochs_done, **line, **_evaluate(run, student, evaluation), **about})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)
+            keep_weights(run, student, done.history)
             if rank() == 0:
-                _write_metrics(run, done.history)
+                write_metrics(run, done.history)
 
 
 def _of_all_ranks(count: int) -> int:
@@ -185,7 +137,7 @@ def _draw_by_step(run: Run, epoch: int, step: int) -> None:
 
 def _save(run: Run, student: Student, optimizer: torch.optim.Optimizer, done: Progress) -> None:
     if rank() == 0:
-        save_progress(run.out, run.identity, student.network, optimizer, done)
+        save_progress(run.out, run.identity, student.network, optimizer, done, student.beside)
 
 
 @dataclass
@@ -246,19 +198,23 @@ def _loss_names(terms: Sequence[AnyTerm]) -> list[str]:
 
 
 def _evaluate(run: Run, student: Student, evaluation: BlockLoader) -> dict[str, float]:
-    """top-1 (percent), nll and ece on the evaluation split; leaves the network in evaluation mode.
+    """top1 (percent), nll and ece on the evaluation split, also of the average of the weights: `top1_ema`, ...
 
-    Ranks share the images, and evaluate what the first one saves: each has had running statistics of its own.
+    Leaves the network in evaluation mode. Ranks share the images, and evaluate what the first one saves: each has had
+    running statistics of its own.
     """
-    copy_from_first(student.network.buffers())
+    found: dict[str, float] = {}
+    for end, network in student.networks.items():
+        copy_from_first(network.buffers())
 
-    @torch.inference_mode()
-    def predict(images: Tensor) -> Tensor:
-        student.network.eval()
-        return student.network(normalise(images, run.recipe.data.normalisation))
+        @torch.inference_mode()
+        def predict(images: Tensor, network: nn.Module = network) -> Tensor:
+            network.eval()
+            return network(normalise(images, run.recipe.data.normalisation))
 
-    measured = evaluate(predict, evaluation, 256, run.device, "evaluation", run.recipe.evaluation_crop)
-    return {"top1": measured.top1, "nll": measured.nll, "ece": measured.ece}
+        measured = evaluate(predict, evaluation, 256, run.device, "evaluation", run.recipe.evaluation_crop)
+        found |= {f"top1{end}": measured.top1, f"nll{end}": measured.nll, f"ece{end}": measured.ece}
+    return found
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------
@@ -274,6 +230,9 @@ def train_step(
 ) -> tuple[Tensor, Tensor]:
     """One update of the student.
 
+    With `training.accumulate` the parts of the batch pass one after the other, and their gradients add up to that of
+    the whole batch; DIST correlates over, and BatchNorm normalises by, the rows of a part.
+
     Args:
         weights: `[terms]` float32 on the device, as `term_weights` gives them: of every term of the run, in this epoch.
 
@@ -283,103 +242,82 @@ def train_step(
 
     Raises StoreMismatch when decisions were made on another grid than the student's map.
     """
-    recipe = run.recipe
+    optimizer.zero_grad(set_to_none=True)
+    pieces = _pieces(len(batch), run.recipe.training.accumulate)
+    if len(pieces) == 1:
+        logits, values = _add_gradients(run, student, batch, signal, weights)
+    else:
+        counts = [counts_of(run.terms, LossBatch(batch.labels[piece])) for piece in pieces]
+        items = total(torch.stack(counts).sum(dim=0))
+        found = []
+        for piece in pieces:
+            with _own_gradients(student, piece is not pieces[-1]):
+                rows, said = batch.take(piece), signal.take(piece)
+                logits, values = _add_gradients(run, student, rows, said, weights, items)
+                found.append((logits.clone(), values))  # a CUDA graph writes the next ones to the same place
+        logits = torch.cat([logits for logits, _ in found])
+        values = torch.stack([values for _, values in found]).sum(dim=0)
+    _update(student, optimizer, run.recipe.training)
+    return logits, values
+
+
+def _pieces(rows: int, wanted: int) -> list[slice]:
+    """A batch in parts of nearly the same number of rows: so many on every rank, of which one has two rows in each."""
+    if wanted == 1:
+        return [slice(0, rows)]
+    number = min(wanted, max(1, max(of_all(rows)) // 2))
+    edges = [rows * part // number for part in range(number + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+def _own_gradients(student: Student, alone: bool) -> AbstractContextManager[object]:
+    """Where `alone`, the gradients of ranks are not shared: those of the last part are, with what was added before."""
+    if alone and isinstance(student.trained, DistributedDataParallel):
+        return student.trained.no_sync()
+    return contextlib.nullcontext()
+
+
+def _add_gradients(
+    run: Run,
+    student: Student,
+    batch: Rows,
+    signal: TeacherSignal,
+    weights: Sequence[float],
+    items: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward and backward of some rows, which are all of a batch unless `items` `[terms]` says how many there are."""
+    recipe, amp = run.recipe, run.recipe.training.amp
     # Of a loader that normalises, the images are the input of the network already.
     inputs = batch.images if batch.images.is_floating_point() else normalise(batch.images, recipe.data.normalisation)
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=recipe.training.amp):
-        logits = (student.shared or student.network)(inputs)
+    precision = torch.float16 if amp == "float16" else torch.bfloat16
+    with torch.autocast(inputs.device.type, precision, enabled=bool(amp)):
+        logits = (student.network if student.trained is None else student.trained)(inputs)
     logits = logits.float()
     mixing = (batch.other_labels, batch.share) if recipe.views.mixes else None
     known = LossBatch(batch.labels, mixing, recipe.training.label_smoothing, kd_layer_scores(student))
-    parts = own_parts(run.terms, logits, signal, known)
-    optimizer.zero_grad(set_to_none=True)
+    parts = own_parts(run.terms, logits, signal, known, items)
     # What is shared divides the sum of the ranks' gradients by their number.
     loss = world() * (parts * weights).sum()
+    if student.scaler is not None:
+        loss = student.scaler.scale(loss)
     # Through the logits too, whatever the terms use: every weight waits for the gradient of every rank.
     torch.autograd.backward([loss, logits], [None, torch.zeros_like(logits)])
-    optimizer.step()
     return logits.detach(), parts.detach()
 
 
-# ---- the run directory ---------------------------------------------------------------------------------------------
-
-
-def _refuse_different_ranks(run: Run) -> None:
-    """All ranks train one student: from one recipe, with one objective and seed, from one store."""
-    identities = of_all(fingerprint([run.identity, run.recipe.training.checkpoint_steps]))
-    if len(set(identities)) > 1:
-        other = next(one for one, identity in enumerate(identities) if identity != identities[0])
-        raise TrainingError(
-            f"rank {other} was given another run than rank 0. Start all ranks with the same command, recipe, store and "
-            "manifest."
-        )
-
-
-def _refuse_foreign(run: Run) -> None:
-    """Where no checkpoint is, nothing of a run may be: it would be overwritten."""
-    for name in ("metrics.jsonl", "student.safetensors", "result.json"):
-        if run.out.size(name) is not None:
-            raise TrainingError(
-                f"{run.out}/{name}: belongs to a run whose last.ckpt is not here. Give another --out folder, or delete "
-                "this one."
-            )
-    ours = dump_recipe(run.recipe).encode()
-    # Of a run that was stopped before its first checkpoint.
-    if run.out.size("recipe.yaml") is not None and run.out.read("recipe.yaml") != ours:
-        raise TrainingError(
-            f"{run.out}/recipe.yaml: is not the recipe of this run. Give another --out folder, or delete the file."
-        )
-
-
-def _write_metrics(run: Run, history: list[dict[str, Any]]) -> None:
-    run.out.put("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
-
-
-def _read_result(run: Run) -> Result:
-    """What the finished run achieved; raises TrainingError unless it is about this run and the student beside it."""
-    file, student = f"{run.out}/result.json", f"{run.out}/student.safetensors"
-    again = f"Delete {file} and run the same command again: both are written anew from last.ckpt."
-    try:
-        result = Result(**json.loads(run.out.read("result.json")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise TrainingError(f"{file}: is not the result of a run, or torn ({str(error)[:100]}). {again}") from error
-    about = (result.recipe, result.objective, result.targets, result.seed, result.store_digest)
-    if about != (run.recipe.name, run.objective, run.source, run.seed, run.store_digest):
-        raise TrainingError(f"{file}: is the result of another run, {about}. {again}")
-    try:
-        found = hashlib.sha256(run.out.read("student.safetensors", MAX_STUDENT_BYTES)).hexdigest()
-    except FileNotFoundError:
-        found = "missing"
-    if found != result.student_sha256:
-        raise TrainingError(f"{student}: sha256 is {found}, result.json says {result.student_sha256}. {again}")
-    return result
-
-
-def _finish(run: Run, student: Student, loader: Loader, history: list[dict[str, Any]]) -> Result:
-    """Write `student.safetensors` and `result.json`."""
-    weights = {name: tensor.contiguous().cpu() for name, tensor in student.network.state_dict().items()}
-    content = safetensors.torch.save(weights)
-    run.out.put("student.safetensors", content)
-    per_pass = statistics.median(line["seconds"] for line in history)
-    result = Result(
-        recipe=run.recipe.name,
-        objective=run.objective,
-        targets=run.source,
-        seed=run.seed,
-        top1=history[-1]["top1"],
-        best_top1=max(line["top1"] for line in history),
-        nll=history[-1]["nll"],
-        ece=history[-1]["ece"],
-        epochs=history[-1]["epoch"],
-        steps=len(history) * loader.steps_per_pass,
-        parameters=parameter_count(student.network),
-        kd_layer_parameters=sum(parameter_count(layer.kd_layer) for layer in student.kd_layers.values()),
-        seconds_per_epoch=per_pass / loader.views_per_decode,
-        seconds_per_step=per_pass / loader.steps_per_pass,
-        images_per_second=history[-1]["images"] / per_pass,
-        dtkd_fallbacks=sum(line["dtkd_fallbacks"] for line in history),
-        store_digest=run.store_digest,
-        student_sha256=hashlib.sha256(content).hexdigest(),
-    )
-    run.out.put("result.json", (json.dumps(asdict(result), indent=2) + "\n").encode())
-    return result
+def _update(student: Student, optimizer: torch.optim.Optimizer, training: Training) -> None:
+    """From gradients to weights. Nothing here waits for the device but the scaler, which asks once whether all
+    gradients are finite, and leaves the step out if not."""
+    scaler = student.scaler
+    if training.clip_norm is not None:
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, training.clip_norm, error_if_nonfinite=False)
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    if student.average is not None:
+        student.average.update()

@@ -18,23 +18,34 @@ def bare_values(terms: Sequence[Term], student_logits: Tensor, signal: Signal, b
     return torch.stack([term(student_logits, signal, batch) for term in terms])
 
 
-def own_parts(terms: Sequence[Term], student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
-    """`[terms]`: what this rank's rows contribute to the bare values for the batch of all ranks.
+def own_parts(
+    terms: Sequence[Term], student_logits: Tensor, signal: Signal, batch: LossBatch, items: Tensor | None = None
+) -> Tensor:
+    """`[terms]`: what these rows contribute to the bare values for the whole batch.
 
-    The parts of all ranks add up to what one process would compute of the whole batch, whatever the ranks' shares of
-    it: a mean is weighted by the number of items it was taken of here, and divided by their number on all ranks.
+    The parts of all ranks, and of all parts of a batch that pass one after the other, add up to what one process would
+    compute of the whole batch, whatever their shares of it: a mean is weighted by the number of items it was taken of
+    here, and divided by their number in all.
+
+    Args:
+        items: `[terms]`, their numbers in all; None: the rows of all ranks are the whole batch.
     """
     values = bare_values(terms, student_logits, signal, batch)
-    if world() == 1:
+    if items is None and world() == 1:
         return values
-    counts = torch.stack([_on_device(term.count(batch), values) for term in terms])
-    parts = values * counts / total(counts).clamp(min=1)
+    counts = counts_of(terms, batch)
+    parts = values * counts / (total(counts) if items is None else items).clamp(min=1)
     return torch.where(counts > 0, parts, 0)  # a mean over nothing is no number
 
 
-def _on_device(count: Tensor | int, values: Tensor) -> Tensor:
-    """A count beside values; filled in there, for a number that is copied would be waited for."""
-    return count.float() if isinstance(count, Tensor) else values.new_full((), count).float()
+def counts_of(terms: Sequence[Term], batch: LossBatch) -> Tensor:
+    """`[terms]` float32: of how many items of a batch the value of every term is the mean."""
+    return torch.stack([_on_device(term.count(batch), batch.labels) for term in terms])
+
+
+def _on_device(count: Tensor | int, labels: Tensor) -> Tensor:
+    """A count beside labels; filled in there, for a number that is copied would be waited for."""
+    return count.float() if isinstance(count, Tensor) else labels.new_full((), count).float()
 
 
 def term_weights(terms: Sequence[Term], epoch: int, device: torch.device) -> Tensor:

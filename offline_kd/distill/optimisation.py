@@ -1,11 +1,15 @@
-"""Optimizer and learning rate, as a recipe describes them."""
+"""Optimizer, parameter groups and learning rate, as a recipe describes them."""
 
+import fnmatch
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
-from offline_kd.recipe import SGD, Step, Training
+from offline_kd.models.kd_layer import WithKDLayer
+from offline_kd.support.errors import RecipeError, did_you_mean
+from offline_kd.training_recipe import SGD, ParameterGroups, Step, Training
 
 
 def learning_rate(training: Training, epochs_done: float) -> float:
@@ -21,18 +25,96 @@ def learning_rate(training: Training, epochs_done: float) -> float:
 
 
 def make_optimizer(training: Training, network: nn.Module) -> torch.optim.Optimizer:
-    wanted = training.optimizer
+    """Raises RecipeError for a pattern that matches nothing, or layers of a network that does not tell its depth."""
+    wanted, groups = training.optimizer, parameter_groups(training.optimizer, network)
     if isinstance(wanted, SGD):
         return torch.optim.SGD(
-            network.parameters(),
+            groups,
             lr=wanted.lr,
             momentum=wanted.momentum,
             nesterov=wanted.nesterov,
             weight_decay=wanted.weight_decay,
         )
-    return torch.optim.AdamW(network.parameters(), lr=wanted.lr, betas=wanted.betas, weight_decay=wanted.weight_decay)
+    return torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, eps=wanted.eps, weight_decay=wanted.weight_decay)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """`rate`, in every group times the `lr_scale` that it has."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
+
+
+# ---- groups --------------------------------------------------------------------------------------------------------
+
+
+def parameter_groups(wanted: ParameterGroups, network: nn.Module) -> list[dict[str, object]]:
+    """What optimizers take: all parameters, or groups with a `weight_decay` or `lr_scale` of their own.
+
+    The groups with the whole rate come first.
+    """
+    if not wanted.no_decay and wanted.layer_decay is None:
+        return [{"params": list(network.parameters())}]
+    spared = _without_decay(network, wanted.no_decay)
+    scales = {} if wanted.layer_decay is None else _rate_scales(network, wanted.layer_decay)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        groups.setdefault((scales.get(name, 1.0), name in spared), []).append(parameter)
+    return [
+        {"params": parameters, "lr_scale": scale} | ({"weight_decay": 0.0} if is_spared else {})
+        for (scale, is_spared), parameters in sorted(groups.items(), key=lambda item: -item[0][0])
+    ]
+
+
+def _without_decay(network: nn.Module, patterns: Sequence[str]) -> set[str]:
+    """Names of the parameters that are not decayed; a normalisation layer is a module whose class says `norm`."""
+    names = [name for name, _ in network.named_parameters()]
+    spared: set[str] = set()
+    for pattern in patterns:
+        if pattern == "bias":
+            spared |= {name for name in names if name.rpartition(".")[2] == "bias"}
+        elif pattern == "norm":
+            norms = {path for path, module in network.named_modules() if "norm" in type(module).__name__.lower()}
+            spared |= {name for name in names if name.rpartition(".")[0] in norms}
+        elif matched := fnmatch.filter(names, pattern):
+            spared.update(matched)
+        else:
+            raise RecipeError(
+                f"optimizer.no_decay: '{pattern}' is neither `bias` nor `norm`, and no parameter of the student has "
+                f"such a name.{did_you_mean(pattern, ['bias', 'norm', *names])}"
+            )
+    return spared
+
+
+def _rate_scales(network: nn.Module, layer_decay: float) -> dict[str, float]:
+    """By name of a parameter: `layer_decay` to the number of layers between its own and the last (BEiT, timm).
+
+    Layers are those of timm's `group_matcher`. Parameters of KD layers, which nobody trained before, keep the rate.
+    """
+    matcher = getattr(network, "group_matcher", None)
+    if matcher is None:
+        raise RecipeError(
+            f"optimizer.layer_decay: a {type(network).__name__} does not tell which layers are how deep. Name one of "
+            "timm's networks (timm:NAME), or leave it out."
+        )
+    from timm.models._manipulate import group_with_matcher
+
+    plain = _names_without_kd_layers(network)
+    own = [(name, None) for name in plain.values() if name is not None]
+    layers: dict[str, int] = group_with_matcher(own, matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: 1.0 if was is None else layer_decay ** (last - layers[was]) for name, was in plain.items()}
+
+
+def _names_without_kd_layers(network: nn.Module) -> dict[str, str | None]:
+    """Name of every parameter -> what it was before KD layers were put in; None: it is one of theirs."""
+    places = [path for path, module in network.named_modules() if isinstance(module, WithKDLayer)]
+    names: dict[str, str | None] = {}
+    for name, _ in network.named_parameters():
+        was: str | None = name
+        for place in sorted(places, key=len, reverse=True):  # the innermost first
+            if was is not None and was.startswith(f"{place}.kd_layer."):
+                was = None
+            elif was is not None and was.startswith(f"{place}.module."):
+                was = place + was.removeprefix(f"{place}.module")
+        names[name] = was
+    return names

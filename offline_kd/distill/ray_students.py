@@ -14,7 +14,7 @@ import torch
 
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
-from offline_kd.distill.loop import Result
+from offline_kd.distill.results import Result
 from offline_kd.distill.training import DistillOptions, distill
 from offline_kd.recipe import Recipe
 from offline_kd.support.errors import TrainingError

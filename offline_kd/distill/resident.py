@@ -18,11 +18,11 @@ from torch import Tensor
 from offline_kd.data.blocks import Decoder, ImageBlock
 from offline_kd.distill.reader import Options, Reader, Source
 from offline_kd.distill.sampler import Order
-from offline_kd.recipe import Residence
 from offline_kd.store.join import as_stored, join_all, left_out_of, without_store
 from offline_kd.store.rows import Rows, take
 from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
+from offline_kd.training_recipe import Residence
 from offline_kd.views.epochs import view_of_epoch
 from offline_kd.views.kind import Outside
 from offline_kd.views.render import render, size_of_boxes

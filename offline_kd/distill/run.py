@@ -23,8 +23,8 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
-from offline_kd.distill.loop import Result
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
+from offline_kd.distill.results import Result
 from offline_kd.distill.run_directory import refuse_ranks, run_directory
 from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher

@@ -1,39 +1,73 @@
 """The network that learns: built by name, with the KD layers that an objective's terms put into it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.fetching import Fetched
+from offline_kd.distill.averaging import WeightAverage
+from offline_kd.distill.checkpoint import Stateful
 from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
 from offline_kd.models.networks import build, normalise
 from offline_kd.models.sync_batchnorm import synchronise_batchnorm
-from offline_kd.recipe import AnyTerm, Recipe, Training, kd_layer_terms
-from offline_kd.support.errors import RecipeError
+from offline_kd.models.weights import load_pretrained
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.support.console import say
+from offline_kd.support.errors import RecipeError, TrainingError
 from offline_kd.support.ranks import world
+from offline_kd.training_recipe import Training
 
 
 @dataclass(frozen=True)
 class Student:
     network: nn.Module
     kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
-    shared: nn.Module | None = None  # the network as ranks train it together: its gradients are those of all of them
+    # The network as it is trained: compiled, or by ranks together, whose gradients are those of all of them.
+    trained: nn.Module | None = None
+    average: WeightAverage | None = None  # of the weights
+    scaler: torch.amp.GradScaler | None = None  # of the loss, in float16
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All that are evaluated and saved, by the end of their names."""
+        return {"": self.network} | ({"_ema": self.average.network} if self.average else {})
+
+    @property
+    def beside(self) -> dict[str, Stateful]:
+        """What a run goes on with, beside network and optimizer."""
+        states: dict[str, Stateful | None] = {"average": self.average, "scaler": self.scaler}
+        return {name: one for name, one in states.items() if one is not None}
 
 
 def new_student(
-    recipe: Recipe, loader: BlockLoader, seed: int, device: torch.device, terms: Sequence[AnyTerm] = ()
+    recipe: Recipe,
+    loader: BlockLoader,
+    seed: int,
+    device: torch.device,
+    terms: Sequence[AnyTerm] = (),
+    weights: Path | Fetched | None = None,
 ) -> Student:
-    """The student of a recipe, freshly initialised, with the KD layers that `terms` put into it.
+    """The student of a recipe, with the KD layers that `terms` put into it.
 
-    Raises ModelError for a KD layer behind a module that gives no map, RecipeError for one behind the same module as
-    another.
+    Args:
+        weights: to begin from, where it is not freshly initialised. KD layers are, and so is a head for another number
+            of classes.
+
+    Raises ModelError for weights that do not fit or a KD layer behind a module that gives no map, RecipeError for one
+    behind the same module as another.
     """
     num_classes = len(loader.dataset.classes)
     torch.manual_seed(seed)
-    network = build(recipe.student.model, num_classes, recipe.student.model_args).to(device)
+    network = build(recipe.student.model, num_classes, recipe.student.model_args)
+    if weights is not None and (left_out := load_pretrained(network, weights, num_classes)):
+        say(f"{weights}: is for another number of classes: {', '.join(left_out)} begin anew")
+    network = network.to(device)
     wanted = kd_layer_terms(terms)
     if not wanted:
         return Student(network, {})
@@ -57,6 +91,41 @@ def new_student(
     return Student(network, layers)
 
 
+def with_states(student: Student, training: Training, device: torch.device) -> Student:
+    """The student with what its training keeps beside it: the average of its weights, the scale of its loss."""
+    average = WeightAverage(student.network, training.ema) if training.ema else None
+    scaler = torch.amp.GradScaler(device.type) if training.amp == "float16" else None
+    return replace(student, average=average, scaler=scaler)
+
+
+def compiled(student: Student, training: Training) -> Student:
+    """The student whose steps are compiled, if the recipe says so.
+
+    The network itself stays as it is, and is evaluated and saved as ever.
+    """
+    if not training.compile:
+        return student
+    mode = None if training.compile is True else training.compile
+    return replace(student, trained=torch.compile(student.network, mode=mode))
+
+
+@contextmanager
+def compiling(training: Training) -> Iterator[None]:
+    """Raise TrainingError for a network, or a machine, that torch.compile cannot do: it says so in the first step."""
+    if not training.compile:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        yield
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise TrainingError(
+            f"training.compile: torch.compile cannot do this student here ({reason}). Leave it out."
+        ) from error
+
+
 def among_ranks(student: Student, training: Training, device: torch.device) -> Student:
     """The student as several ranks train it; as it is, of one.
 
@@ -67,9 +136,8 @@ def among_ranks(student: Student, training: Training, device: torch.device) -> S
         return student
     if training.sync_batchnorm:
         synchronise_batchnorm(student.network, device)
-    return replace(
-        student, shared=DistributedDataParallel(student.network, [device] if device.type == "cuda" else None)
-    )
+    network = student.network if student.trained is None else student.trained
+    return replace(student, trained=DistributedDataParallel(network, [device] if device.type == "cuda" else None))
 
 
 def kd_layer_scores(student: Student) -> dict[str, Tensor]:

@@ -26,6 +26,14 @@ class TeacherSignal:
     logits: Tensor | None = None  # [B, C]; None where no term asks for them
     decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by name in the recipe, then by array
 
+    def take(self, rows: slice) -> "TeacherSignal":
+        """What it says of some rows; the table of sub-classes is about all."""
+        decisions = {
+            decided: {name: array if name == "table" else array[rows] for name, array in arrays.items()}
+            for decided, arrays in self.decisions.items()
+        }
+        return TeacherSignal(None if self.logits is None else self.logits[rows], decisions)
+
 
 AskTeacher = Callable[[Rows], TeacherSignal]
 

@@ -18,13 +18,15 @@ from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.compatibility import check_all, check_teachers
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loop import Result, Run, fit
+from offline_kd.distill.loop import fit
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
+from offline_kd.distill.results import Result, Run
 from offline_kd.distill.run_directory import run_place
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
 from offline_kd.models.networks import build
+from offline_kd.models.weights import find_weights
 from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
@@ -140,7 +142,9 @@ def prepare(
     evaluated = shared.once(
         "evaluation", read, lambda: evaluation_images(recipe, manifest, roots, download_bytes=limit)
     )
-    student = new_student(recipe, images, seed, device, terms)
+    wanted_weights = recipe.student.weights
+    weights, initial = (None, "") if wanted_weights is None else find_weights(wanted_weights, manifest, roots)
+    student = new_student(recipe, images, seed, device, terms, weights)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
     if needs_teacher(terms) and online:
@@ -153,7 +157,7 @@ def prepare(
     source = source_of(recipe, images, [] if online else opened, terms, groups)
     loader = make_loader(recipe, source, seed, device, live_size, shared)
     digest = "+".join(store.digest for store in opened)
-    run = Run(recipe, name, terms, seed, out, device, asked, digest)
+    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial)
     return run, student, loader, evaluated, ask
 
 

@@ -58,7 +58,30 @@ def load_weights(model: nn.Module, path: Path | Fetched) -> None:
     Tensors stored in half precision are widened. Missing `num_batches_tracked` counters, which inference does not
     use, are let pass; anything else missing, surplus or of another shape is refused.
     """
+    _load(model, read_state_dict(path), path)
+
+
+def load_pretrained(model: nn.Module, path: Path | Fetched, num_classes: int) -> list[str]:
+    """Load weights to begin from: as `load_weights`, but a head for another number of classes is left as it is.
+
+    Of the head are the tensors whose first dimension is `num_classes` in `model`, one other number in the file, the
+    same of all of them, and nothing else differs.
+
+    Returns the names of the tensors of the head that were left.
+    """
     state, own = read_state_dict(path), model.state_dict()
+    other = {name: tensor for name, tensor in own.items() if name in state and state[name].shape != tensor.shape}
+    classes = {state[name].shape[0] for name in other if state[name].dim()}
+    is_head = len(classes) == 1 and all(
+        tensor.shape == (num_classes, *state[name].shape[1:]) for name, tensor in other.items()
+    )
+    left = list(other) if is_head else []
+    _load(model, state | {name: own[name] for name in left}, path)
+    return left
+
+
+def _load(model: nn.Module, state: dict[str, Tensor], path: Path | Fetched) -> None:
+    own = model.state_dict()
     for name, tensor in own.items():
         if name.endswith("num_batches_tracked") and name not in state:
             continue

@@ -1,0 +1,224 @@
+"""What a run is, what it achieved, and the files of its directory that say so or hold its weights."""
+
+import hashlib
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from offline_kd.distill.checkpoint import Progress
+from offline_kd.distill.loader import Loader
+from offline_kd.distill.sampler import ORDER_VERSION
+from offline_kd.distill.student import Student
+from offline_kd.models.networks import parameter_count
+from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
+from offline_kd.support.console import say
+from offline_kd.support.errors import TrainingError
+from offline_kd.support.places import WritablePlace
+from offline_kd.support.ranks import rank
+from offline_kd.support.strict import fingerprint
+from offline_kd.training_recipe import Every
+
+MAX_STUDENT_BYTES = 2**40
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is: two runs of one description train one student, bit by bit on one machine."""
+
+    recipe: Recipe
+    objective: str
+    terms: Sequence[AnyTerm]
+    seed: int
+    out: WritablePlace
+    device: torch.device
+    source: str = "none"  # of the teacher signal: "store", "online" or "none"
+    store_digest: str = ""
+    initial_sha256: str = ""  # of the weights that the student begins from
+
+    @cached_property
+    def identity(self) -> str:
+        """Fingerprint of everything that must be the same when the run goes on."""
+        content = self.recipe.model_dump(mode="json")
+        for field_name in ("workers", "keep_bytes", "root"):
+            del content["data"][field_name]
+        del content["training"]["checkpoint_steps"]
+        content["training"].pop("resident", None)
+        content["student"].pop("weights", None)  # where they lie
+        for one in content["store"] if isinstance(content["store"], list) else []:
+            del one["signed_by"]  # where a key lies; what is read is in the digest
+        about = [content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION]
+        return fingerprint(about + [self.initial_sha256] * bool(self.initial_sha256))
+
+
+@dataclass(frozen=True)
+class Result:
+    """`result.json`: what a finished run achieved."""
+
+    recipe: str
+    objective: str
+    targets: str  # "store", "online" or "none"
+    seed: int
+    top1: float  # percent, after the last epoch
+    best_top1: float
+    nll: float
+    ece: float
+    epochs: int
+    steps: int
+    parameters: int  # those of KD layers included
+    kd_layer_parameters: int
+    seconds_per_epoch: float  # training alone, median over epochs
+    seconds_per_step: float
+    images_per_second: float
+    dtkd_fallbacks: int  # samples for which DTKD's temperatures were undefined
+    store_digest: str
+    student_sha256: str
+    # Of options, left out where they are not used:
+    initial_sha256: str | None = None  # of the weights that the student began from
+    top1_ema: float | None = None  # of the average of the weights
+    student_ema_sha256: str | None = None
+    best_epoch: int | None = None  # whose weights best.safetensors holds: the first with the best top-1
+    best_epoch_ema: int | None = None
+
+
+# ---- beginning and end ---------------------------------------------------------------------------------------------
+
+
+def begin(run: Run, done: Progress | None) -> Result | None:
+    """Make the run directory ready; the result, where the run is finished already."""
+    if done is None:
+        _refuse_foreign(run)
+    elif done.epochs_done == run.recipe.training.epochs and run.out.size("result.json") is not None:
+        result = _read_result(run)
+        say(f"{run.out}: finished already, nothing to do")
+        write_metrics(run, done.history)
+        return result
+    run.out.put("recipe.yaml", dump_recipe(run.recipe).encode())
+    return None
+
+
+def _refuse_foreign(run: Run) -> None:
+    """Where no checkpoint is, nothing of a run may be: it would be overwritten."""
+    for name in ("metrics.jsonl", *_weight_files(run), "result.json"):
+        if run.out.size(name) is not None:
+            raise TrainingError(
+                f"{run.out}/{name}: belongs to a run whose last.ckpt is not here. Give another --out folder, or delete "
+                "this one."
+            )
+    ours = dump_recipe(run.recipe).encode()
+    # Of a run that was stopped before its first checkpoint.
+    if run.out.size("recipe.yaml") is not None and run.out.read("recipe.yaml") != ours:
+        raise TrainingError(
+            f"{run.out}/recipe.yaml: is not the recipe of this run. Give another --out folder, or delete the file."
+        )
+
+
+def write_metrics(run: Run, history: list[dict[str, Any]]) -> None:
+    run.out.put("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+
+
+def _read_result(run: Run) -> Result:
+    """What the finished run achieved; raises TrainingError unless it is about this run and the student beside it."""
+    file = f"{run.out}/result.json"
+    again = f"Delete {file} and run the same command again: both are written anew from last.ckpt."
+    try:
+        result = Result(**json.loads(run.out.read("result.json")))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise TrainingError(f"{file}: is not the result of a run, or torn ({str(error)[:100]}). {again}") from error
+    about = (result.recipe, result.objective, result.targets, result.seed, result.store_digest)
+    if about != (run.recipe.name, run.objective, run.source, run.seed, run.store_digest):
+        raise TrainingError(f"{file}: is the result of another run, {about}. {again}")
+    students = {"student.safetensors": result.student_sha256, "student_ema.safetensors": result.student_ema_sha256}
+    for student, sha256 in students.items():
+        try:
+            found = hashlib.sha256(run.out.read(student, MAX_STUDENT_BYTES)).hexdigest() if sha256 else None
+        except FileNotFoundError:
+            found = "missing"
+        if found != sha256:
+            raise TrainingError(f"{run.out}/{student}: sha256 is {found}, result.json says {sha256}. {again}")
+    return result
+
+
+def finish(run: Run, student: Student, loader: Loader, history: list[dict[str, Any]]) -> Result:
+    """Write `student.safetensors` and `result.json`."""
+    sha256 = {end: put_weights(run, f"student{end}", network) for end, network in student.networks.items()}
+    best = {end: _best_epoch(history, end) for end in student.networks if "best" in run.recipe.training.keep}
+    per_pass = statistics.median(line["seconds"] for line in history)
+    result = Result(
+        recipe=run.recipe.name,
+        objective=run.objective,
+        targets=run.source,
+        seed=run.seed,
+        top1=history[-1]["top1"],
+        best_top1=max(line["top1"] for line in history),
+        nll=history[-1]["nll"],
+        ece=history[-1]["ece"],
+        epochs=history[-1]["epoch"],
+        steps=len(history) * loader.steps_per_pass,
+        parameters=parameter_count(student.network),
+        kd_layer_parameters=sum(parameter_count(layer.kd_layer) for layer in student.kd_layers.values()),
+        seconds_per_epoch=per_pass / loader.views_per_decode,
+        seconds_per_step=per_pass / loader.steps_per_pass,
+        images_per_second=history[-1]["images"] / per_pass,
+        dtkd_fallbacks=sum(line["dtkd_fallbacks"] for line in history),
+        store_digest=run.store_digest,
+        student_sha256=sha256[""],
+        initial_sha256=run.initial_sha256 or None,
+        top1_ema=history[-1].get("top1_ema"),
+        student_ema_sha256=sha256.get("_ema"),
+        best_epoch=best.get(""),
+        best_epoch_ema=best.get("_ema"),
+    )
+    used = {name: value for name, value in asdict(result).items() if value is not None}
+    run.out.put("result.json", (json.dumps(used, indent=2) + "\n").encode())
+    return result
+
+
+# ---- weights -------------------------------------------------------------------------------------------------------
+
+
+def keep_weights(run: Run, student: Student, history: list[dict[str, Any]]) -> None:
+    """Write what `training.keep` names of the pass that ended last, the one that the checkpoint is of.
+
+    Done again when a run goes on, in case it was killed between the two.
+    """
+    if rank() > 0 or not history:
+        return
+    epoch = history[-1]["epoch"]
+    for end, network in student.networks.items():
+        for kept in run.recipe.training.keep:
+            if isinstance(kept, Every) and epoch % kept.every == 0:
+                put_weights(run, f"epoch-{epoch:03d}{end}", network)
+            elif kept == "best" and epoch == _best_epoch(history, end):
+                put_weights(run, f"best{end}", network)
+
+
+def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
+    """The first of those with the best top-1 on the evaluation split."""
+    return max(history, key=lambda line: line[f"top1{end}"])["epoch"]
+
+
+def put_weights(run: Run, name: str, network: nn.Module) -> str:
+    """Write `NAME.safetensors`; returns its sha256."""
+    tensors = {key: tensor.contiguous().cpu() for key, tensor in network.state_dict().items()}
+    content = safetensors.torch.save(tensors)
+    run.out.put(f"{name}.safetensors", content)
+    return hashlib.sha256(content).hexdigest()
+
+
+def _weight_files(run: Run) -> list[str]:
+    """All that a run may write."""
+    training = run.recipe.training
+    names = ["student"]
+    for kept in training.keep:
+        if isinstance(kept, Every):
+            names += [f"epoch-{epoch:03d}" for epoch in range(kept.every, training.epochs + 1, kept.every)]
+        else:
+            names.append(kept)
+    return [f"{name}{end}.safetensors" for name in names for end in ("", *["_ema"] * bool(training.ema))]
