@@ -50,7 +50,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
     """Images in memory, encoded or decoded, that torchvision's transforms make views of."""
 
     def __init__(
-        self, images: Sequence[object], labels: Sequence[int], transform: Callable[[object], Tensor], encoded: bool
+        self, images: Sequence[object], labels: Sequence[int], transform: Callable[[object], Tensor], *, encoded: bool
     ) -> None:
         self.images, self.labels, self.transform, self.encoded = images, labels, transform, encoded
 
@@ -66,30 +66,35 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def torchvision_parts(this: Bench) -> dict[str, Timed]:
-    """A DataLoader with as many workers, whose transforms make the recipe's kind of view; none for other kinds.
+    """An epoch of a DataLoader with as many workers, over `pictures_of`; nothing where there are none."""
+    return {name: Timed(_epoch_of(this, pictures), this.batches) for name, pictures in pictures_of(this).items()}
+
+
+def pictures_of(this: Bench) -> dict[str, Pictures]:
+    """The same images with transforms that make the recipe's kind of view; nothing for other kinds.
 
     What both sides have in common: images in memory, decoded where our loader keeps them so and encoded where it does
     not; Pillow as decoder; the same interpolation with antialiasing; batches of uint8, shuffled. Ours reads the targets
     as well. Twice, with transforms of Pillow's images and of tensors, for either may be faster.
     """
-    blocks, views = list(this.images), this.recipe.views
+    blocks = list(this.images)
     labels = [int(label) for block in blocks for label in block.labels]
     encoded = [one for block in blocks for one in block.encoded]
     side = (0, 0) if encoded else (blocks[0].images.shape[2], blocks[0].images.shape[3])
-    steps = same_views(views, side)
+    steps, to_tensor = same_views(this.recipe.views, side), v2.PILToTensor()
     if steps is None:
         return {}
-    tensors = [] if encoded else [image for block in blocks for image in block.images]
-    to_tensor = v2.PILToTensor()
-    by_pillow = v2.Compose([*steps, to_tensor])
-    of_tensors = v2.Compose([to_tensor, *steps] if encoded else [*steps, v2.Identity()])
-    pictures = {
-        "torchvision, Pillow": Pictures(
-            encoded or [to_pil_image(one) for one in tensors], labels, by_pillow, bool(encoded)
-        ),
-        "torchvision, tensors": Pictures(encoded or tensors, labels, of_tensors, bool(encoded)),
+    pillow, tensors = v2.Compose([*steps, to_tensor]), v2.Compose([to_tensor, *steps])
+    if encoded:
+        return {
+            "torchvision, Pillow": Pictures(encoded, labels, pillow, encoded=True),
+            "torchvision, tensors": Pictures(encoded, labels, tensors, encoded=True),
+        }
+    decoded = [image for block in blocks for image in block.images]
+    return {
+        "torchvision, Pillow": Pictures([to_pil_image(one) for one in decoded], labels, pillow, encoded=False),
+        "torchvision, tensors": Pictures(decoded, labels, v2.Compose([*steps, v2.Identity()]), encoded=False),
     }
-    return {name: Timed(_epoch_of(this, one), this.batches) for name, one in pictures.items()}
 
 
 def same_views(views: ViewSpec, side: tuple[int, int]) -> list[v2.Transform] | None:

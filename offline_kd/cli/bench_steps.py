@@ -27,7 +27,7 @@ from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.networks import normalise
 from offline_kd.objectives.ce import CE
 from offline_kd.objectives.term import LossBatch
-from offline_kd.recipe import AnyTerm, Recipe, Training, kd_layer_terms, needs_teacher
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError
@@ -129,7 +129,7 @@ def _steps(this: Bench, from_store: Loader) -> dict[str, Timed]:
         "store step": _training(this, from_store, this.terms, stored),
         "online step": _training(this, make_loader(recipe, plain, 0, device, live_size), this.terms, live),
     }
-    if "resident" in Training.model_fields:
+    if "resident" in type(recipe.training).model_fields:
         resident = streamed_or_resident(recipe, "always")
         loader = make_loader(resident, source_of(resident, this.images, [store], this.terms), 0, device)
         works["store step, resident"] = _training(this, loader, this.terms, stored)
@@ -140,7 +140,7 @@ def _steps(this: Bench, from_store: Loader) -> dict[str, Timed]:
 
 def streamed_or_resident(recipe: Recipe, resident: str) -> Recipe:
     """The recipe with its images and targets `always` or `never` on the device, where that can be said."""
-    if "resident" not in Training.model_fields:
+    if "resident" not in type(recipe.training).model_fields:
         return recipe
     return recipe.model_copy(update={"training": recipe.training.model_copy(update={"resident": resident})})
 
