@@ -34,13 +34,13 @@ def stage_1_parts(this: Bench) -> dict[str, Timed]:
 
 
 def _bare_teacher(this: Bench) -> Callable[[], None]:
-    """The network alone, on images that are at hand."""
-    blocks = [plain_images(block, this.teacher.crop, 0, len(block))[0] for block in this.images]
+    """The network alone, in batches of its usual size, on images that are on the device."""
+    pixels = torch.cat([plain_images(block, this.teacher.crop, 0, len(block))[0] for block in this.images])
+    batches = torch.split(pixels.to(this.device), this.teacher.batch_size)
 
     def work() -> None:
-        for pixels in blocks:
-            for some in torch.split(pixels, this.teacher.batch_size):
-                this.teacher.logits(some.to(this.device))
+        for batch in batches:
+            this.teacher.logits(batch)
 
     return work
 
