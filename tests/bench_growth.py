@@ -1,8 +1,8 @@
 """What the time of loading and of steps grows with: rows, classes, views, ranks, blocks. Prints a table of each.
 
-    .venv/bin/python tests/bench_growth.py [--rounds 5] [--only rows classes views ranks blocks]
+    .venv/bin/python tests/bench_growth.py [--rounds 5] [--only rows classes classes-int views ranks blocks]
 
-Real tars of random 32x32 images and real stores of made-up logits (f16), which changes no time; the student is one
+Real tars of random 32x32 images and real stores of made-up logits (f16, or int of 8 bits); the student is one
 layer, so that nothing hides what a step does with the teacher's logits. Sizes are timed in turn, round after round, and
 medians are shown. `per unit` is the time per row, class, ... against that of the first line: 1 is linear, less is
 better; where the time grew faster than what grows, since the line above, an exclamation mark stands.
@@ -33,7 +33,9 @@ from offline_kd.data.tars import Sample
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Source
 from offline_kd.objectives import kd
+from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.f16 import Float16
+from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.join import Wanted, row_arrays
 from offline_kd.store.layout import parts_of, probe_pixels
 from offline_kd.store.opening import open_store
@@ -49,6 +51,7 @@ from offline_kd.views.render import render_some
 
 CPU = torch.device("cpu")
 SIDE, BATCH, POOL = 32, 64, 4
+F16, INT8 = Float16(name="f16"), Int(name="int")
 Works = dict[str, Callable[[], object]]
 
 
@@ -61,6 +64,7 @@ class Size:
     views: int = 1
     classes: int = 10
     world: int = 1
+    codec: AnyCodec = F16
 
 
 # ---- making --------------------------------------------------------------------------------------------------------
@@ -77,7 +81,7 @@ def make(folder: Path, size: Size) -> tuple[Store, BlockLoader]:
     dataset = Dataset(folder="images", classes=[f"class {n}" for n in range(size.classes)], splits={"train": split})
     images = BlockLoader(dataset, split, [folder], keep_bytes=2**30, prove="never")
     views = PadCropFlip(kind="pad_crop_flip", count=size.views)
-    identity = made_up_identity(split.tars, views, Float16(name="f16"), size.classes, SIDE, size.views)
+    identity = made_up_identity(split.tars, views, size.codec, size.classes, SIDE, size.views)
     place = Folder(folder / "store")
     create_or_resume(place, identity)
     names = [commit_block(place, identity, images, number, rng) for number in range(size.blocks)]
@@ -95,7 +99,8 @@ def commit_block(
     probes = render_some(block, choose(parameters, rows, views), identity.views, SIDE)
     arrays = {**row_arrays(identity, block), **{f"view/{name}": array for name, array in parameters.items()}}
     arrays |= {"probe/row": rows, "probe/view": views, "probe/pixels": probe_pixels(identity, probes)}
-    arrays["logits/values"] = rng.normal(0, 3, (len(block), num_views, identity.num_classes)).astype(np.float16)
+    logits = rng.normal(0, 3, (len(block), num_views, identity.num_classes)).astype(np.float32)
+    arrays |= {f"logits/{name}": array for name, array in identity.codec.encode(logits, {}).items()}
     about = LedgerEntry(
         block=number, first_view=0, end_view=num_views, rows=len(block), tar=block.name, tar_sha256=block.sha256,
         objects={},
@@ -168,6 +173,7 @@ def per_unit(seconds: Mapping[int, float], units: Mapping[int, float]) -> dict[i
 GROWING = {
     "rows": {4 * 128 * times: Size(rows=128 * times) for times in (1, 4, 16)},
     "classes": {classes: Size(classes=classes) for classes in (10, 100, 1000, 21_841)},
+    "classes-int": {classes: Size(classes=classes, codec=INT8) for classes in (10, 100, 1000, 21_841)},
     "views": {views: Size(views=views) for views in (1, 4, 16)},
     # Every rank shows its share of the rows, and reads all tars of which it has some.
     "ranks": {world: Size(world=world) for world in (1, 2)},
