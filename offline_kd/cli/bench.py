@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -13,7 +15,7 @@ from offline_kd.cli.options import Inputs, common_options, open_named, read_inpu
 from offline_kd.support.errors import RecipeError
 
 if TYPE_CHECKING:
-    from offline_kd.cli.bench_steps import StepTimes
+    from offline_kd.cli.bench_steps import Extent, StepTimes
 
 
 class BenchGroup(click.Group):
@@ -92,13 +94,38 @@ def bench_codecs_command(
     show_table("change of the gradient on a student's logits, %", ["codec", *names], changes)
 
 
+def extent_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--rounds, --steps, --views and --codec, handed to the command as one `extent`."""
+
+    @functools.wraps(command)
+    def with_extent(rounds: int, steps: int, views: int, codecs: tuple[str, ...], **values: object) -> None:
+        command(extent={"rounds": rounds, "steps": steps, "views": views, "codecs": codecs}, **values)
+
+    measured: Callable[..., None] = with_extent
+    for option in reversed(
+        [
+            click.option(
+                "--rounds", default=7, show_default=True, type=click.IntRange(3, 1000), help="Interleaved repetitions."
+            ),
+            click.option(
+                "--steps", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Steps per repetition."
+            ),
+            click.option(
+                "--views", default=4, show_default=True, type=click.IntRange(1, 4096), help="Of an image, at most."
+            ),
+            click.option(
+                "--codec", "codecs", multiple=True, metavar="YAML", help="Steps from a store of this too; repeatable."
+            ),
+        ]
+    ):
+        measured = option(measured)
+    return measured
+
+
 @command.command("steps")
 @recipe_options
 @click.option("--objective", help="Which objective of the recipe the student steps use.")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(3, 1000), help="Interleaved repetitions.")
-@click.option("--steps", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Steps per repetition.")
-@click.option("--views", default=4, show_default=True, type=click.IntRange(1, 4096), help="Of an image, at most.")
-@click.option("--codec", "codecs", multiple=True, metavar="YAML", help="Steps from a store of this, too; repeatable.")
+@extent_options
 @click.option(
     "--drift", type=click.IntRange(1, 10**6), help="Instead: train that many steps online and from each codec."
 )
@@ -106,10 +133,7 @@ def bench_codecs_command(
 def bench_steps_command(
     recipe_path: Path,
     objective: str | None,
-    rounds: int,
-    steps: int,
-    views: int,
-    codecs: tuple[str, ...],
+    extent: Extent,
     drift: int | None,
     as_json: bool,
     **inputs: Unpack[Inputs],
@@ -123,8 +147,7 @@ def bench_steps_command(
     offline-kd bench runs/digits/recipe.yaml --drift 200
     """
     from offline_kd.cli.bench_drift import measure_drift
-    from offline_kd.cli.bench_steps import Extent, bench
-    from offline_kd.recipe import parse_codec
+    from offline_kd.cli.bench_steps import bench
     from offline_kd.support.console import show_table
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
@@ -141,8 +164,6 @@ def bench_steps_command(
         title = f"after {drift} steps: distance of the student's parameters from the online run, and top-1"
         show_table(title, ["objective", *columns], rows)
         return
-    chosen = [parse_codec(codec) for codec in codecs]
-    extent: Extent = {"rounds": rounds, "steps": steps, "views": views, "codecs": chosen}
     timings = bench(recipe, manifest, roots, device, objective=objective, extent=extent)
     if as_json:
         click.echo(json.dumps(timings, indent=2))

@@ -27,7 +27,7 @@ from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.networks import normalise
 from offline_kd.objectives.ce import CE
 from offline_kd.objectives.term import LossBatch
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher, parse_codec
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError
@@ -42,7 +42,7 @@ class Extent(TypedDict, total=False):
     rounds: int  # interleaved repetitions; 7 if absent
     steps: int  # batches of images; 10 if absent
     views: int  # of every image, at most; 4 if absent
-    codecs: Sequence[AnyCodec]  # beside that of the recipe
+    codecs: Sequence[str]  # beside that of the recipe, and written as there
 
 
 class StepTimes(TypedDict):
@@ -75,20 +75,20 @@ def bench(
     Works on the first `steps` batches of the dataset with up to `views` views, in a temporary folder. Images are kept
     in memory, as in training after the first epoch; stage 1 and the first batch include reading and decoding.
 
-    Raises RecipeError for an objective without a teacher.
+    Raises RecipeError for an objective without a teacher, and for a codec that is none.
     """
     if objective is None:
         objective = next((name for name, terms in recipe.objectives.items() if needs_teacher(terms)), None)
     _, terms = recipe.objective(objective)
     if not needs_teacher(terms):
         raise RecipeError(f"objective '{objective}' has no teacher to compare with: pick another with --objective.")
-    rounds = extent.get("rounds", 7)
+    rounds, codecs = extent.get("rounds", 7), [parse_codec(one) for one in extent.get("codecs", ())]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         recipe, manifest = small_recipe(
             recipe, manifest, roots, folder, (extent.get("steps", 10), extent.get("views", 4))
         )
-        recipe = streamed_or_resident(recipe, "never")
+        recipe = _streamed_or_resident(recipe, "never")
         roots = [folder, *roots]
         images = training_images(recipe, manifest, roots)
         teacher = load_teacher(recipe, manifest, roots, len(images.dataset.classes), device)
@@ -96,7 +96,7 @@ def bench(
         this = Bench(recipe, terms, manifest, roots, images, teacher, open_store(folder / "store"), folder, device)
         from_store = make_loader(recipe, source_of(recipe, images, [this.store], terms), 0, device)
         parts = _steps(this, from_store)
-        parts |= {f"store step, {codec.label()}": _step_from(this, codec) for codec in extent.get("codecs", ())}
+        parts |= {f"store step, {codec.label()}": _step_from(this, codec) for codec in codecs}
         parts |= stage_1_parts(this) | loader_parts(this, from_store)
         seconds = time_in_turn(parts, rounds, device)
         is_tiny = recipe.views.is_exact and max(images[0].images.shape[2:]) <= TINY
@@ -130,7 +130,7 @@ def _steps(this: Bench, from_store: Loader) -> dict[str, Timed]:
         "online step": _training(this, make_loader(recipe, plain, 0, device, live_size), this.terms, live),
     }
     if "resident" in type(recipe.training).model_fields:
-        resident = streamed_or_resident(recipe, "always")
+        resident = _streamed_or_resident(recipe, "always")
         loader = make_loader(resident, source_of(resident, this.images, [store], this.terms), 0, device)
         works["store step, resident"] = _training(this, loader, this.terms, stored)
     if kd_layer_terms(this.terms):
@@ -138,7 +138,7 @@ def _steps(this: Bench, from_store: Loader) -> dict[str, Timed]:
     return {name: Timed(work, this.batches_of_pass) for name, work in works.items()}
 
 
-def streamed_or_resident(recipe: Recipe, resident: str) -> Recipe:
+def _streamed_or_resident(recipe: Recipe, resident: str) -> Recipe:
     """The recipe with its images and targets `always` or `never` on the device, where that can be said."""
     if "resident" not in type(recipe.training).model_fields:
         return recipe
