@@ -12,6 +12,7 @@ import yaml
 from conftest import RECIPE, ROOT, invoke, merged, refused
 
 from offline_kd.cli import main as cli
+from offline_kd.cli.bench import show_steps
 from offline_kd.store.opening import open_store
 
 
@@ -74,14 +75,20 @@ def test_train_and_report_commands(recipe_file, where, tmp_path):
     assert "no result.json" in refused("report", tmp_path, "--out", tmp_path / "page.html")
 
 
-def test_bench_prints_ratios_of_one_run(recipe_file, where):
-    options = ("--objective", "kd", "--rounds", "3", "--steps", "2", *where)
+def test_bench_prints_ratios_of_one_run(recipe, recipe_file, where, capsys):
+    resident = ["store step, resident"] if "resident" in type(recipe.training).model_fields else []
+    options = ("--objective", "kd", "--rounds", "3", "--steps", "2", "--views", "2", "--codec", "{name: int}", *where)
     timings = json.loads(invoke("bench", recipe_file, *options, "--json").stdout)
     assert set(timings["seconds"]) == {
         "ce step",
         "store step",
+        *resident,
+        "store step, int 8",
         "online step",
         "loader alone",
+        "first batch",
+        "torchvision, Pillow",
+        "torchvision, tensors",
         "bare teacher",
         "stage 1",
         "commit",
@@ -90,12 +97,23 @@ def test_bench_prints_ratios_of_one_run(recipe_file, where):
     assert all(part["low"] <= part["median"] <= part["high"] for part in timings["seconds"].values())
     assert set(timings["ratios"]) == {
         "store step / ce step",
+        *(f"{one} / ce step" for one in resident),
+        "store step, int 8 / ce step",
         "online step / store step",
+        "(ce step + bare teacher) / online step",
         "stage 1 / bare teacher",
         "loader alone / ce step",
+        "torchvision's faster loader / loader alone",
         "(commit - bare zarr writes) / (stage 1 - bare teacher)",
     }
-    assert "online step / store step" in invoke("bench", recipe_file, *options).stdout
+    assert timings["aims"]["stage 1 / bare teacher"] == "<= 1.5"
+    assert timings["aims"]["store step, int 8 / ce step"] == "<= 1.02"
+    assert set(timings["missed"]) <= set(timings["aims"])
+    capsys.readouterr()
+    show_steps({**timings, "missed": ["store step / ce step"]})
+    shown = capsys.readouterr().out
+    assert re.search(r"online step / store step.*\d", shown)
+    assert re.search(r"store step / ce step.*<= 1.02.*missed", shown)
     assert "has no teacher to compare with" in refused("bench", recipe_file, "--objective", "ce", *where)
 
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from offline_kd.cli.options import Inputs, common_options, open_named, read_inputs, recipe_options
 from offline_kd.support.errors import RecipeError
+
+if TYPE_CHECKING:
+    from offline_kd.cli.bench_steps import Extent, StepTimes
 
 
 class BenchGroup(click.Group):
@@ -89,11 +94,38 @@ def bench_codecs_command(
     show_table("change of the gradient on a student's logits, %", ["codec", *names], changes)
 
 
+def extent_options(command: Callable[..., None]) -> Callable[..., None]:
+    """--rounds, --steps, --views and --codec, handed to the command as one `extent`."""
+
+    @functools.wraps(command)
+    def with_extent(rounds: int, steps: int, views: int, codecs: tuple[str, ...], **values: object) -> None:
+        command(extent={"rounds": rounds, "steps": steps, "views": views, "codecs": codecs}, **values)
+
+    measured: Callable[..., None] = with_extent
+    for option in reversed(
+        [
+            click.option(
+                "--rounds", default=7, show_default=True, type=click.IntRange(3, 1000), help="Interleaved repetitions."
+            ),
+            click.option(
+                "--steps", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Steps per repetition."
+            ),
+            click.option(
+                "--views", default=4, show_default=True, type=click.IntRange(1, 4096), help="Of an image, at most."
+            ),
+            click.option(
+                "--codec", "codecs", multiple=True, metavar="YAML", help="Steps from a store of this too; repeatable."
+            ),
+        ]
+    ):
+        measured = option(measured)
+    return measured
+
+
 @command.command("steps")
 @recipe_options
 @click.option("--objective", help="Which objective of the recipe the student steps use.")
-@click.option("--rounds", default=7, show_default=True, type=click.IntRange(3, 1000), help="Interleaved repetitions.")
-@click.option("--steps", default=10, show_default=True, type=click.IntRange(1, 10_000), help="Steps per repetition.")
+@extent_options
 @click.option(
     "--drift", type=click.IntRange(1, 10**6), help="Instead: train that many steps online and from each codec."
 )
@@ -101,18 +133,17 @@ def bench_codecs_command(
 def bench_steps_command(
     recipe_path: Path,
     objective: str | None,
-    rounds: int,
-    steps: int,
+    extent: Extent,
     drift: int | None,
     as_json: bool,
     **inputs: Unpack[Inputs],
 ) -> None:
-    """Time plain, offline and online steps, teacher and stage 1 against each other, interleaved in one run.
+    """Time plain, offline and online steps, teacher, stage 1 and loaders against each other, interleaved in one run.
 
     With --drift: how far students trained from each codec end from the one trained with the live teacher.
 
     \b
-    offline-kd bench steps pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd
+    offline-kd bench steps pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd --codec '{name: int}'
     offline-kd bench runs/digits/recipe.yaml --drift 200
     """
     from offline_kd.cli.bench_drift import measure_drift
@@ -133,17 +164,28 @@ def bench_steps_command(
         title = f"after {drift} steps: distance of the student's parameters from the online run, and top-1"
         show_table(title, ["objective", *columns], rows)
         return
-    timings = bench(recipe, manifest, roots, device, objective=objective, rounds=rounds, steps=steps)
+    timings = bench(recipe, manifest, roots, device, objective=objective, extent=extent)
     if as_json:
         click.echo(json.dumps(timings, indent=2))
         return
+    show_steps(timings)
+
+
+def show_steps(timings: StepTimes) -> None:
+    """As two tables."""
+    from offline_kd.support.console import show_table
+
     rows = [
         [name, f"{1e3 * part['median']:.2f}", f"{1e3 * part['low']:.2f} .. {1e3 * part['high']:.2f}"]
         for name, part in timings["seconds"].items()
     ]
-    show_table(
-        f"{recipe.name}: milliseconds per batch of {timings['batch_size']}", ["part", "median", "quartiles"], rows
+    about = f"{timings['workers']} workers, {timings['threads']} threads, {timings['device']}"
+    title = (
+        f"{timings['recipe']}: milliseconds per batch of {timings['batch_size']} ({about}); the first batch: of a run"
     )
-    show_table(
-        "ratios, median over rounds", ["ratio", "value"], [[k, f"{v:.3f}"] for k, v in timings["ratios"].items()]
-    )
+    show_table(title, ["part", "median", "quartiles"], rows)
+    ratios = [
+        [name, f"{value:.3f}", timings["aims"].get(name, ""), "missed" if name in timings["missed"] else ""]
+        for name, value in timings["ratios"].items()
+    ]
+    show_table("ratios, median over rounds", ["ratio", "value", "aim", ""], ratios)

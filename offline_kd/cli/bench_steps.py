@@ -1,30 +1,23 @@
 """`offline-kd bench`: what a step costs with and without a teacher, and what training from a store changes.
 
-Parts are timed in turn, round after round, so that a slow moment of the machine hits all of them; ratios are taken
-within a round and their median is reported.
+What is measured beside it is in `bench_stage_1.py` and `bench_loaders.py`; how, in `bench_timing.py`.
 """
 
-import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
 import torch
-from zarr.storage import LocalStore
 
-from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
-from offline_kd.data.blocks import BlockLoader
+from offline_kd.cli.bench_loaders import loader_parts
+from offline_kd.cli.bench_material import Bench, small_recipe
+from offline_kd.cli.bench_stage_1 import stage_1_parts
+from offline_kd.cli.bench_timing import STAGE_1, STAGE_1_TINY, Quartiles, Timed, quartiles, ratios_of, time_in_turn
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import labels_of, need_labels
-from offline_kd.data.manifest import Dataset, Manifest, Split, folders_of, locate
-from offline_kd.data.packing import pack
-from offline_kd.data.tars import Sample, read_tar
+from offline_kd.data.manifest import Manifest
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import train_step
 from offline_kd.distill.optimisation import make_optimizer, set_learning_rate
@@ -33,39 +26,24 @@ from offline_kd.distill.student import kd_layer_scores, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, live_signal, no_signal, stored_signal
 from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.networks import normalise
-from offline_kd.models.teacher import Teacher
 from offline_kd.objectives.ce import CE
 from offline_kd.objectives.term import LossBatch
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
-from offline_kd.store.join import tables_on
-from offline_kd.store.layout import create_array, parts_of
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher, parse_codec
+from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import open_store
-from offline_kd.store.reader import Store
-from offline_kd.store.schema import LedgerEntry, StoreIdentity
-from offline_kd.store.writer import commit, create_or_resume
-from offline_kd.support.console import progress
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.places import Folder
-from offline_kd.views.kind import draw
-from offline_kd.views.render import plain_images
 
-BENCH_VIEWS = 4
-COMPARED = (
-    ("store step", "ce step"),
-    ("online step", "store step"),
-    ("stage 1", "bare teacher"),
-    ("loader alone", "ce step"),
-    ("stage 1", "stage 1, logits only"),
-    ("decision losses alone", "store step"),
-)
+TINY = 8  # pixels a side: those of the digits
 
 
-class Quartiles(TypedDict):
-    """Seconds per batch, over rounds."""
+class Extent(TypedDict, total=False):
+    """How much is measured; everything may be left out."""
 
-    median: float
-    low: float
-    high: float
+    rounds: int  # interleaved repetitions; 7 if absent
+    steps: int  # batches of images; 10 if absent
+    views: int  # of every image, at most; 4 if absent
+    codecs: Sequence[str]  # beside that of the recipe, and written as there
 
 
 class StepTimes(TypedDict):
@@ -75,31 +53,13 @@ class StepTimes(TypedDict):
     objective: str | None
     device: str
     threads: int
+    workers: int
     batch_size: int
     rounds: int
-    seconds: dict[str, Quartiles]
+    seconds: dict[str, Quartiles]  # per batch; of the first batch, until it is there
     ratios: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What the parts work on: a small capture of the recipe in a temporary folder."""
-
-    recipe: Recipe
-    terms: Sequence[AnyTerm]
-    images: BlockLoader
-    teacher: Teacher
-    store: Store
-    folder: Path
-    device: torch.device
-
-
-@dataclass(frozen=True)
-class Timed:
-    """A part: what to do, and how many views it shows of every image."""
-
-    work: Callable[[], None]
-    views: int = 1
+    aims: dict[str, str]  # of some ratios: `<= 1.02`
+    missed: list[str]  # the ratios that are not what they should be
 
 
 def bench(
@@ -109,145 +69,92 @@ def bench(
     device: torch.device,
     *,
     objective: str | None,
-    rounds: int,
-    steps: int,
+    extent: Extent,
 ) -> StepTimes:
     """Seconds per batch of every part, with quartiles over rounds, and the ratios that matter.
 
-    Works on the first `steps` batches of the dataset with up to BENCH_VIEWS views, in a temporary folder. Decoded
-    images are kept in memory, as in training after the first epoch; stage 1 includes decoding.
+    Works on the first `steps` batches of the dataset with up to `views` views, in a temporary folder. Images are kept
+    in memory, as in training after the first epoch; stage 1 and the first batch include reading and decoding.
+
+    Raises RecipeError for an objective without a teacher, and for a codec that is none.
     """
     if objective is None:
         objective = next((name for name, terms in recipe.objectives.items() if needs_teacher(terms)), None)
     _, terms = recipe.objective(objective)
     if not needs_teacher(terms):
         raise RecipeError(f"objective '{objective}' has no teacher to compare with: pick another with --objective.")
+    rounds, codecs = extent.get("rounds", 7), [parse_codec(one) for one in extent.get("codecs", ())]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe, manifest = _small(recipe, manifest, roots, folder, steps)
+        recipe, manifest = small_recipe(
+            recipe, manifest, roots, folder, (extent.get("steps", 10), extent.get("views", 4))
+        )
+        recipe = _streamed_or_resident(recipe, "never")
         roots = [folder, *roots]
         images = training_images(recipe, manifest, roots)
         teacher = load_teacher(recipe, manifest, roots, len(images.dataset.classes), device)
         cache_teacher(recipe, manifest, roots, folder / "store", device)
-        this = Bench(recipe, terms, images, teacher, open_store(folder / "store"), folder, device)
-        num_batches = -(-len(images[0]) // recipe.training.batch_size)
-        seconds = _time_in_turn(_parts(this), num_batches, rounds, device)
+        this = Bench(recipe, terms, manifest, roots, images, teacher, open_store(folder / "store"), folder, device)
+        from_store = make_loader(recipe, source_of(recipe, images, [this.store], terms), 0, device)
+        parts = _steps(this, from_store)
+        parts |= {f"store step, {codec.label()}": _step_from(this, codec) for codec in codecs}
+        parts |= stage_1_parts(this) | loader_parts(this, from_store)
+        seconds = time_in_turn(parts, rounds, device)
+        is_tiny = recipe.views.is_exact and max(images[0].images.shape[2:]) <= TINY
+    ratios = ratios_of(seconds, STAGE_1_TINY if is_tiny else STAGE_1)
+    values = {ratio.name: ratio.median(seconds) for ratio in ratios}
     return {
         "recipe": recipe.name,
         "objective": objective,
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "workers": recipe.data.workers,
         "batch_size": recipe.training.batch_size,
         "rounds": rounds,
-        "seconds": {part: _quartiles(times) for part, times in seconds.items()},
-        "ratios": _ratios(seconds),
+        "seconds": {part: quartiles(times) for part, times in seconds.items()},
+        "ratios": values,
+        "aims": {ratio.name: ratio.aim_text for ratio in ratios if ratio.aim is not None},
+        "missed": [ratio.name for ratio in ratios if ratio.misses(values[ratio.name])],
     }
 
 
-def _parts(this: Bench) -> dict[str, Timed]:
+def _steps(this: Bench, from_store: Loader) -> dict[str, Timed]:
+    """Seconds per batch of training steps, reading included."""
     recipe, store, device = this.recipe, this.store, this.device
-    views = store.identity.groups[0].stop
-    from_store = make_loader(recipe, source_of(recipe, this.images, [store], this.terms), 0, device)
-    plain = make_loader(recipe, source_of(recipe, this.images, [], []), 0, device)
-    block = this.images[0]
-    pixels, _ = plain_images(block, this.teacher.crop, 0, len(block))
-
-    def ask_bare() -> None:
-        for start in range(0, len(pixels), this.teacher.batch_size):
-            this.teacher.logits(pixels[start : start + this.teacher.batch_size])
-
-    def load_only() -> None:
-        for _ in from_store.epoch(0):
-            pass
-
+    plain = source_of(recipe, this.images, [], [])
+    live_size = this.teacher.crop.size if this.teacher.crop else None
     stored = stored_signal([store], this.terms, device)
     live = live_signal(this.teacher, recipe, this.terms, store, device)
-    commit_block, write_bare = _writing(this)
-    parts = {
-        "ce step": Timed(_training(this, plain, [CE(term="ce")], no_signal)),
-        "store step": Timed(_training(this, from_store, this.terms, stored)),
-        "online step": Timed(_training(this, plain, this.terms, live)),
-        "loader alone": Timed(load_only),
-        "bare teacher": Timed(ask_bare),
-        "stage 1": Timed(_stage_1(this, store.identity), views),
-        "commit": Timed(commit_block, views),
-        "bare zarr writes": Timed(write_bare, views),
+    works = {
+        "ce step": _training(this, make_loader(recipe, plain, 0, device), [CE(term="ce")], no_signal),
+        "store step": _training(this, from_store, this.terms, stored),
+        "online step": _training(this, make_loader(recipe, plain, 0, device, live_size), this.terms, live),
     }
-    if store.identity.decisions:
-        logits_only = store.identity.model_copy(update={"decisions": {}})
-        parts["stage 1, logits only"] = Timed(_stage_1(this, logits_only), views)
+    if "resident" in type(recipe.training).model_fields:
+        resident = _streamed_or_resident(recipe, "always")
+        loader = make_loader(resident, source_of(resident, this.images, [store], this.terms), 0, device)
+        works["store step, resident"] = _training(this, loader, this.terms, stored)
     if kd_layer_terms(this.terms):
-        parts["decision losses alone"] = Timed(_losses_alone(this, from_store, stored))
-    return parts
+        works["decision losses alone"] = _losses_alone(this, from_store, stored)
+    return {name: Timed(work, this.batches_of_pass) for name, work in works.items()}
 
 
-def _time_in_turn(
-    parts: dict[str, Timed], num_batches: int, rounds: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds per batch of every part in every round but the first, which warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    with progress("bench", rounds + 1, "rounds") as meter:
-        for round_number in range(rounds + 1):
-            for name, part in parts.items():
-                started = time.perf_counter()
-                part.work()
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
-                if round_number:
-                    seconds[name].append((time.perf_counter() - started) / (num_batches * part.views))
-            meter.advance()
-    return seconds
+def _streamed_or_resident(recipe: Recipe, resident: str) -> Recipe:
+    """The recipe with its images and targets `always` or `never` on the device, where that can be said."""
+    if "resident" not in type(recipe.training).model_fields:
+        return recipe
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"resident": resident})})
 
 
-def _quartiles(times: list[float]) -> Quartiles:
-    low, middle, high = statistics.quantiles(times, n=4)
-    return {"median": middle, "low": low, "high": high}
-
-
-def _ratios(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians over rounds of the ratios within each."""
-    ratios = {
-        f"{above} / {below}": statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
-        for above, below in COMPARED
-        if above in seconds and below in seconds
-    }
-    parts = (seconds[part] for part in ("commit", "bare zarr writes", "stage 1", "bare teacher"))
-    protocol = [(durable - bare) / (whole - teacher) for durable, bare, whole, teacher in zip(*parts, strict=True)]
-    return ratios | {"(commit - bare zarr writes) / (stage 1 - bare teacher)": statistics.median(protocol)}
-
-
-def _small(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], folder: Path, steps: int
-) -> tuple[Recipe, Manifest]:
-    """The recipe on its first `steps` batches and at most BENCH_VIEWS views; the teacher's gate is left out."""
-    dataset = manifest.dataset(recipe.data.dataset)
-    split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
-    wanted = steps * recipe.training.batch_size
-    samples: list[Sample] = []
-    folders, labels = folders_of(dataset, roots), labels_of(split.labels, dataset.classes)
-    need_labels(split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "this benchmark")
-    for tar in split.tars:
-        some, _ = read_tar(locate(tar.file, folders), labels=labels)
-        samples += some[: wanted - len(samples)]
-    small = Dataset(
-        folder="bench",
-        classes=dataset.classes,
-        splits={"all": Split(tars=pack(samples, folder / "bench", "all", wanted))},
-    )
-    views = recipe.views.with_count(min(BENCH_VIEWS, recipe.views.num_views))
-    ungated = {name: teacher.model_copy(update={"expected": None}) for name, teacher in manifest.teachers.items()}
-    changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "workers": 0, "keep_bytes": 2**30}
-    return (
-        recipe.model_copy(
-            update={
-                "data": recipe.data.model_copy(update=changes),
-                "views": views,
-                "capture": recipe.capture.model_copy(update={"views_per_group": None}),
-                "teacher": recipe.teacher.model_copy(update={"expected": None}),
-            }
-        ),
-        manifest.model_copy(update={"datasets": {"bench": small}, "teachers": ungated}),
-    )
+def _step_from(this: Bench, codec: AnyCodec) -> Timed:
+    """A step from a store of another codec."""
+    recipe = this.recipe.model_copy(update={"capture": this.recipe.capture.model_copy(update={"codec": codec})})
+    folder = this.folder / f"store of {codec.label()}"
+    cache_teacher(recipe, this.manifest, this.roots, folder, this.device)
+    store = open_store(folder)
+    loader = make_loader(recipe, source_of(recipe, this.images, [store], this.terms), 0, this.device)
+    work = _training(this, loader, this.terms, stored_signal([store], this.terms, this.device))
+    return Timed(work, this.batches_of_pass)
 
 
 def _training(this: Bench, stream: Loader, terms: Sequence[AnyTerm], ask: AskTeacher) -> Callable[[], None]:
@@ -264,55 +171,6 @@ def _training(this: Bench, stream: Loader, terms: Sequence[AnyTerm], ask: AskTea
             train_step(run, student, optimizer, batch, ask(batch), weights)
 
     return work
-
-
-def _stage_1(this: Bench, identity: StoreIdentity) -> Callable[[], None]:
-    """Read, decode, ask and commit one block and view group, as `cache_teacher` does for this identity."""
-    tables = {name: tables_on(this.store, name, this.device) for name in identity.decisions}
-    inquiry = Inquiry(this.teacher, identity, tables, this.device)
-    dataset, split = this.images.dataset, this.images.split
-    undecoded = BlockLoader(dataset, split, [this.folder], keep_bytes=0, decode=this.recipe.views.is_exact)
-
-    def work() -> None:
-        place = Folder(this.folder / "stage-1")
-        create_or_resume(place, identity)
-        block = undecoded[0]
-        parameters = draw(this.recipe.views, block.key_hash, block.sizes())
-        end = identity.groups[0].stop
-        chosen = {name: array[:, :end] for name, array in parameters.items()}
-        arrays, _ = ask_teacher(inquiry, block, chosen, 0, 0)
-        part, views = parts_of(identity)[""], identity.groups[0]
-        entry = LedgerEntry(
-            block=0, first_view=views.start, end_view=views.stop, rows=len(block), tar=block.name,
-            tar_sha256=block.sha256, objects={},
-        )  # fmt: skip
-        commit(place, part, 0, entry, arrays)
-        shutil.rmtree(place.path)
-
-    return work
-
-
-def _writing(this: Bench) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Committing one block and view group, and writing the same arrays with zarr alone."""
-    store, folder = this.store, this.folder
-    part, entry = store.parts[""], store.entry("", 0, 0)
-    arrays = store.read(0, 0, [spec.name for spec in part.specs])
-
-    def commit_block() -> None:
-        place = Folder(folder / "committed")
-        commit(place, part, 0, entry, arrays)
-        shutil.rmtree(place.path)
-
-    created = LocalStore(folder / "bare.zarr")
-    bare = {spec.name: create_array(created, spec) for spec in part.specs}
-
-    def write_bare() -> None:
-        for spec in part.specs:
-            values = arrays[spec.name]
-            values = values[None, None] if spec.name.startswith("probe/") else values
-            bare[spec.name][tuple(slice(size) for size in values.shape)] = values
-
-    return commit_block, write_bare
 
 
 def _losses_alone(this: Bench, stream: Loader, ask: AskTeacher) -> Callable[[], None]:
