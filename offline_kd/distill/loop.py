@@ -282,7 +282,7 @@ def _add_gradients(
     student: Student,
     batch: Rows,
     signal: TeacherSignal,
-    weights: Sequence[float],
+    weights: Tensor,
     items: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward and backward of some rows, which are all of a batch unless `items` `[terms]` says how many there are."""
