@@ -1,11 +1,15 @@
 """An exponential moving average of a student's weights (Polyak and Juditsky 1992), kept beside them on their device."""
 
 import copy
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from offline_kd.training_recipe import EMA
+
+# Decay -> a function that averages a list of tensors with another one, in place.
+make_averaging: Callable[[float], Callable[[list[Tensor], list[Tensor], int], None]] = get_ema_multi_avg_fn
 
 
 class WeightAverage:
@@ -27,9 +31,9 @@ class WeightAverage:
 
     def update(self) -> None:
         """Take the present weights of the network in."""
-        floats = [(mine, now) for mine, now in self._pairs if mine.is_floating_point()]
-        average = get_ema_multi_avg_fn(decay_of(self.settings, self.updates))
-        average([mine for mine, _ in floats], [now.detach() for _, now in floats], self.updates)
+        floats = [pair for pair in self._pairs if pair[0].is_floating_point()]
+        averaged = make_averaging(decay_of(self.settings, self.updates))
+        averaged([mine for mine, _ in floats], [now.detach() for _, now in floats], self.updates)
         for mine, now in self._pairs:
             if not mine.is_floating_point():
                 mine.copy_(now)

@@ -105,8 +105,9 @@ def compiled(student: Student, training: Training) -> Student:
     """
     if not training.compile:
         return student
-    mode = None if training.compile is True else training.compile
-    return replace(student, trained=torch.compile(student.network, mode=mode))
+    network = torch.compile(student.network, mode=None if training.compile is True else training.compile)
+    assert isinstance(network, nn.Module)
+    return replace(student, trained=network)
 
 
 @contextmanager
