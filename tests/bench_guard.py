@@ -79,7 +79,7 @@ def main() -> None:
         show(run, found, change)
         too_much += [f"{name} ({run['command']})" for name, share in change.items() if share > TOLERANCE]
         if record:
-            run["ratios"] = {name: round(found[name], 3) for name in run["ratios"] if name in found}
+            run["ratios"] |= {name: float(f"{found[name]:.3g}") for name in run["ratios"] if name in found}
             run["machine"], run["date"] = this_machine(), datetime.date.today().isoformat()
     if record:
         FILE.write_text(ABOUT + yaml.safe_dump(runs, sort_keys=False, width=110))
@@ -106,8 +106,8 @@ def show(run: Recorded, found: Mapping[str, float], change: Mapping[str, float])
         values = ["-" if value is None else f"{value:.3f}" for value in (before, found.get(name))]
         verdict = "WORSE" if change[name] > TOLERANCE else ""
         rows.append([name, *values, f"{100 * change[name]:+.0f}", verdict])
-    title = f"{run['command']}\nrecorded {run['date']} on {run['machine']}"
-    show_table(title, ["ratio", "recorded", "now", "worse by %", ""], rows)
+    say(f"recorded {run['date']} on {run['machine']}")
+    show_table(run["command"], ["ratio", "recorded", "now", "worse by %", ""], rows)
 
 
 def this_machine() -> str:
