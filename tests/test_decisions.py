@@ -11,9 +11,11 @@ import yaml
 from conftest import CPU, ROOT, invoke, make_recipe, refused
 from sklearn.cluster import KMeans as Reference
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
 from offline_kd.cache import asking as cache
-from offline_kd.cache.kmeans import kmeans
+from offline_kd.cache.kmeans import _highest, kmeans
 from offline_kd.cache.lda import class_means, fit_lda, fit_subclasses, nearest_prototype, normalised_table
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
@@ -29,7 +31,16 @@ from offline_kd.objectives.decisions import Decisions, SubclassTerm
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import load_recipe
 from offline_kd.store import decisions as templates
-from offline_kd.store.decisions import SubclassDecisions, decide, pack_decisions, unpack_probs
+from offline_kd.store.decisions import (
+    SubclassDecisions,
+    TemplateDecisions,
+    decide,
+    largest,
+    pack_decisions,
+    rounded_to_tf32,
+    split_for_tf32,
+    unpack_probs,
+)
 from offline_kd.store.join import tables_on
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import DataError, RecipeError, StoreCorrupt
@@ -97,6 +108,14 @@ def test_the_nearest_vectors_of_each_template_are_remembered():
         assert set(found.nearest[template]) == set(np.argsort(distances)[:8])
 
 
+@pytest.mark.parametrize("columns", [48, 1024, 4096])
+def test_the_highest_of_many_is_the_first_of_equal_ones(columns):
+    values = torch.randint(columns // 8, (200, columns), generator=torch.Generator().manual_seed(0)).float()
+    highest, column = _highest(values)
+    assert torch.equal(highest, values.amax(1))
+    assert column.tolist() == values.numpy().argmax(1).tolist()
+
+
 def test_more_templates_than_vectors_are_refused():
     with pytest.raises(DataError, match="10 templates from 9 feature vectors"):
         kmeans(blobs(0, n=9), 10, iterations=1, device=CPU)
@@ -105,7 +124,7 @@ def test_more_templates_than_vectors_are_refused():
 # ---- decisions -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("num", "scale"), [(16, 0.3), (128, 0.3), (1024, 0.5), (1024, 5.0)])
+@pytest.mark.parametrize(("num", "scale"), [(16, 0.3), (128, 0.3), (1024, 0.5), (1024, 5.0), (4096, 0.5), (8192, 5.0)])
 def test_decisions_are_the_softmax_of_distances(num, scale):
     generator = torch.Generator().manual_seed(num)
     features = scale * torch.randn(3, 6, 4, 5, generator=generator)
@@ -117,6 +136,107 @@ def test_decisions_are_the_softmax_of_distances(num, scale):
     torch.testing.assert_close(chosen.probs.double(), probs, rtol=1e-4, atol=1e-6)
     assert (exact.gather(-1, chosen.ids) >= probs - 1e-6).all()
     torch.testing.assert_close(chosen.dropped.double(), 1 - probs.sum(-1), rtol=1e-3, atol=2e-6)
+
+
+def trained_features(num=4096, dimensions=64, rows=256):
+    """A map and templates as networks give them: not negative, far from each other; some locations are between many."""
+    generator = torch.Generator().manual_seed(0)
+    templates = 4 * torch.randn(num, dimensions, generator=generator).relu()
+    x = templates[torch.randint(num, (rows,), generator=generator)] + torch.randn(rows, dimensions, generator=generator)
+    x[::4] = templates.mean(dim=0) + 0.3 * torch.randn(len(x[::4]), dimensions, generator=generator)
+    return x.view(4, 8, -1, dimensions).permute(0, 3, 1, 2), templates
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0])
+def test_templates_that_are_too_far_to_count_do_not_change_a_bit(temperature):
+    """The same steps without the lower limit of the exponents, without groups."""
+    features, centroids = trained_features()
+    found = decide(features, centroids, top=4, temperature=temperature)
+    x = features.permute(0, 2, 3, 1).flatten(0, 2)
+    weights = torch.cat([centroids, -centroids.square().sum(1, keepdim=True) / 2], 1).T
+    closeness = F.pad(x, (0, 1), value=1.0) @ (2 * temperature * weights)
+    assert temperature < 1 or (closeness.amax(1) - closeness.amin(1)).min() > 60
+    candidates = closeness.topk(8).indices
+    others = (1 - closeness.softmax(1).gather(1, candidates).sum(1)).clamp(min=0)
+    exact = -temperature * (x[:, None] - centroids[candidates]).square().sum(2)
+    exact, order = exact.sort(descending=True)
+    log_total = exact.logsumexp(1) - (-others).log1p()
+    probs = (exact - log_total[:, None]).exp()
+    assert torch.equal(found.ids.flatten(0, 2), candidates.gather(1, order)[:, :4])
+    assert torch.equal(found.probs.flatten(0, 2), probs[:, :4])
+    assert torch.equal(found.dropped.flatten(), probs[:, 4:].sum(1) + others)
+    assert temperature == 1 or found.dropped.max() > 0.05
+
+
+def test_decisions_of_many_chunks_are_those_of_one(monkeypatch):
+    features, centroids = trained_features()
+    whole = decide(features, centroids, top=4, temperature=0.1)
+    monkeypatch.setitem(templates.CHUNK_ELEMENTS, "cpu", 1)
+    parts = decide(features[:, :, :7, :5], centroids, top=4, temperature=0.1)
+    assert torch.equal(parts.ids, whole.ids[:, :7, :5])
+    torch.testing.assert_close(parts.probs, whole.probs[:, :7, :5], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(parts.dropped, whole.dropped[:, :7, :5], rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("num_templates", [64, 1024, 4096])
+def test_of_templates_at_one_distance_the_first_comes_first(num_templates):
+    features, centroids = trained_features(num_templates // 4)
+    fourfold = centroids.repeat(4, 1)
+    found = decide(features, fourfold, top=8, temperature=1.0)
+    assert (found.ids.unflatten(-1, (2, 4)).diff() == len(centroids)).all()
+    assert torch.equal(found.ids[..., 0], decide(features, centroids, top=1, temperature=1.0).ids[..., 0])
+
+
+@pytest.mark.parametrize("columns", [2048, 4096, 8192])
+@pytest.mark.parametrize("num", [1, 5, 8, 16, 20])
+def test_the_largest_are_found_wherever_they_are(columns, num):
+    generator = torch.Generator().manual_seed(num)
+    values = torch.randn(6, columns, generator=generator)
+    values[0, 64:128] += 10  # all in one group
+    values[1, :: columns // 64] += 10  # one in every group, all at one place
+    values[2] = torch.arange(columns)
+    values[3] = -torch.arange(columns)
+    values[4] = 0
+    found = largest(values, num)
+    assert torch.equal(values.gather(1, found), values.topk(num).values)
+    assert all(len(set(row)) == num for row in found.tolist())
+
+
+def test_distances_keep_their_digits_on_a_gpu_that_rounds_to_tf32():
+    features, centroids = trained_features()
+    x = features.permute(0, 2, 3, 1).flatten(0, 2)
+
+    def product(rows, columns):
+        """As a tensor core does it: factors of 10 stored bits, and sums of more."""
+        return rounded_to_tf32(rows).double() @ rounded_to_tf32(columns).double()
+
+    expected, norms = x.double() @ centroids.T.double(), x.norm(dim=1)[:, None] * centroids.norm(dim=1)
+    assert ((product(x, centroids.T) - expected).abs() / norms).max() > 2**-16
+    assert ((product(*split_for_tf32(x, centroids.T)) - expected).abs() / norms).max() < 2**-21
+
+
+@pytest.mark.parametrize(("num_templates", "precision"), [(256, "highest"), (4096, "high")])
+def test_decisions_on_a_gpu_never_wait_for_it(num_templates, precision, monkeypatch):
+    """Fake tensors raise wherever the host would need a value of the device. `high` lets matmuls round to TF32."""
+    config = TemplateDecisions(kind="templates", module="any", templates=num_templates)
+    splits = []
+    monkeypatch.setattr(templates, "split_for_tf32", lambda *factors: splits.append(1) or split_for_tf32(*factors))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with FakeTensorMode():
+            features = torch.empty(2, 16, 8, 8, device="cuda")
+            tables = {"centroids": torch.empty(num_templates, 16, device="cuda")}
+            labels = torch.zeros(2, dtype=torch.int64, device="cuda")
+            packed = templates.pack(config, features, labels, tables)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert bool(splits) == (precision == "high")
+    assert {name: (tuple(one.shape), one.device.type) for name, one in packed.items()} == {
+        "id": ((2, 8, 8, 4), "cuda"),
+        "prob": ((2, 8, 8, 4), "cuda"),
+        "dropped": ((2,), "cuda"),
+    }
 
 
 def test_what_is_packed_comes_back():

@@ -120,7 +120,7 @@ def _assign_all(
     distances, assigned = np.empty(len(vectors), dtype=np.float32), np.empty(len(vectors), dtype=np.int64)
     half_squares = centroids.square().sum(dim=1) / 2
     for start, chunk in _chunks(vectors, len(centroids), device):
-        closeness, nearest = torch.addmm(-half_squares, chunk, centroids.T).max(dim=1)
+        closeness, nearest = _highest(torch.addmm(-half_squares, chunk, centroids.T))
         distances[start : start + len(chunk)] = (chunk.square().sum(dim=1) - 2 * closeness).clamp(min=0).cpu().numpy()
         assigned[start : start + len(chunk)] = nearest.cpu().numpy()
         # index_put_ sorts on a GPU, so that sums come out the same each time; atomic additions would not.
@@ -130,6 +130,19 @@ def _assign_all(
             sums.index_put_((nearest,), chunk.double(), accumulate=True)
         counts += torch.bincount(nearest, minlength=len(centroids))
     return sums, counts, distances, assigned
+
+
+def _highest(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest value of every row of `[n, K]` and its column, `[n]` each; of equal ones the first."""
+    rows, columns = values.shape
+    if columns % 64 or columns < 1024:
+        highest, column = values.max(dim=1)
+        return highest, column
+    # max with its column is scalar code on a CPU, amax is not: first the group, then the column within.
+    grouped = values.view(rows, 64, columns // 64)
+    groups = grouped.amax(dim=2).argmax(dim=1)
+    highest, place = grouped[torch.arange(rows, device=values.device), groups].max(dim=1)
+    return highest, groups * (columns // 64) + place
 
 
 def _furthest(distances: NDArray[np.float32], num: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from offline_kd.models.taps import TapPoint
 from offline_kd.support.strict import Seed
@@ -106,6 +107,9 @@ def unpack_probs(levels: Tensor) -> Tensor:
 def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float) -> Decisions:
     """The `top` likeliest templates of softmax(-temperature * squared distance) at every location.
 
+    Of templates at the very same distance (up to `top` + 4 of them) that with the lower id comes first. Nothing here
+    makes the host wait for a GPU.
+
     Args:
         features: `[B, D, H, W]`.
         centroids: `[K, D]`, on the same device.
@@ -113,12 +117,13 @@ def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float)
     batch, _, height, width = features.shape
     x = features.permute(0, 2, 3, 1).flatten(0, 2)
     centroids = centroids.to(x.dtype)
-    half_squares = centroids.square().sum(dim=1) / 2
+    half_squares = centroids.square().sum(dim=1, keepdim=True) / 2
+    weights = 2 * temperature * torch.cat([centroids, -half_squares], dim=1).T
     size = max(CHUNK_ELEMENTS[x.device.type] // len(centroids), 64)
     # Two buffers for all chunks: fresh memory for every chunk takes longer to map than to fill.
     workspace = x.new_empty(2, min(size, len(x)), len(centroids))
     parts = [
-        _decide(x[start : start + size], centroids, half_squares, min(top, len(centroids)), temperature, workspace)
+        _decide(x[start : start + size], centroids, weights, min(top, len(centroids)), temperature, workspace)
         for start in range(0, len(x), size)
     ]
     ids, probs, dropped = (
@@ -128,37 +133,74 @@ def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float)
 
 
 def _decide(
-    x: Tensor, centroids: Tensor, half_squares: Tensor, top: int, temperature: float, workspace: Tensor
+    x: Tensor, centroids: Tensor, weights: Tensor, top: int, temperature: float, workspace: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     closeness, shares = workspace[:, : len(x)]  # [n, K] each
-    scale = 2 * temperature  # closeness: temperature * (|x|^2 - distance), the exponent but for a constant of the row
-    torch.addmm(half_squares, x, centroids.T, beta=-scale, alpha=scale, out=closeness)
+    # closeness: temperature * (|x|^2 - distance), the exponent but for a constant of the row
+    torch.mm(*_as_float32(F.pad(x, (0, 1), value=1.0), weights), out=closeness)
     # Expanded squares lose digits: take some candidates more, and measure their distances again, exactly.
-    candidates = _largest(closeness, min(top + 4, len(centroids)))
-    exact = -temperature * (x[:, None] - centroids[candidates]).square().sum(dim=2)  # [n, candidates]
-    exact, order = exact.sort(dim=1, descending=True, stable=True)
+    candidates = largest(closeness, min(top + 4, len(centroids)))
+    highest = closeness.gather(1, candidates[:, :1])
     # The share of the others is small, so that their expanded squares are good enough. softmax is one fused pass over
-    # all templates; logsumexp takes eight times as long, most of it on exponentials that underflow.
+    # all templates, five times as long where exponentials underflow: what is raised to e^-60 adds no bit to the sum.
+    torch.maximum(closeness, highest - 60, out=closeness)
     torch.softmax(closeness, dim=1, out=shares)
     others = (1 - shares.gather(1, candidates).sum(dim=1)).clamp(min=0)
+    candidates = candidates.sort(dim=1).values  # the next sort is stable
+    differences = centroids.index_select(0, candidates.flatten()).view(*candidates.shape, -1).sub_(x[:, None])
+    exact = -temperature * differences.square_().sum(dim=2)  # [n, candidates]
+    exact, order = exact.sort(dim=1, descending=True, stable=True)
     log_total = torch.logsumexp(exact, dim=1) - torch.log1p(-others)
     probs = (exact[:, :top] - log_total[:, None]).exp()
     dropped = (exact[:, top:] - log_total[:, None]).exp().sum(dim=1) + others
     return candidates.gather(1, order[:, :top]), probs, dropped
 
 
-def _largest(values: Tensor, num: int) -> Tensor:
-    """Columns `[n, num]` of the largest values of every row.
+def _as_float32(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors `[n, d]`, `[d, K]` whose product has float32's digits even where a GPU is allowed to round to TF32.
 
-    On a CPU, by way of the largest of each group of 64: the `num` largest lie in the `num` groups of largest maxima.
+    An exponent that is off by |x| |centroid| / 1024 would be another probability.
+    """
+    if rows.is_cuda and rows.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return split_for_tf32(rows, columns)
+    return rows, columns
+
+
+def split_for_tf32(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors `[n, 3d]`, `[3d, K]` float32 of the same product, which keep its digits when rounded to TF32.
+
+    Every number is one of TF32's 10 stored bits plus a rest; of the four products only rest times rest is left out,
+    2^-22 of the whole.
+    """
+    high_rows, high_columns = rounded_to_tf32(rows), rounded_to_tf32(columns)
+    low_rows, low_columns = rows - high_rows, columns - high_columns
+    return (
+        torch.cat([high_rows, high_rows, low_rows], dim=1),
+        torch.cat([high_columns, low_columns, high_columns], dim=0),
+    )
+
+
+def rounded_to_tf32(values: Tensor) -> Tensor:
+    return ((values.contiguous().view(torch.int32) + 2**12) & -(2**13)).view(torch.float32)
+
+
+def largest(values: Tensor, num: int) -> Tensor:
+    """Columns `[n, num]` of the largest values `[n, K]` of every row, the largest first.
+
+    On a long row topk is slow. Its `num` largest values lie in those `num` of 64 groups that have the largest maxima,
+    and there at those `num` places that have the largest maxima over these groups.
     """
     rows, columns = values.shape
-    if columns % 64 or columns < 128 * num or values.is_cuda:
+    size = columns // 64
+    if columns % 64 or size < 32 or num > 16:
         return values.topk(num, dim=1).indices
-    grouped = values.view(rows, columns // 64, 64)
-    groups = grouped.amax(dim=2).topk(num, dim=1).indices
-    place = grouped.gather(1, groups[:, :, None].expand(-1, -1, 64)).flatten(1).topk(num, dim=1).indices
-    return groups.gather(1, place // 64) * 64 + place % 64
+    grouped = values.view(rows * 64, size)
+    groups = grouped.amax(dim=1).view(rows, 64).topk(num, dim=1).indices
+    first = torch.arange(0, rows * 64, 64, device=values.device)[:, None]
+    inside = F.embedding(first + groups, grouped)  # [n, num, size]; gather takes four times as long
+    places = inside.amax(dim=1).topk(num, dim=1).indices
+    found = inside.gather(2, places[:, None, :].expand(-1, num, -1)).flatten(1).topk(num, dim=1).indices
+    return groups.gather(1, found // num) * size + places.gather(1, found % num)
 
 
 def project(features: Tensor, scalings: Tensor, xbar: Tensor, components: int) -> Tensor:
