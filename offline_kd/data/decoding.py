@@ -65,21 +65,6 @@ class Decoded:
         return box if self.scale == 1 else (box + np.array([*self.before, 0, 0])) / self.scale
 
 
-def decode(encoded: bytes, scale: int = 1) -> Decoded:
-    """What `decode_image` gives, and where it lies: a scaled image has ceil(side / scale) pixels.
-
-    The last one reaches beyond the image, or the first one where the image was turned. What libjpeg fills it up with
-    is what the encoder has put there.
-    """
-    pixels, before = np.array(decode_image(encoded, scale)), (0, 0)
-    if scale > 1:
-        with _open_image(encoded) as image:
-            rows, columns = REVERSED.get(_orientation(image), (False, False))
-        height, width = image_size(encoded)
-        before = (-height % scale if rows else 0, -width % scale if columns else 0)
-    return Decoded(pixels, scale, before)
-
-
 def is_scalable(encoded: bytes) -> bool:
     """Whether a file can be decoded at 1/scale: JPEGs of blocks of frequencies, which lossless ones have not."""
     at = 2
@@ -93,42 +78,59 @@ def is_scalable(encoded: bytes) -> bool:
     return False
 
 
-def decode_image(encoded: bytes, scale: int = 1) -> Image.Image:
-    """The RGB image that an image file means, by the rules above; raises one of UNDECODABLE.
+def decode_image(encoded: bytes) -> Image.Image:
+    """The RGB image that an image file means, by the rules above; raises one of UNDECODABLE."""
+    image = _open_image(encoded)
+    return _upright_rgb(image, _orientation(image))
 
-    Args:
-        scale: of SCALES, for what `is_scalable`: the image at 1/scale.
+
+def decode(encoded: bytes, scale: int = 1) -> Decoded:
+    """The same as pixels, and at 1/scale for a scale of SCALES and what `is_scalable`: of ceil(side / scale) pixels.
+
+    The last one of a side reaches beyond the image, or the first one where the image was turned. There libjpeg shows
+    what the encoder has filled its last block up with.
     """
-    upright: Image.Image = _open_image(encoded)
+    image = _open_image(encoded)
+    orientation = _orientation(image)
+    height, width = _upright_size(image, orientation)
     if scale > 1:
-        if min(upright.size) < scale:
-            raise ValueError(f"{upright.width}x{upright.height} pixels cannot be decoded at 1/{scale}")
-        upright.draft(None, (upright.width // scale, upright.height // scale))
-    turn = UPRIGHT.get(_orientation(upright))
-    upright.load()
-    if turn is not None:  # not by exif_transpose: it writes the other tags again, and fails on damaged ones
-        upright = upright.transpose(turn)
-    if upright.mode == "RGB" and "transparency" not in upright.info:
-        return upright
-    if upright.mode.startswith("I"):
-        return Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if upright.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in upright.info:
-        over = upright.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
-    return upright.convert("RGB")
+        if min(image.size) < scale:
+            raise ValueError(f"{image.width}x{image.height} pixels cannot be decoded at 1/{scale}")
+        image.draft(None, (image.width // scale, image.height // scale))
+    rows, columns = REVERSED.get(orientation, (False, False))
+    before = (-height % scale if rows else 0, -width % scale if columns else 0)
+    return Decoded(np.array(_upright_rgb(image, orientation)), scale, before)
 
 
 def image_size(encoded: bytes) -> tuple[int, int]:
     """Height and width of the upright image, without decoding it."""
     with _open_image(encoded) as image:
-        turned = _orientation(image) in (5, 6, 7, 8)
-        return (image.width, image.height) if turned else (image.height, image.width)
+        return _upright_size(image, _orientation(image))
 
 
 def _orientation(image: Image.Image) -> int:
     """As EXIF has it, which may be anything."""
     orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation
+
+
+def _upright_size(image: Image.Image, orientation: int) -> tuple[int, int]:
+    return (image.width, image.height) if orientation in (5, 6, 7, 8) else (image.height, image.width)
+
+
+def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    turn = UPRIGHT.get(orientation)
+    image.load()
+    if turn is not None:  # not by exif_transpose: it writes the other tags again, and fails on damaged ones
+        image = image.transpose(turn)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        over = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
+    return image.convert("RGB")
 
 
 def _open_image(encoded: bytes) -> Image.Image:

@@ -29,7 +29,6 @@ from offline_kd.views.mixing import PARTNERS, drop_bad_partners, mix_in
 from offline_kd.views.operations import apply_op, operation_name
 
 Pixels = NDArray[np.uint8]
-OVERSAMPLING = 2  # so many pixels in each direction, at least, for one of a view of an image that was decoded smaller
 
 
 def render(images: Tensor, box: Tensor, flip: Tensor, fill: Outside) -> Tensor:
@@ -91,14 +90,14 @@ def evaluation_crop(pixels: Pixels, crop: EvaluationCrop) -> Pixels:
 def decoding_scales(views: ViewSpec, box: NDArray[np.integer], size: int) -> NDArray[np.int64]:
     """`[...]`: at 1/scale JPEGs are decoded for crops `[..., 4]`, in pixels of the file, that become `size` x `size`.
 
-    1, unless the views say that decoding is scaled: then the largest of 8, 4 and 2 that leaves both sides of a crop
-    OVERSAMPLING times what they become. A function of the view alone, so that both stages do the same.
+    1, unless the views say that decoding is scaled: then the largest of 8, 4 and 2 that leaves both sides of a crop at
+    least `size` pixels. A function of the view alone, so that both stages do the same.
     """
     side = box[..., 2:].min(axis=-1)
     scales = np.ones(side.shape, dtype=np.int64)
     if views.decoding_used == "scaled":
         for scale in sorted(SCALES):
-            scales[side >= OVERSAMPLING * scale * size] = scale
+            scales[side >= scale * size] = scale
     return scales
 
 
