@@ -137,6 +137,7 @@ def test_every_kind_of_jpeg_is_decoded_smaller_and_everything_else_whole(tmp_pat
         "grey": jpeg(image.convert("L")),
         "cmyk": jpeg(image.convert("CMYK")),
         "coarse colour": jpeg(image, subsampling=2),
+        "two pictures": encoded(image, "MPO", save_all=True, append_images=[image.rotate(180)], quality=95),
         "lossless": lossless_jpeg(np.asarray(image.convert("L"))),
         "png": encoded(image, "PNG"),
         "webp": encoded(image, "WEBP", lossless=True),
