@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from offline_kd.data.decoding import UNDECODABLE, decode_image, image_size
+from offline_kd.data.decoding import UNDECODABLE, Decoded, decode, image_size, is_scalable
 from offline_kd.data.fetching import Fetched, Remote, Root
 from offline_kd.data.labels import CLS, Labels, labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
@@ -105,7 +105,7 @@ class ImageBlock:
 
 
 class Decoder:
-    """The images of a block's rows, `[H, W, 3]` uint8, decoded when they are asked for and kept until `forget`.
+    """The images of a block's rows, decoded when they are asked for, at each scale, and kept until `forget`.
 
     Raises DataError for an image that cannot be decoded, unless the block says that such are skipped: then it gives
     None and lists the row in `bad`.
@@ -113,21 +113,29 @@ class Decoder:
 
     def __init__(self, block: ImageBlock) -> None:
         self.block = block
-        self.kept: dict[int, NDArray[np.uint8] | None] = {}
+        self.kept: dict[tuple[int, int], Decoded | None] = {}  # by row and scale
         self.bad: dict[int, str] = {}
 
     def __call__(self, row: int) -> NDArray[np.uint8] | None:
-        if row not in self.kept:
+        """The whole image, `[H, W, 3]`."""
+        whole = self.scaled(row, 1)
+        return None if whole is None else whole.pixels
+
+    def scaled(self, row: int, scale: int) -> Decoded | None:
+        """The image at 1/scale if it is a JPEG that can be decoded so, else the whole image."""
+        encoded = self.block.encoded[row]
+        at = (row, scale if scale > 1 and is_scalable(encoded) else 1)
+        if at not in self.kept:
             try:
-                self.kept[row] = np.array(decode_image(self.block.encoded[row]))
+                self.kept[at] = decode(encoded, at[1])
             except UNDECODABLE as error:
                 why = re.sub(r" <_io.BytesIO object at \w+>", "", " ".join(str(error).split()))
                 problem = f"the image cannot be decoded ({why})"
                 if self.block.on_bad == "fail":
                     raise _bad_image(self.block.where, self.block.keys[row], problem) from error
-                self.kept[row] = None
+                self.kept[at] = None
                 self.bad[row] = problem
-        return self.kept[row]
+        return self.kept[at]
 
     def forget(self) -> None:
         self.kept.clear()

@@ -25,7 +25,7 @@ from offline_kd.views.epochs import view_of_epoch
 from offline_kd.views.kind import ViewSpec
 from offline_kd.views.mixing import NO_PARTNER, PARTNERS
 from offline_kd.views.random_resized_crop import RandomCrop
-from offline_kd.views.render import render_choice
+from offline_kd.views.render import decode_for, render_choice
 
 LABEL_STREAM = 0x6C6162656C  # first counter of the draws made here, so that they are independent of all others
 READ_AHEAD = 4  # tars, from afar
@@ -227,6 +227,7 @@ class Reader(IterableDataset[Piece]):
                 begin, end = np.searchsorted(one.view.row, [number * window, (number + 1) * window])
                 some, place = one.take(slice(begin, end)), slice(start + begin, start + end)
                 if not self.source.stores:
+                    decode_for(decoder, some.view, views, sizes[0])
                     _drop_bad_partners(decoder, some)
                 for size, out in zip(sizes, images, strict=True):
                     good[place] = render_choice(decoder, some.view, views, size, out=out[place].numpy())[1]
@@ -249,8 +250,6 @@ def _copied(block: ImageBlock, joined: list[Rows]) -> Rows:
 def _drop_bad_partners(decoder: Decoder, joined: Rows) -> None:
     """As stage 1 does: nothing is mixed with what cannot be decoded. Changes what is given."""
     partner = joined.view.partner_row
-    for row in np.unique(partner[partner >= 0]).tolist():
-        decoder(row)
     lost = np.isin(partner, list(decoder.bad))
     if lost.any():
         partner[lost] = NO_PARTNER

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from offline_kd.data.manifest import EvaluationCrop, Interpolation
 from offline_kd.support.counter_rng import U64
-from offline_kd.views.kind import Parameters, ViewSpec, unmirrored
+from offline_kd.views.kind import Decoding, Parameters, ViewSpec, unmirrored
 
 
 class CenterCrop(ViewSpec):
@@ -18,11 +18,17 @@ class CenterCrop(ViewSpec):
     size: int = Field(224, ge=1, le=4096, description="of the student's image; the teacher may have another")
     resize: int = Field(256, ge=1, le=8192)
     interpolation: Interpolation = "bilinear"
+    decoding: Decoding = "full"
 
     @property
     def interpolation_used(self) -> Interpolation:
         """How crops are resampled."""
         return self.interpolation
+
+    @property
+    def decoding_used(self) -> Decoding:
+        """As it says."""
+        return self.decoding
 
     @property
     def output_size(self) -> int:

@@ -11,16 +11,24 @@ can change them.
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from offline_kd.data.manifest import EvaluationCrop, Interpolation
 from offline_kd.support.counter_rng import U64
 from offline_kd.support.strict import Strict
 
 Outside = Literal["zeros", "reflect"]  # what lies outside the image: black, or its mirror image
+Decoding = Annotated[  # left out of JSON where it is full, so that views are described as by earlier versions
+    Literal["full", "scaled"],
+    Field(
+        exclude_if=lambda decoding: decoding == "full",
+        description="scaled: JPEGs at 1/2, 1/4 or 1/8 where a crop is so much larger than what it is resized to",
+    ),
+]
 Erased = Literal["mean", "noise"]  # what lies in an erased box: ImageNet's mean colour, or noise
 Parameters = dict[str, NDArray[Any]]  # of views, by array: `[n, v, ...]`; which there are says `ViewSpec.arrays`
 Uniform = Callable[[int, int], NDArray[np.float64]]  # numbers of a stream, `[n, v]` in [0, 1): one for every view
@@ -73,6 +81,11 @@ class ViewSpec(Strict):
     def interpolation_used(self) -> Interpolation | None:
         """How crops are resampled, one image after the other; None: pixels are copied, in batches on the device."""
         return None
+
+    @property
+    def decoding_used(self) -> Decoding:
+        """Whether images whose crops are resampled are decoded whole."""
+        return "full"
 
     @property
     def is_exact(self) -> bool:

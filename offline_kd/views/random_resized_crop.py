@@ -11,7 +11,18 @@ from offline_kd.support.counter_rng import U64, counter_uniform
 from offline_kd.support.strict import Seed
 from offline_kd.views.augment import Augment, ColorJitter, operation_arrays
 from offline_kd.views.erase import Erase
-from offline_kd.views.kind import CROP, FLIP, MOST_VIEWS, TRIES, Erased, Parameters, Uniform, ViewArray, ViewSpec
+from offline_kd.views.kind import (
+    CROP,
+    FLIP,
+    MOST_VIEWS,
+    TRIES,
+    Decoding,
+    Erased,
+    Parameters,
+    Uniform,
+    ViewArray,
+    ViewSpec,
+)
 from offline_kd.views.mixing import Mixing
 
 
@@ -23,6 +34,7 @@ class RandomCrop(ViewSpec):
     scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.08, 1.0)
     ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
     interpolation: Interpolation = "bilinear"
+    decoding: Decoding = "full"
     flip: float = Field(0.5, ge=0, le=1, description="probability")
     augment: Augment | None = None
     jitter: ColorJitter | None = None
@@ -45,6 +57,11 @@ class RandomCrop(ViewSpec):
     def interpolation_used(self) -> Interpolation:
         """How crops are resampled."""
         return self.interpolation
+
+    @property
+    def decoding_used(self) -> Decoding:
+        """As it says."""
+        return self.decoding
 
     @property
     def output_size(self) -> int:

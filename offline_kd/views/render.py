@@ -5,10 +5,12 @@ Resampled views are the same as long as torch, torchvision, Pillow and its codec
 of a store tell by how much pixels differ, before training.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from offline_kd.data.blocks import Decoder, ImageBlock
+from offline_kd.data.decoding import SCALES
 from offline_kd.data.manifest import EvaluationCrop, Interpolation
 from offline_kd.views.choice import Choice, choose
 from offline_kd.views.erase import erase_box
@@ -91,19 +94,46 @@ def evaluation_crop(pixels: Pixels, crop: EvaluationCrop) -> Pixels:
     return np.asarray(TF.center_crop(resized, [crop.size, crop.size])).transpose(2, 0, 1)
 
 
+def decoding_scales(views: ViewSpec, box: NDArray[np.integer], size: int) -> NDArray[np.int64]:
+    """`[...]`: at 1/scale JPEGs are decoded for crops `[..., 4]`, in pixels of the file, that become `size` x `size`.
+
+    1, unless the views say that decoding is scaled: then the largest of 8, 4 and 2 that leaves both sides of a crop at
+    least `size` pixels. A function of the view alone, so that both stages do the same.
+    """
+    side = box[..., 2:].min(axis=-1)
+    scales = np.ones(side.shape, dtype=np.int64)
+    if views.decoding_used == "scaled":
+        for scale in sorted(SCALES):
+            scales[side >= scale * size] = scale
+    return scales
+
+
+def decode_for(
+    decoder: Decoder, choice: Choice, views: ViewSpec, size: int, threads: ThreadPoolExecutor | None = None
+) -> None:
+    """Decode what some views need, those that are mixed in as well; the decoder keeps it."""
+    mixed = choice.partner_row >= 0
+    own, partner = (decoding_scales(views, one["box"], size) for one in (choice.own, choice.partner))
+    _decode(decoder, np.append(choice.row, choice.partner_row[mixed]), np.append(own, partner[mixed]), threads)
+
+
+def _decode(
+    decoder: Decoder, row: NDArray[np.int64], scale: NDArray[np.int64], threads: ThreadPoolExecutor | None
+) -> None:
+    """Each row at its scale, once."""
+    needed = sorted(set(zip(row.tolist(), scale.tolist(), strict=True)))
+    list((threads.map if threads else map)(lambda one: decoder.scaled(*one), needed))
+
+
 def render_view(pixels: Pixels, view: Parameters, size: int, interpolation: Interpolation) -> Pixels:
     """`[3, size, size]` of one view of an RGB image, without what is mixed in.
 
     Args:
         pixels: `[H, W, 3]`, the decoded image.
-        view: its parameters, each without the axes of row and view.
+        view: its parameters, each without the axes of row and view; the box in these pixels, where it may begin and
+            end between two of them.
     """
-    cut = _cut(pixels, *(int(value) for value in view["box"]))
-    if cut.shape[:2] != (size, size):
-        # Of whole numbers, and the same with any instruction set; about five times as fast as Pillow's. The cut is not
-        # copied: with its strides torch reads and writes channels last.
-        planes = torch.from_numpy(cut)[None].permute(0, 3, 1, 2)
-        cut = F.interpolate(planes, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    cut = _resized(pixels, view["box"], size, interpolation)
     if view["flip"]:
         cut = _mirrored(cut)
     drawn = zip(view.get("op", ()), view.get("magnitude", ()), strict=True)
@@ -114,6 +144,26 @@ def render_view(pixels: Pixels, view: Parameters, size: int, interpolation: Inte
             image = apply_op(image, op, magnitude)
         cut = np.asarray(image)
     return cut.transpose(2, 0, 1)
+
+
+def _resized(pixels: Pixels, box: NDArray[Any], size: int, interpolation: Interpolation) -> Pixels:
+    """`[size, size, 3]` of a box of an image."""
+    top, left, height, width = box.tolist()
+    first_row, first_column = math.floor(top), math.floor(left)
+    rows, columns = math.ceil(top + height) - first_row, math.ceil(left + width) - first_column
+    cut = _cut(pixels, first_row, first_column, rows, columns)
+    if (rows, columns) != (height, width):
+        # Between pixels, which only Pillow can.
+        top, left = top - first_row, left - first_column
+        method = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
+        inside = (left, top, left + width, top + height)
+        return np.asarray(Image.fromarray(np.ascontiguousarray(cut)).resize((size, size), method, inside))
+    if (rows, columns) == (size, size):
+        return cut
+    # Of whole numbers, and the same with any instruction set; about five times as fast as Pillow's. The cut is not
+    # copied: with its strides torch reads and writes channels last.
+    planes = torch.from_numpy(cut)[None].permute(0, 3, 1, 2)
+    return F.interpolate(planes, (size, size), mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def _cut(pixels: Pixels, top: int, left: int, height: int, width: int) -> Pixels:
@@ -157,15 +207,14 @@ def render_choice(
     pixels = np.zeros((len(choice.row), size, size, 3), np.uint8).transpose(0, 3, 1, 2) if out is None else out
     good = np.ones(len(choice.row), dtype=bool)
     run = threads.map if threads else map
-    needed = np.unique(np.concatenate([choice.row, choice.partner_row[choice.partner_row >= 0]]))
-    list(run(decoder, needed.tolist()))
+    decode_for(decoder, choice, views, size, threads)
 
     def base(row: int, parameters: Parameters, index: int) -> Pixels | None:
-        image = decoder(row)
+        view = {name: array[index] for name, array in parameters.items()}
+        image = decoder.scaled(row, int(decoding_scales(views, view["box"], size)))
         if image is None:
             return None
-        view = {name: array[index] for name, array in parameters.items()}
-        one = render_view(image, view, size, interpolation)
+        one = render_view(image.pixels, view | {"box": image.box(view["box"])}, size, interpolation)
         if "erase" in view and view["erase"][2] and view["erase"][3]:
             one = one.copy()
             erase_box(one, view["erase"], views.erased)
@@ -215,9 +264,9 @@ def view_batches(
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         for first in range(0, count, PARTNERS):
             window = np.arange(first, min(first + PARTNERS, count))
-            list(threads.map(decoder, window.tolist()))
-            drop_bad_partners(parameters, decoder.bad)
             row, view = (part.ravel() for part in np.meshgrid(window, np.arange(num_views), indexing="ij"))
+            _decode(decoder, row, decoding_scales(views, parameters["box"][row, view], size), threads)
+            drop_bad_partners(parameters, decoder.bad)
             decodable = ~np.isin(row, list(decoder.bad))
             row, view = row[decodable], view[decodable]
             for start in range(0, len(row), batch_size):
