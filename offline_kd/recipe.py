@@ -58,6 +58,11 @@ else:
 Objective = Annotated[list[AnyTerm], Field(min_length=1)]
 
 
+def _is_false(value: object) -> bool:
+    """Left out of resolved recipes, which are then as they were before there was such a field."""
+    return value is False
+
+
 class TeacherNetwork(Strict):
     """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
 
@@ -68,7 +73,9 @@ class TeacherNetwork(Strict):
     crop: EvaluationCrop | None = Field(None, description="the same; its size is that of the views the teacher sees")
     expected: ExpectedAccuracy | None = None
     training: Training | None = Field(None, description="how `run` and `train --teacher` make the weights")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of autocast; logits are float32")
+    compile: bool = Field(False, exclude_if=_is_false, description="by torch.compile: faster, after a minute or more")
+    tf32: bool = Field(False, exclude_if=_is_false, description="let a GPU make float32 products of 10 bits: faster")
     licence: str = ""
 
 
@@ -92,7 +99,11 @@ class Capture(Strict):
     codec: Annotated[AnyCodec | AutoCodec, Field(discriminator="name")] = Float16(name="f16")
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")
-    batch_size: Count | None = Field(None, description="of the teacher; no effect on what is stored")
+    batch_size: Count | Literal["auto"] = Field(
+        "auto",
+        exclude_if=lambda size: size == "auto",
+        description="of the teacher; no effect on what is stored. auto: the fastest on a GPU, by trial; 64 on a CPU",
+    )
     fidelity_rows: Count = Field(
         1000, description="rows on which the teacher is asked again to finish a store; one of each block at least"
     )

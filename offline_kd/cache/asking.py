@@ -1,7 +1,12 @@
-"""One block and view group: draw -> render -> ask the teacher -> encode. What comes out is ready to be committed."""
+"""One block and view group: draw -> render -> ask the teacher -> encode. What comes out is ready to be committed.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+`rendered`, `answer` and `ask_teacher` are three stages that may run in three threads, as `work.py` has them. On a GPU
+none but the last waits for it: what is copied either way is pinned, and events say when it has arrived.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 import torch
@@ -22,7 +27,7 @@ from offline_kd.support.errors import DataError, TeacherError
 from offline_kd.views.choice import choose
 from offline_kd.views.kind import Parameters
 from offline_kd.views.mixing import without_rows
-from offline_kd.views.render import render_some, view_batches
+from offline_kd.views.render import render_some, sent, view_batches
 
 ENCODE_BYTES = 2**24
 PROBE_STREAM = 0x70726F6265  # first counter of the draws made here
@@ -38,14 +43,58 @@ class Inquiry:
     device: torch.device
 
 
+@dataclass
+class Portion:
+    """One block and view group on its way through stage 1."""
+
+    block: ImageBlock
+    parameters: Parameters  # [n, v, ...] of the views of this group, as `draw` gives them
+    number: int  # of the block in its split
+    group: int
+    is_last: bool = True  # of those of its block that are asked about
+    decoder: Decoder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.decoder = Decoder(self.block)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some views of a portion, rendered."""
+
+    row: NDArray[np.int64]  # [m]
+    view: NDArray[np.int64]  # [m]
+    pixels: Tensor  # [m, 3, H, W] uint8, on the device
+    is_there: torch.cuda.Event | None  # happens when the pixels have arrived on a GPU
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the teacher says of a batch, on its way to the CPU."""
+
+    row: NDArray[np.int64]  # [m]
+    view: NDArray[np.int64]  # [m]
+    logits: Tensor  # [m, C] float32
+    finite: Tensor  # [1 + decisions] bool: whether the logits are, and each map
+    decided: dict[str, Tensor]  # [m, ...] by full name of the array
+    is_there: torch.cuda.Event | None  # happens when all of it has come from a GPU
+
+
 def ask_teacher(
-    inquiry: Inquiry, block: ImageBlock, parameters: Parameters, number: int, group: int
+    inquiry: Inquiry,
+    block: ImageBlock,
+    parameters: Parameters,
+    number: int,
+    group: int,
+    asked: tuple[Decoder, Iterator[Answer]] | None = None,
 ) -> tuple[Arrays, list[BadImage]]:
     """Every array of the store for one block and view group, by asking the teacher about every view.
 
     Args:
         parameters: `[n, v, ...]` of the views of this group, as `draw` gives them.
         number: of the block in its split.
+        asked: the answers about all these views, which come from another thread, and what decoded the images for
+            them; None: everything is done here, one after the other.
 
     Returns:
         The arrays by full name, rows first; and the samples of the tar that have no row, because their images cannot
@@ -55,16 +104,22 @@ def ask_teacher(
         DataError: when images have not the store's size, or none can be decoded.
         TeacherError: when the teacher's answers are not finite or not of the store's shape.
     """
-    _refuse_other_size(inquiry.identity, block)
-    row_arrays(inquiry.identity, block)  # refuses keys that cannot be stored before the teacher is asked
-    decoder = Decoder(block)
+    if asked is None:
+        portion = Portion(block, parameters, number, group)
+        asked = portion.decoder, (answer(inquiry, portion, batch) for batch in rendered(inquiry, portion))
+    decoder, answers = asked
     logits = _Logits(inquiry)
     decided: dict[str, list[Tensor]] = {}
-    for row, answer, maps in _answers(inquiry, block, decoder, parameters, group):
-        logits.add(answer)
-        for name, values in _decisions(inquiry, block, row, maps):
-            decided.setdefault(name, []).append(values.cpu())
-    kept, parameters = _without_bad_rows(block, decoder, parameters)
+    for one in answers:
+        if one.is_there is not None:
+            one.is_there.synchronize()
+        _refuse_not_finite(inquiry, block, group, one)
+        logits.add(one.logits.numpy())
+        for name, values in one.decided.items():
+            decided.setdefault(name, []).append(values)
+    kept, parameters = (
+        (block.without(decoder.bad), without_rows(parameters, decoder.bad)) if decoder.bad else (block, parameters)
+    )
     per_view = logits.encoded() | {name: torch.cat(pieces).numpy() for name, pieces in decided.items()}
     count, num_views = parameters["flip"].shape
     arrays: Arrays = {
@@ -76,6 +131,50 @@ def ask_teacher(
     return arrays, kept.left_out
 
 
+# ---- rendering -----------------------------------------------------------------------------------------------------
+
+
+def rendered(inquiry: Inquiry, portion: Portion) -> Iterator[Batch]:
+    """All views of a portion in batches on the device; on a GPU they get there while it works on others.
+
+    Raises DataError when images have not the store's size, when none can be decoded, or keys cannot be stored.
+    """
+    identity, block, decoder = inquiry.identity, portion.block, portion.decoder
+    _refuse_other_size(identity, block)
+    row_arrays(identity, block)  # refuses keys that cannot be stored before the teacher is asked
+    size = identity.seen_size[0]  # of resampled views, which are square
+    batches = view_batches(
+        block, decoder, portion.parameters, identity.views, size, inquiry.teacher.batch_size, inquiry.device
+    )
+    if inquiry.device.type == "cuda":
+        yield from _on_own_stream(batches, inquiry.device)
+    else:
+        yield from (Batch(row, view, pixels, None) for row, view, pixels in batches)
+    if len(decoder.bad) == len(block):
+        raise DataError(f"{block.where}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
+
+
+def _on_own_stream(
+    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]], device: torch.device
+) -> Iterator[Batch]:
+    """Copies and kernels of `batches` wait for nothing that the GPU does otherwise; nothing waits for them here."""
+    stream = _stream_of_views(device)
+    while True:
+        with torch.cuda.stream(stream):
+            found = next(batches, None)
+            if found is None:
+                return
+            batch = Batch(*found, stream.record_event())
+        yield batch
+
+
+@cache
+def _stream_of_views(device: torch.device) -> torch.cuda.Stream:
+    """One for all portions: memory is kept by stream."""
+    new: Callable[[torch.device], torch.cuda.Stream] = torch.cuda.Stream
+    return new(device)
+
+
 def _refuse_other_size(identity: StoreIdentity, block: ImageBlock) -> None:
     dataset = identity.dataset
     if dataset.height is not None and block.images.shape[2:] != (dataset.height, dataset.width):
@@ -85,30 +184,74 @@ def _refuse_other_size(identity: StoreIdentity, block: ImageBlock) -> None:
         )
 
 
-def _answers(
-    inquiry: Inquiry, block: ImageBlock, decoder: Decoder, parameters: Parameters, group: int
-) -> Iterator[tuple[NDArray[np.int64], Tensor, list[Tensor]]]:
-    """Row `[m]`, logits `[m, C]` and maps `[m, D, H, W]` by decisions, of all views of all rows, in that order."""
-    teacher, identity = inquiry.teacher, inquiry.identity
+# ---- asking --------------------------------------------------------------------------------------------------------
+
+
+def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
+    """Ask the teacher about a batch. Nothing waits for a GPU: its answers are there when `is_there` has happened.
+
+    Raises TeacherError when logits or maps are not of the store's shape.
+    """
+    teacher, identity, pixels = inquiry.teacher, inquiry.identity, batch.pixels
+    if batch.is_there is not None:
+        stream = torch.cuda.current_stream(inquiry.device)
+        stream.wait_event(batch.is_there)
+        pixels.record_stream(stream)  # its memory is another stream's, which must not use it again before
     points: list[TapPoint] = [about.config for about in identity.decisions.values()]
-    size = identity.seen_size[0]  # of resampled views, which are square
-    for row, view, pixels in view_batches(
-        block, decoder, parameters, identity.views, size, teacher.batch_size, inquiry.device
-    ):
-        logits, maps = teacher.logits_and_maps(pixels, points)
-        if logits.shape[1] != identity.num_classes:
-            raise TeacherError(
-                f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
-                f"{identity.num_classes} classes."
-            )
-        if not logits.isfinite().all():
-            at, column = (~logits.isfinite()).nonzero()[0].tolist()
-            raise TeacherError(
-                f"teacher '{teacher.name}': logit {column} is {logits[at, column].item()} for sample "
-                f"'{block.keys[row[at]]}' of {block.name}, view {identity.groups[group][view[at]]}. "
-                "The block was not committed. Check the weights, and the dtype if it is not float32."
-            )
-        yield row, logits, maps
+    logits, maps = teacher.logits_and_maps(pixels, points)
+    if logits.shape[1] != identity.num_classes:
+        raise TeacherError(
+            f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
+            f"{identity.num_classes} classes."
+        )
+    labels = sent(torch.from_numpy(portion.block.labels[batch.row]).long(), inquiry.device)
+    decided = _decisions(inquiry, portion.block, labels, maps)
+    finite = torch.stack([one.isfinite().all() for one in (logits, *maps)])
+    return Answer(
+        batch.row,
+        batch.view,
+        logits.to("cpu", non_blocking=True),  # into pinned memory
+        finite.to("cpu", non_blocking=True),
+        {name: values.to("cpu", non_blocking=True) for name, values in decided.items()},
+        None if batch.is_there is None else torch.cuda.current_stream(inquiry.device).record_event(),
+    )
+
+
+def _decisions(inquiry: Inquiry, block: ImageBlock, labels: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
+    """The arrays of all decisions for these rows, by full name, from the maps of the taps."""
+    decided: dict[str, Tensor] = {}
+    for (name, about), features in zip(inquiry.identity.decisions.items(), maps, strict=True):
+        if tuple(features.shape[1:]) != (about.channels, about.height, about.width):
+            raise _other_map(about, features.shape, block.name)
+        for array, values in pack(about.config, features, labels, inquiry.tables[name]).items():
+            decided[f"decisions/{name}/{array}"] = values
+    return decided
+
+
+def _other_map(about: DecisionsIdentity, shape: Sequence[int], where: str) -> TeacherError:
+    expected = [about.channels, about.height, about.width]
+    return TeacherError(
+        f"tap '{about.config.module}': gave a map of {list(shape[1:])} for {where}, the store is for "
+        f"{expected}, or features that are not finite. The block was not committed. Check weights and images."
+    )
+
+
+# ---- keeping -------------------------------------------------------------------------------------------------------
+
+
+def _refuse_not_finite(inquiry: Inquiry, block: ImageBlock, group: int, one: Answer) -> None:
+    identity = inquiry.identity
+    logits_are, *maps_are = one.finite.tolist()
+    if not logits_are:
+        at, column = (~one.logits.isfinite()).nonzero()[0].tolist()
+        raise TeacherError(
+            f"teacher '{inquiry.teacher.name}': logit {column} is {one.logits[at, column].item()} for sample "
+            f"'{block.keys[one.row[at]]}' of {block.name}, view {identity.groups[group][one.view[at]]}. "
+            "The block was not committed. Check the weights, and the dtype if it is not float32."
+        )
+    for about, is_finite in zip(identity.decisions.values(), maps_are, strict=True):
+        if not is_finite:
+            raise _other_map(about, (0, about.channels, about.height, about.width), block.name)
 
 
 class _Logits:
@@ -120,8 +263,8 @@ class _Logits:
         self.waiting: list[NDArray[np.float32]] = []
         self.pieces: dict[str, list[NDArray[np.generic]]] = {}
 
-    def add(self, logits: Tensor) -> None:
-        self.waiting.append(logits.cpu().numpy())
+    def add(self, logits: NDArray[np.float32]) -> None:
+        self.waiting.append(logits)
         if sum(one.nbytes for one in self.waiting) >= ENCODE_BYTES:
             self._encode()
 
@@ -135,35 +278,6 @@ class _Logits:
             for name, array in self.codec.encode(np.concatenate(self.waiting), self.tables).items():
                 self.pieces.setdefault(name, []).append(array)
         self.waiting.clear()
-
-
-def _decisions(
-    inquiry: Inquiry, block: ImageBlock, row: NDArray[np.int64], maps: list[Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """The arrays of all decisions for these rows, by full name, from the maps of the taps."""
-    labels = torch.from_numpy(block.labels[row]).long().to(inquiry.device)
-    for (name, about), features in zip(inquiry.identity.decisions.items(), maps, strict=True):
-        _refuse_other_map(about, features, block.name)
-        for array, values in pack(about.config, features, labels, inquiry.tables[name]).items():
-            yield f"decisions/{name}/{array}", values
-
-
-def _refuse_other_map(about: DecisionsIdentity, features: Tensor, where: str) -> None:
-    expected = (about.channels, about.height, about.width)
-    if tuple(features.shape[1:]) != expected or not features.isfinite().all():
-        raise TeacherError(
-            f"tap '{about.config.module}': gave a map of {list(features.shape[1:])} for {where}, the store is for "
-            f"{list(expected)}, or features that are not finite. The block was not committed. Check weights and images."
-        )
-
-
-def _without_bad_rows(block: ImageBlock, decoder: Decoder, parameters: Parameters) -> tuple[ImageBlock, Parameters]:
-    """Block and parameters without the rows that could not be decoded; partners are numbered anew."""
-    if len(decoder.bad) == len(block):
-        raise DataError(f"{block.where}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
-    if not decoder.bad:
-        return block, parameters
-    return block.without(decoder.bad), without_rows(parameters, decoder.bad)
 
 
 def _probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, number: int, group: int) -> Arrays:

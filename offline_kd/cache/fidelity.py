@@ -36,7 +36,7 @@ FIDELITY_STREAM = 0x66696465  # first counter of the draws made here
 TEMPERATURES = (1, 2, 4)
 GAMMAS = (0.25, 0.5, 0.8)
 # Share of places where the likeliest template, or the sub-class, must be the same; near ties may fall either way.
-DECISION_AGREEMENT = {"float32": 0.995, "bfloat16": 0.9}
+DECISION_AGREEMENT = {"float32": 0.995, "float16": 0.98, "bfloat16": 0.9}
 
 Means = dict[tuple[str, str], float]  # by field of `Fidelity`, and the key in it where it has several
 
@@ -56,7 +56,9 @@ def ask_again(
     Raises StoreMismatch when the store was made by another teacher, or holds no logits.
     """
     assert store.manifest is not None
+    known = store.identity.teacher
     teacher = load_teacher(recipe, manifest, roots, store.identity.num_classes, device)
+    teacher = replace(teacher, dtype=known.dtype, compile=known.compile, tf32=known.tf32)  # as it computed then
     if teacher.weights_sha256 != store.identity.teacher.weights_sha256:
         raise StoreMismatch(
             f"{store.place}: was made by weights {store.identity.teacher.weights_sha256}, the recipe's teacher has "
@@ -215,7 +217,7 @@ class _Answers:
 
     def _compare_logits(self, z: Tensor, z_t: Tensor) -> None:
         identity = self.store.identity
-        found = identity.codec.compare(z, z_t, self.store.codec_tables, identity.teacher.dtype)
+        found = identity.codec.compare(z, z_t, self.store.codec_tables, identity.teacher.precision)
         beyond = (found.differences - found.allowed).view(len(z), -1)
         if (beyond > 0).any():
             worst = int(beyond.amax(1).argmax())
@@ -250,7 +252,7 @@ class _Answers:
 
     def compare_decisions(self) -> None:
         """Raise StoreCorrupt for decisions that are not the teacher's, of the whole store or of any block."""
-        least = DECISION_AGREEMENT[self.store.identity.teacher.dtype]
+        least = DECISION_AGREEMENT[self.store.identity.teacher.precision]
         # All places of a row may fall the other way together, when they are alike: rows of a block are counted.
         agreement = {name: self._agreement(name) for name in self.store.identity.decisions}
         for (name, number), (same, of, in_row) in self.places.items():

@@ -4,14 +4,14 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from safetensors.torch import save
 from torch import nn
 
 from offline_kd.cache.pipeline import cache_teacher
-from offline_kd.cache.teacher import DEFAULT_BATCH_SIZE
+from offline_kd.cache.teacher import first_batch_size
 from offline_kd.data.fetching import Root, is_url, root_at
 from offline_kd.data.manifest import Dataset, Manifest, Normalisation, Split, Tar, data_roots
 from offline_kd.data.tars import read_tar, tars_in
@@ -32,7 +32,10 @@ class ModuleOptions(TypedDict, total=False):
     device: str | torch.device  # the module is moved there; where its parameters are if absent
     name: str  # of the store and of the teacher; that of the module's class if absent
     classes: list[str]  # names in the order of the logits, of a folder's dataset; "0", "1", ... if absent
-    batch_size: int  # of the module; no effect on what is stored
+    dtype: str  # of autocast: "float32" (if absent), "bfloat16" or "float16"
+    compile: bool  # the module, by torch.compile
+    tf32: bool  # whether a GPU may make float32 products of 10 bits; not if absent, whatever torch is told elsewhere
+    batch_size: int | Literal["auto"]  # of the module; no effect on what is stored
     views_per_group: int  # views that are stored and read together; must divide their count
 
 
@@ -74,7 +77,8 @@ def cache_module(
             "evaluation": "test" if "test" in splits else "train",
             "normalisation": normalisation,
         },
-        "teacher": {"model": model, "normalisation": normalisation},
+        "teacher": {"model": model, "normalisation": normalisation}
+        | {name: options[name] for name in ("dtype", "compile", "tf32") if name in options},
         "views": views,
         "capture": capture,
     }
@@ -88,11 +92,13 @@ def cache_module(
             weights_sha256=weights_sha256(network),
             normalisation=normalisation,
             crop=recipe.evaluation_crop,
-            dtype="float32",
+            dtype=recipe.teacher.dtype,
             expected=None,
             licence="",
             network=network,
-            batch_size=recipe.capture.batch_size or DEFAULT_BATCH_SIZE[device.type],
+            batch_size=first_batch_size(recipe, device),
+            compile=recipe.teacher.compile,
+            tf32=recipe.teacher.tf32,
         )
         cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
 

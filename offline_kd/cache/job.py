@@ -242,6 +242,8 @@ def describe_capture(
             normalisation=teacher.normalisation,
             crop=teacher.crop,
             dtype=teacher.dtype,
+            compile=teacher.compile,
+            tf32=teacher.tf32,
             evaluated_on=measured[0],
             measured_top1=measured[1],
             licence=teacher.licence,

@@ -18,7 +18,7 @@ from offline_kd.cache.engines import DEFAULT_ENGINE, EngineOption, find_engine
 from offline_kd.cache.finish import finish_if_complete
 from offline_kd.cache.job import Capture, announce, identify, refuse_uneven_views
 from offline_kd.cache.tables import fit_tables
-from offline_kd.cache.teacher import load_teacher
+from offline_kd.cache.teacher import load_teacher, with_fastest_batches
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
@@ -82,6 +82,7 @@ def cache_teacher(
         dataset, split, roots, keep_bytes=0, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images
     )
     teacher = options.get("teacher") or load_teacher(recipe, manifest, roots, len(dataset.classes), device)
+    teacher = with_fastest_batches(teacher, recipe, loader, device)
     wanted = identify(recipe, manifest, roots, loader, teacher, place, device)
     created, additions, own_parts = announce(place, wanted, recipe, options.get("add", False))
     capture = Capture(recipe, loader, teacher, device, place, created, additions, own_parts, recipe.views.num_views)

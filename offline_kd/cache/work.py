@@ -1,17 +1,22 @@
-"""The open blocks of a capture, and how one of them is done: read -> ask -> refuse or commit."""
+"""The open blocks of a capture, and how they are done: render -> ask -> encode -> refuse or commit, all at once.
 
-from collections.abc import Callable, Iterator, Sequence
+Every step has a thread of its own, the teacher that of the caller, and between two of them there is a bounded queue. Of
+a block and view group nothing is committed before all answers about it have come and were found to be finite.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from offline_kd.cache.asking import Inquiry, ask_teacher
+from offline_kd.cache.asking import Answer, Batch, Inquiry, Portion, answer, ask_teacher, rendered
 from offline_kd.cache.job import Capture, store_of
 from offline_kd.cache.unique_keys import KnownKeys
-from offline_kd.data.blocks import BlockLoader, ImageBlock
+from offline_kd.data.blocks import BadImage, BlockLoader, ImageBlock
 from offline_kd.store.inventory import committed
 from offline_kd.store.join import row_arrays, tables_on
 from offline_kd.store.layout import Part, parts_of
@@ -20,7 +25,11 @@ from offline_kd.store.schema import LedgerEntry, identity_of_targets, ledger_nam
 from offline_kd.store.writer import commit
 from offline_kd.support.console import say
 from offline_kd.support.errors import DataError, LeaseLost, StoreMismatch
+from offline_kd.support.overlap import ahead, behind
 from offline_kd.views.kind import draw
+
+BATCHES_AHEAD = 4  # rendered before the teacher is asked about them: pixels in memory, pinned for a GPU
+ANSWERS_BEHIND = 4  # batches that were asked about and are not encoded yet; a GPU may be so far behind, too
 
 
 @dataclass(frozen=True)
@@ -80,48 +89,127 @@ def _tables(capture: Capture, part: Part) -> dict[str, dict[str, Tensor]]:
     return {name: tables_on(store, name, capture.device) for name in part.tables}
 
 
-# ---- one block -----------------------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------------------------
+
+
+def capture_blocks(
+    work: Work,
+    blocks: Iterator[tuple[int, ImageBlock]],
+    still_mine: Callable[[int], bool],
+    step: Callable[[int], None],
+    done: Callable[[int], None],
+) -> None:
+    """Commit every view group of blocks that is open; what another writer took over meanwhile is left to it.
+
+    While this thread asks the teacher, others render up to `BATCHES_AHEAD` batches, encode answers, and commit.
+
+    Args:
+        blocks: with their numbers, as they are read.
+        still_mine: whether nobody else has begun the block of that number meanwhile.
+        step: is told how many views of how many images were committed.
+        done: is told the number of a block of which nothing is open any more, or which was lost.
+    """
+    lost: set[int] = set()
+    finish = partial(_commit_all, work, lost, still_mine, step, done)
+    with ahead(_rendered(work, blocks, lost, done), BATCHES_AHEAD) as batches, behind(finish, ANSWERS_BEHIND) as put:
+        for portion, batch in batches:
+            put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
 
 
 def capture_block(
     work: Work, number: int, images: ImageBlock, still_mine: Callable[[], bool], step: Callable[[int], None]
 ) -> None:
-    """Commit every view group of a block that is open; what another writer took over meanwhile is left to it.
+    """The same with one block."""
+    capture_blocks(work, iter([(number, images)]), lambda _: still_mine(), step, lambda _: None)
 
-    Args:
-        still_mine: whether nobody else has begun the block meanwhile.
-        step: is told how many views of how many images were committed.
-    """
-    if work.part.name == "":
-        _refuse_used_keys(work, images, number)
-    parameters = draw(work.inquiry.identity.views, images.key_hash, images.sizes())
-    for group in work.open_groups(number):
-        views = work.capture.groups[group]
-        of_group = {name: array[:, views.start : views.stop] for name, array in parameters.items()}
-        arrays, left_out = ask_teacher(work.inquiry, images, of_group, number, group)
-        if work.part.name:
-            _refuse_other_rows(work.capture, arrays, images, number, group)
-        elif group == 0:
-            for bad in left_out:
-                say(f"{images.where}: sample '{bad.key}' is left out: {bad.problem}")
-        entry = LedgerEntry(
-            addition=work.part.name,
-            block=number,
-            first_view=views.start,
-            end_view=views.stop,
-            rows=len(arrays["key_hash"]),
-            tar=images.name,
-            tar_sha256=images.sha256,
-            left_out={bad.key: bad.problem for bad in left_out},
-            objects={},
+
+def _rendered(
+    work: Work, blocks: Iterator[tuple[int, ImageBlock]], lost: Collection[int], done: Callable[[int], None]
+) -> Iterator[tuple[Portion, Batch | None]]:
+    """The views of every open view group in batches, and None behind the last batch of each."""
+    for number, images in blocks:
+        if work.part.name == "":
+            _refuse_used_keys(work, images, number)
+        parameters = draw(work.inquiry.identity.views, images.key_hash, images.sizes())
+        groups = work.open_groups(number)
+        if not groups:
+            done(number)
+        for group in groups:
+            if number in lost:
+                break
+            views = work.capture.groups[group]
+            of_group = {name: array[:, views.start : views.stop] for name, array in parameters.items()}
+            portion = Portion(images, of_group, number, group, is_last=group == groups[-1])
+            for batch in rendered(work.inquiry, portion):
+                yield portion, batch
+            yield portion, None
+
+
+def _encoded(
+    work: Work, answers: Iterator[tuple[Portion, Answer | None]]
+) -> Iterator[tuple[Portion, Arrays, list[BadImage]]]:
+    """Every array of every portion, as soon as the last answer about it has come."""
+    for portion, first in answers:
+        asked = portion.decoder, _up_to_none(first, answers)
+        arrays, left_out = ask_teacher(
+            work.inquiry, portion.block, portion.parameters, portion.number, portion.group, asked
         )
-        try:
-            commit(work.capture.place, work.part, group, entry, arrays, still_mine)
-        except LeaseLost as lost:
-            say(f"{lost}")
-            return
-        work.done[number, group] = True
-        step(len(images) * len(views))
+        yield portion, arrays, left_out
+
+
+def _up_to_none(one: Answer | None, answers: Iterator[tuple[Portion, Answer | None]]) -> Iterator[Answer]:
+    while one is not None:
+        yield one
+        _, one = next(answers)
+
+
+def _commit_all(
+    work: Work,
+    lost: set[int],
+    still_mine: Callable[[int], bool],
+    step: Callable[[int], None],
+    done: Callable[[int], None],
+    answers: Iterator[tuple[Portion, Answer | None]],
+) -> None:
+    with ahead(_encoded(work, answers), 1) as encoded:
+        for portion, arrays, left_out in encoded:
+            if portion.number in lost:
+                continue
+            try:
+                _commit(work, portion, arrays, left_out, partial(still_mine, portion.number))
+            except LeaseLost as error:
+                say(f"{error}")
+                lost.add(portion.number)
+            else:
+                work.done[portion.number, portion.group] = True
+                step(len(portion.block) * portion.parameters["flip"].shape[1])
+            if portion.is_last or portion.number in lost:
+                done(portion.number)
+
+
+def _commit(
+    work: Work, portion: Portion, arrays: Arrays, left_out: Sequence[BadImage], still_mine: Callable[[], bool]
+) -> None:
+    """Raises LeaseLost when another writer took the block over."""
+    images, number, group = portion.block, portion.number, portion.group
+    views = work.capture.groups[group]
+    if work.part.name:
+        _refuse_other_rows(work.capture, arrays, images, number, group)
+    elif group == 0:
+        for bad in left_out:
+            say(f"{images.where}: sample '{bad.key}' is left out: {bad.problem}")
+    entry = LedgerEntry(
+        addition=work.part.name,
+        block=number,
+        first_view=views.start,
+        end_view=views.stop,
+        rows=len(arrays["key_hash"]),
+        tar=images.name,
+        tar_sha256=images.sha256,
+        left_out={bad.key: bad.problem for bad in left_out},
+        objects={},
+    )
+    commit(work.capture.place, work.part, group, entry, arrays, still_mine)
 
 
 def _refuse_used_keys(work: Work, images: ImageBlock, number: int) -> None:

@@ -120,7 +120,7 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
     identity = store.identity
     teacher = identity.teacher
     facts = {
-        "teacher": f"{teacher.name} ({teacher.model}, {teacher.dtype}), weights sha256 `{teacher.weights_sha256}`",
+        "teacher": f"{teacher.name} ({teacher.model}, {teacher.arithmetic}), weights sha256 `{teacher.weights_sha256}`",
         "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, measured before the capture",
         "codec": f"`{identity.codec.model_dump(mode='json')}`",
         "serves": ", ".join(served_terms(store)),

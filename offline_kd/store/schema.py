@@ -57,6 +57,11 @@ def _is_usual(labels: object) -> bool:
     return labels == "cls"
 
 
+def _is_false(value: object) -> bool:
+    """Left out of JSON, so that stores of teachers that compute as they always did are described as before."""
+    return value is False
+
+
 class DatasetIdentity(Strict):
     name: str
     split: str
@@ -77,9 +82,21 @@ class TeacherIdentity(Strict):
     normalisation: Normalisation
     crop: EvaluationCrop | None = Field(None, description="of images of different sizes; its size is that of views")
     dtype: str
+    compile: bool = Field(False, exclude_if=_is_false, description="whether the network was compiled")
+    tf32: bool = Field(False, exclude_if=_is_false, description="whether float32 products may have had 10 bits")
     evaluated_on: str
     measured_top1: float = Field(description="percent, by the gate, before anything was written")
     licence: str
+
+    @property
+    def arithmetic(self) -> str:
+        """How it computed, in words."""
+        return self.dtype + ", TF32" * self.tf32 + ", compiled" * self.compile
+
+    @property
+    def precision(self) -> str:
+        """The dtype whose rounding explains how far two runs differ; TF32 has as many bits as float16."""
+        return "float16" if self.dtype == "float32" and self.tf32 else self.dtype
 
 
 class DecisionsIdentity(Strict):

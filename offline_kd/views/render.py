@@ -246,7 +246,7 @@ def view_batches(
     """Row `[m]`, view `[m]` and pixels `[m, 3, H, W]` of all views of all images of a block, in that order.
 
     Rows that cannot be decoded are left out and listed in `decoder.bad`; nothing is mixed with them, which
-    `parameters` say afterwards, too.
+    `parameters` say afterwards, too. On a GPU the pixels are where they belong as far as its current stream knows.
 
     Args:
         parameters: `[n, v, ...]`, as `draw` gives them.
@@ -258,12 +258,14 @@ def view_batches(
         box, flip = (torch.from_numpy(parameters[name]).to(device) for name in ("box", "flip"))
         for start in range(0, count * num_views, batch_size):
             row, view = np.divmod(np.arange(start, min(start + batch_size, count * num_views)), num_views)
-            at = torch.from_numpy(row).to(device), torch.from_numpy(view).to(device)
+            at = sent(torch.from_numpy(row), device), sent(torch.from_numpy(view), device)
             yield row, view, render(images[at[0]], box[at], flip[at], size_of_boxes(parameters["box"]), views.outside)
         return
+    # So many images are held decoded: those that may be mixed with each other, or more where batches are larger.
+    together, pinned = PARTNERS * -(-batch_size // (PARTNERS * num_views)), device.type == "cuda"
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        for first in range(0, count, PARTNERS):
-            window = np.arange(first, min(first + PARTNERS, count))
+        for first in range(0, count, together):
+            window = np.arange(first, min(first + together, count))
             row, view = (part.ravel() for part in np.meshgrid(window, np.arange(num_views), indexing="ij"))
             _decode(decoder, row, decoding_scales(views, parameters["box"][row, view], size), threads)
             drop_bad_partners(parameters, decoder.bad)
@@ -272,8 +274,16 @@ def view_batches(
             for start in range(0, len(row), batch_size):
                 part = slice(start, start + batch_size)
                 choice = choose(parameters, row[part], view[part])
-                yield row[part], view[part], render_choice(decoder, choice, views, size, threads)[0].to(device)
+                memory = torch.empty((len(choice.row), size, size, 3), dtype=torch.uint8, pin_memory=pinned)
+                pixels = memory.permute(0, 3, 1, 2)
+                render_choice(decoder, choice, views, size, threads, pixels.numpy())
+                yield row[part], view[part], pixels.to(device, non_blocking=True)
             decoder.forget()
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A small tensor on a device; on its way to a GPU, for which nobody waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def render_some(

@@ -1,13 +1,15 @@
-"""Blocks one after the other in this process, shared with any other writers of the store by leases."""
+"""Blocks in this process, one after the other, the next being read; shared with any other writers by leases."""
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 from offline_kd.cache.job import Capture
-from offline_kd.cache.work import Work, capture_block, open_work, read_blocks
+from offline_kd.cache.work import Work, capture_blocks, open_work, read_blocks
 from offline_kd.store.leases import POLL_SECONDS, Leases, leases_at
 from offline_kd.support.console import progress, say
+from offline_kd.support.overlap import ahead
+
+BLOCKS_AHEAD = 1  # read, and leased, while others are rendered; worker processes may have read more
 
 
 def run(capture: Capture, addition: str, blocks: Sequence[int]) -> None:
@@ -15,11 +17,16 @@ def run(capture: Capture, addition: str, blocks: Sequence[int]) -> None:
     work = open_work(capture, addition, blocks)
     workers, waiting = capture.recipe.data.workers, False
     with leases_at(capture.place) as leases, progress("teacher", work.open_views, "views") as meter:
+
+        def still_mine(number: int) -> bool:
+            return leases.is_mine(_lease(work, number))
+
+        def done(number: int) -> None:
+            leases.release(_lease(work, number))
+
         while True:
-            for number, images in read_blocks(capture.loader, _claimed(work, leases), workers):
-                lease = _lease(work, number)
-                capture_block(work, number, images, partial(leases.is_mine, lease), meter.advance)
-                leases.release(lease)
+            with ahead(read_blocks(capture.loader, _claimed(work, leases), workers), BLOCKS_AHEAD) as read:
+                capture_blocks(work, read, still_mine, meter.advance, done)
             if not any(work.open_groups(block) for block in blocks):
                 return
             if not waiting:

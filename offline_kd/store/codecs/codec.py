@@ -24,7 +24,7 @@ Tables = Mapping[str, NDArray[np.generic]]  # what a codec learned from logits, 
 CODEC_TABLES = "codec"  # under which a store keeps the tables of a codec
 CLASSES: tuple[str, None] = ("class", None)
 # How far two runs of one network may differ, relative to the largest logit: other batch shapes, other kernels.
-ARITHMETIC = {"float32": 1e-3, "bfloat16": 5e-2}
+ARITHMETIC = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 @dataclass(frozen=True)
