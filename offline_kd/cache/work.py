@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -111,9 +112,24 @@ def capture_blocks(
     """
     lost: set[int] = set()
     finish = partial(_commit_all, work, lost, still_mine, step, done)
-    with ahead(_rendered(work, blocks, lost, done), BATCHES_AHEAD) as batches, behind(finish, ANSWERS_BEHIND) as put:
-        for portion, batch in batches:
-            put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
+    own_threads = torch.get_num_threads()
+    try:
+        with (
+            ahead(_rendered(work, blocks, lost, done), BATCHES_AHEAD) as batches,
+            behind(finish, ANSWERS_BEHIND) as put,
+        ):
+            for portion, batch in batches:
+                put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
+    finally:
+        torch.set_num_threads(own_threads)  # of this thread, and of those to come
+
+
+def _leave_cores_to_the_teacher() -> None:
+    """What torch does in this thread, it does in this thread alone.
+
+    A second team of OpenMP threads would have both wait for each other at the end of every operation.
+    """
+    torch.set_num_threads(1)
 
 
 def capture_block(
@@ -127,6 +143,7 @@ def _rendered(
     work: Work, blocks: Iterator[tuple[int, ImageBlock]], lost: Collection[int], done: Callable[[int], None]
 ) -> Iterator[tuple[Portion, Batch | None]]:
     """The views of every open view group in batches, and None behind the last batch of each."""
+    _leave_cores_to_the_teacher()
     for number, images in blocks:
         if work.part.name == "":
             _refuse_used_keys(work, images, number)
@@ -149,6 +166,7 @@ def _encoded(
     work: Work, answers: Iterator[tuple[Portion, Answer | None]]
 ) -> Iterator[tuple[Portion, Arrays, list[BadImage]]]:
     """Every array of every portion, as soon as the last answer about it has come."""
+    _leave_cores_to_the_teacher()
     for portion, first in answers:
         asked = portion.decoder, _up_to_none(first, answers)
         arrays, left_out = ask_teacher(
