@@ -117,7 +117,8 @@ def ask_teacher(
         _refuse_not_finite(inquiry, block, group, one)
         logits.add(one.logits.numpy())
         for name, values in one.decided.items():
-            decided.setdefault(name, []).append(values)
+            # Of all answers of a block too much for pinned memory, which a GPU writes to.
+            decided.setdefault(name, []).append(values if one.is_there is None else values.clone())
     kept, parameters = (
         (block.without(decoder.bad), without_rows(parameters, decoder.bad)) if decoder.bad else (block, parameters)
     )

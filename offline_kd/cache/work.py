@@ -4,6 +4,7 @@ Every step has a thread of its own, the teacher that of the caller, and between 
 a block and view group nothing is committed before all answers about it have come and were found to be finite.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from offline_kd.views.kind import draw
 
 BATCHES_AHEAD = 4  # rendered before the teacher is asked about them: pixels in memory, pinned for a GPU
 ANSWERS_BEHIND = 4  # batches that were asked about and are not encoded yet; a GPU may be so far behind, too
+PORTIONS_ENCODED = 1  # blocks and view groups that are encoded while another is committed
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def capture_blocks(
         done: is told the number of a block of which nothing is open any more, or which was lost.
     """
     lost: set[int] = set()
-    finish = partial(_commit_all, work, lost, still_mine, step, done)
+    failed = threading.Event()
+    finish = partial(_commit_all, work, lost, failed, (still_mine, step, done))
     own_threads = torch.get_num_threads()
     try:
         with (
@@ -119,6 +122,8 @@ def capture_blocks(
             behind(finish, ANSWERS_BEHIND) as put,
         ):
             for portion, batch in batches:
+                if failed.is_set():
+                    break  # `behind` raises it
                 put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
     finally:
         torch.set_num_threads(own_threads)  # of this thread, and of those to come
@@ -184,25 +189,30 @@ def _up_to_none(one: Answer | None, answers: Iterator[tuple[Portion, Answer | No
 def _commit_all(
     work: Work,
     lost: set[int],
-    still_mine: Callable[[int], bool],
-    step: Callable[[int], None],
-    done: Callable[[int], None],
+    failed: threading.Event,
+    tell: tuple[Callable[[int], bool], Callable[[int], None], Callable[[int], None]],
     answers: Iterator[tuple[Portion, Answer | None]],
 ) -> None:
-    with ahead(_encoded(work, answers), 1) as encoded:
-        for portion, arrays, left_out in encoded:
-            if portion.number in lost:
-                continue
-            try:
-                _commit(work, portion, arrays, left_out, partial(still_mine, portion.number))
-            except LeaseLost as error:
-                say(f"{error}")
-                lost.add(portion.number)
-            else:
-                work.done[portion.number, portion.group] = True
-                step(len(portion.block) * portion.parameters["flip"].shape[1])
-            if portion.is_last or portion.number in lost:
-                done(portion.number)
+    """Encode and commit everything; what fails is known to the others at once, not at the end of a portion."""
+    still_mine, step, done = tell
+    with ahead(_encoded(work, answers), PORTIONS_ENCODED) as encoded:
+        try:
+            for portion, arrays, left_out in encoded:
+                if portion.number in lost:
+                    continue
+                try:
+                    _commit(work, portion, arrays, left_out, partial(still_mine, portion.number))
+                except LeaseLost as error:
+                    say(f"{error}")
+                    lost.add(portion.number)
+                else:
+                    work.done[portion.number, portion.group] = True
+                    step(len(portion.block) * portion.parameters["flip"].shape[1])
+                if portion.is_last or portion.number in lost:
+                    done(portion.number)
+        except BaseException:
+            failed.set()
+            raise
 
 
 def _commit(
