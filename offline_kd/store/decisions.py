@@ -191,7 +191,7 @@ def largest(values: Tensor, num: int) -> Tensor:
     """
     rows, columns = values.shape
     size = columns // 64
-    if columns % 64 or size < 32 or num > 16:
+    if columns % 64 or size < 32 or num > 32:
         return values.topk(num, dim=1).indices
     grouped = values.view(rows * 64, size)
     groups = grouped.amax(dim=1).view(rows, 64).topk(num, dim=1).indices
