@@ -3,10 +3,26 @@
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
+from bench_overlap import SPEEDS, decode, jpegs, make_capture, stage_1
+from conftest import CPU
+from pictures import make_samples, photographs, views_of
 
+from offline_kd.cache import work as work_module
+from offline_kd.cache.asking import Inquiry, ask_teacher
+from offline_kd.cache.engines.local import run
+from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.cache.teacher import load_teacher
+from offline_kd.data import blocks as blocks_module
+from offline_kd.distill.training import training_images
+from offline_kd.store.join import tables_on
+from offline_kd.store.opening import open_store
+from offline_kd.store.writer import create_or_resume
 from offline_kd.support.overlap import Abandoned, ahead, behind
+from offline_kd.views.kind import draw
 
 
 def counted(limit: int, made: list[int]) -> Iterator[int]:
@@ -96,3 +112,102 @@ def test_what_was_handed_over_before_a_failure_is_consumed_and_then_nothing():
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert seen == [1, 2, Abandoned]
+
+
+# ---- stage 1 -------------------------------------------------------------------------------------------------------
+
+
+def test_what_the_threads_store_is_what_one_thread_makes(tmp_path):
+    """To the bit: views, logits and decisions of every block and view group."""
+    decisions = {"last": {"kind": "templates", "module": "layer3", "templates": 4, "top": 2}}
+    about = {"views_per_group": 2, "decisions": decisions}
+    recipe, manifest = photographs(tmp_path, make_samples(), views=views_of(count=4), capture=about)
+    cache_teacher(recipe, manifest, [tmp_path], tmp_path / "store", CPU)
+    store = open_store(tmp_path / "store")
+    teacher = load_teacher(recipe, manifest, [tmp_path], 3, CPU)
+    inquiry = Inquiry(teacher, store.identity, {"last": tables_on(store, "last", CPU)}, CPU)
+    images = training_images(recipe, manifest, [tmp_path])
+    for number in store.blocks:
+        parameters = draw(store.identity.views, images[number].key_hash, images[number].sizes())
+        for group, views in enumerate(store.identity.groups):
+            of_group = {name: array[:, views.start : views.stop] for name, array in parameters.items()}
+            arrays, _ = ask_teacher(inquiry, images[number], of_group, number, group)
+            assert {"decisions/last/id", "logits/values", "view/box", "probe/pixels"} <= set(arrays)
+            for name, array in store.read(number, group, list(arrays)).items():
+                assert np.array_equal(array[: len(arrays[name])], arrays[name]), name
+
+
+def test_stage_1_takes_as_long_as_the_slower_of_decoding_and_teacher(tmp_path, monkeypatch):
+    """One after the other would be twice, or one and a half times, the slower of both."""
+    original = blocks_module.decode_image
+
+    def slow(encoded: bytes) -> object:
+        time.sleep(0.004)
+        return original(encoded)
+
+    capture = make_capture(tmp_path, jpegs(320, 24), 16)
+    monkeypatch.setattr(blocks_module, "decode_image", slow)
+    alone = decode(capture)
+    for speed, factor in SPEEDS.items():
+        assert stage_1(capture, factor * alone / 320) < 1.35 * max(1.0, factor) * alone, speed
+
+
+def test_a_slow_teacher_does_not_make_the_renderer_run_away(tmp_path, monkeypatch):
+    ask, views, ahead_by, made = work_module.answer, work_module.rendered, [], []
+
+    def counted(*about: object) -> Iterator[object]:
+        for batch in views(*about):
+            made.append(batch)
+            yield batch
+
+    def slow(*about: object) -> object:
+        time.sleep(0.02)
+        ahead_by.append(len(made) - len(ahead_by))
+        return ask(*about)
+
+    capture = make_capture(tmp_path, jpegs(480, 24), 16)
+    create_or_resume(capture.place, capture.created)
+    monkeypatch.setattr(work_module, "rendered", counted)
+    monkeypatch.setattr(work_module, "answer", slow)
+    run(capture, "", list(range(12)))
+    assert len(ahead_by) == 12
+    assert 2 <= max(ahead_by) <= 1 + work_module.BATCHES_AHEAD  # the one that is asked about, and those in the queue
+
+
+class Fails(Exception):
+    pass
+
+
+def test_what_was_answered_before_a_teacher_fails_is_committed_and_nothing_stays_behind(tmp_path, monkeypatch):
+    capture = make_capture(tmp_path, jpegs(160, 24), 16)
+    create_or_resume(capture.place, capture.created)
+    calls = []
+
+    def fails_at_the_third(x: object) -> object:
+        calls.append(x)
+        if len(calls) == 3:
+            raise Fails
+        return original(x)
+
+    original = capture.teacher.network.forward
+    monkeypatch.setattr(capture.teacher.network, "forward", fails_at_the_third)
+    with pytest.raises(Fails):
+        run(capture, "", [0, 1, 2, 3])
+    ledger = sorted(Path(capture.place.path / "ledger").iterdir())
+    assert [file.name[:6] for file in ledger] == ["000000", "000001"]
+    assert not list((capture.place.path / "leases").iterdir())
+    assert not [thread for thread in threading.enumerate() if thread.name in ("ahead", "behind")]
+
+
+def test_a_full_disk_is_told_by_the_thread_that_commits(tmp_path, monkeypatch):
+    capture = make_capture(tmp_path, jpegs(160, 24), 16)
+    create_or_resume(capture.place, capture.created)
+
+    def full(*about: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(work_module, "commit", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(capture, "", [0, 1, 2, 3])
+    assert not (capture.place.path / "ledger").exists()
+    assert not list((capture.place.path / "leases").iterdir())

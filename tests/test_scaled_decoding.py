@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CPU, ROOT, invoke, refused
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import command_line, encoded, photograph, photographs, views_of
 from PIL import Image
@@ -180,6 +180,7 @@ def test_a_view_that_is_not_decoded_smaller_has_the_pixels_that_it_always_had(tm
         assert torch.equal(full[index], F.hflip(cut) if choice.own["flip"][index] else cut)
 
 
+@settings(max_examples=50)
 @given(st.integers(0, 3000))
 def test_an_image_that_is_cut_is_as_bad_at_every_scale(length):
     content = jpeg(photograph(1, 100, 60))[:length]
@@ -228,7 +229,7 @@ def captured(tmp_path_factory):
     rng = np.random.default_rng(3)
     samples = [
         Sample(f"{n:04d}", n % 3, jpeg(photograph(n, *rng.integers(60, 150, 2).tolist()), n % 8 + 1), "jpg")
-        for n in range(24)
+        for n in range(16)
     ]
     recipe, manifest = photographs(folder, samples, views=views_of(decoding="scaled"))
     file, where = command_line(folder, recipe, manifest)
@@ -276,7 +277,6 @@ def test_a_student_trains_from_scaled_views_and_a_recipe_that_decodes_otherwise_
     done = invoke("distill", file, "--out", tmp_path / "run", "--set", "training.epochs=1", *store)
     assert done.exit_code == 0, done.output
     assert (tmp_path / "run" / "result.json").is_file()
-    assert invoke("store", "verify", folder / "store", "--dataset", *where).exit_code == 0
 
     message = refused("distill", file, "--out", tmp_path / "other", "--set", "views.decoding=full", *store)
     assert "'decoding': 'scaled'" in message

@@ -5,7 +5,7 @@ none but the last waits for it: what is copied either way is pinned, and events 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -65,7 +65,8 @@ class Batch:
     row: NDArray[np.int64]  # [m]
     view: NDArray[np.int64]  # [m]
     pixels: Tensor  # [m, 3, H, W] uint8, on the device
-    is_there: torch.cuda.Event | None  # happens when the pixels have arrived on a GPU
+    labels: Tensor  # [m] int64, on the device
+    is_there: torch.cuda.Event | None  # happens when both have arrived on a GPU
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def ask_teacher(
         _refuse_not_finite(inquiry, block, group, one)
         logits.add(one.logits.numpy())
         for name, values in one.decided.items():
-            decided.setdefault(name, []).append(values)
+            # Of all answers of a block too much for pinned memory, which a GPU writes to.
+            decided.setdefault(name, []).append(values if one.is_there is None else values.clone())
     kept, parameters = (
         (block.without(decoder.bad), without_rows(parameters, decoder.bad)) if decoder.bad else (block, parameters)
     )
@@ -143,28 +145,27 @@ def rendered(inquiry: Inquiry, portion: Portion) -> Iterator[Batch]:
     _refuse_other_size(identity, block)
     row_arrays(identity, block)  # refuses keys that cannot be stored before the teacher is asked
     size = identity.seen_size[0]  # of resampled views, which are square
-    batches = view_batches(
+    found = view_batches(
         block, decoder, portion.parameters, identity.views, size, inquiry.teacher.batch_size, inquiry.device
     )
-    if inquiry.device.type == "cuda":
-        yield from _on_own_stream(batches, inquiry.device)
-    else:
-        yield from (Batch(row, view, pixels, None) for row, view, pixels in batches)
+    batches = (
+        Batch(row, view, pixels, sent(torch.from_numpy(block.labels[row]).long(), inquiry.device), None)
+        for row, view, pixels in found
+    )
+    yield from _on_own_stream(batches, inquiry.device) if inquiry.device.type == "cuda" else batches
     if len(decoder.bad) == len(block):
         raise DataError(f"{block.where}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")
 
 
-def _on_own_stream(
-    batches: Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Tensor]], device: torch.device
-) -> Iterator[Batch]:
+def _on_own_stream(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Copies and kernels of `batches` wait for nothing that the GPU does otherwise; nothing waits for them here."""
     stream = _stream_of_views(device)
     while True:
         with torch.cuda.stream(stream):
-            found = next(batches, None)
-            if found is None:
+            batch = next(batches, None)
+            if batch is None:
                 return
-            batch = Batch(*found, stream.record_event())
+            batch = replace(batch, is_there=stream.record_event())
         yield batch
 
 
@@ -196,7 +197,8 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
     if batch.is_there is not None:
         stream = torch.cuda.current_stream(inquiry.device)
         stream.wait_event(batch.is_there)
-        pixels.record_stream(stream)  # its memory is another stream's, which must not use it again before
+        for one in (pixels, batch.labels):
+            one.record_stream(stream)  # their memory is another stream's, which must not use it again before
     points: list[TapPoint] = [about.config for about in identity.decisions.values()]
     logits, maps = teacher.logits_and_maps(pixels, points)
     if logits.shape[1] != identity.num_classes:
@@ -204,8 +206,7 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
             f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
             f"{identity.num_classes} classes."
         )
-    labels = sent(torch.from_numpy(portion.block.labels[batch.row]).long(), inquiry.device)
-    decided = _decisions(inquiry, portion.block, labels, maps)
+    decided = _decisions(inquiry, portion.block.name, batch.labels, maps)
     finite = torch.stack([one.isfinite().all() for one in (logits, *maps)])
     return Answer(
         batch.row,
@@ -217,12 +218,12 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
     )
 
 
-def _decisions(inquiry: Inquiry, block: ImageBlock, labels: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
+def _decisions(inquiry: Inquiry, where: str, labels: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
     """The arrays of all decisions for these rows, by full name, from the maps of the taps."""
     decided: dict[str, Tensor] = {}
     for (name, about), features in zip(inquiry.identity.decisions.items(), maps, strict=True):
         if tuple(features.shape[1:]) != (about.channels, about.height, about.width):
-            raise _other_map(about, features.shape, block.name)
+            raise _other_map(about, features.shape, where)
         for array, values in pack(about.config, features, labels, inquiry.tables[name]).items():
             decided[f"decisions/{name}/{array}"] = values
     return decided

@@ -135,7 +135,7 @@ def _assign_all(
 def _highest(values: Tensor) -> tuple[Tensor, Tensor]:
     """The highest value of every row of `[n, K]` and its column, `[n]` each; of equal ones the first."""
     rows, columns = values.shape
-    if columns % 64 or columns < 1024:
+    if columns % 64 or columns < 2048:
         highest, column = values.max(dim=1)
         return highest, column
     # max with its column is scalar code on a CPU, amax is not: first the group, then the column within.

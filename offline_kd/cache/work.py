@@ -4,11 +4,13 @@ Every step has a thread of its own, the teacher that of the caller, and between 
 a block and view group nothing is committed before all answers about it have come and were found to be finite.
 """
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,6 +32,7 @@ from offline_kd.views.kind import draw
 
 BATCHES_AHEAD = 4  # rendered before the teacher is asked about them: pixels in memory, pinned for a GPU
 ANSWERS_BEHIND = 4  # batches that were asked about and are not encoded yet; a GPU may be so far behind, too
+PORTIONS_ENCODED = 1  # blocks and view groups that are encoded while another is committed
 
 
 @dataclass(frozen=True)
@@ -110,10 +113,28 @@ def capture_blocks(
         done: is told the number of a block of which nothing is open any more, or which was lost.
     """
     lost: set[int] = set()
-    finish = partial(_commit_all, work, lost, still_mine, step, done)
-    with ahead(_rendered(work, blocks, lost, done), BATCHES_AHEAD) as batches, behind(finish, ANSWERS_BEHIND) as put:
-        for portion, batch in batches:
-            put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
+    failed = threading.Event()
+    finish = partial(_commit_all, work, lost, failed, (still_mine, step, done))
+    own_threads = torch.get_num_threads()
+    try:
+        with (
+            ahead(_rendered(work, blocks, lost, done), BATCHES_AHEAD) as batches,
+            behind(finish, ANSWERS_BEHIND) as put,
+        ):
+            for portion, batch in batches:
+                if failed.is_set():
+                    break  # `behind` raises it
+                put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
+    finally:
+        torch.set_num_threads(own_threads)  # of this thread, and of those to come
+
+
+def _leave_cores_to_the_teacher() -> None:
+    """What torch does in this thread, it does in this thread alone.
+
+    A second team of OpenMP threads would have both wait for each other at the end of every operation.
+    """
+    torch.set_num_threads(1)
 
 
 def capture_block(
@@ -127,6 +148,7 @@ def _rendered(
     work: Work, blocks: Iterator[tuple[int, ImageBlock]], lost: Collection[int], done: Callable[[int], None]
 ) -> Iterator[tuple[Portion, Batch | None]]:
     """The views of every open view group in batches, and None behind the last batch of each."""
+    _leave_cores_to_the_teacher()
     for number, images in blocks:
         if work.part.name == "":
             _refuse_used_keys(work, images, number)
@@ -149,6 +171,7 @@ def _encoded(
     work: Work, answers: Iterator[tuple[Portion, Answer | None]]
 ) -> Iterator[tuple[Portion, Arrays, list[BadImage]]]:
     """Every array of every portion, as soon as the last answer about it has come."""
+    _leave_cores_to_the_teacher()
     for portion, first in answers:
         asked = portion.decoder, _up_to_none(first, answers)
         arrays, left_out = ask_teacher(
@@ -166,25 +189,30 @@ def _up_to_none(one: Answer | None, answers: Iterator[tuple[Portion, Answer | No
 def _commit_all(
     work: Work,
     lost: set[int],
-    still_mine: Callable[[int], bool],
-    step: Callable[[int], None],
-    done: Callable[[int], None],
+    failed: threading.Event,
+    tell: tuple[Callable[[int], bool], Callable[[int], None], Callable[[int], None]],
     answers: Iterator[tuple[Portion, Answer | None]],
 ) -> None:
-    with ahead(_encoded(work, answers), 1) as encoded:
-        for portion, arrays, left_out in encoded:
-            if portion.number in lost:
-                continue
-            try:
-                _commit(work, portion, arrays, left_out, partial(still_mine, portion.number))
-            except LeaseLost as error:
-                say(f"{error}")
-                lost.add(portion.number)
-            else:
-                work.done[portion.number, portion.group] = True
-                step(len(portion.block) * portion.parameters["flip"].shape[1])
-            if portion.is_last or portion.number in lost:
-                done(portion.number)
+    """Encode and commit everything; what fails is known to the others at once, not at the end of a portion."""
+    still_mine, step, done = tell
+    with ahead(_encoded(work, answers), PORTIONS_ENCODED) as encoded:
+        try:
+            for portion, arrays, left_out in encoded:
+                if portion.number in lost:
+                    continue
+                try:
+                    _commit(work, portion, arrays, left_out, partial(still_mine, portion.number))
+                except LeaseLost as error:
+                    say(f"{error}")
+                    lost.add(portion.number)
+                else:
+                    work.done[portion.number, portion.group] = True
+                    step(len(portion.block) * portion.parameters["flip"].shape[1])
+                if portion.is_last or portion.number in lost:
+                    done(portion.number)
+        except BaseException:
+            failed.set()
+            raise
 
 
 def _commit(

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from offline_kd.support.errors import ModelError, did_you_mean
 from offline_kd.support.strict import Strict
@@ -34,7 +35,17 @@ def tapped(model: nn.Module, points: Sequence[TapPoint]) -> Iterator[list[Tensor
 
     Raises ModelError when a module does not exist, and later when its output cannot be read as a map.
     """
-    modules = dict(model.named_modules())
+    maps, handles = put_taps(model, points)
+    try:
+        yield maps
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def put_taps(model: nn.Module, points: Sequence[TapPoint]) -> tuple[list[Tensor | None], list[RemovableHandle]]:
+    """The same until the handles are removed."""
+    modules = [_module(model, point) for point in points]
     maps: list[Tensor | None] = [None] * len(points)
     handles = []
 
@@ -43,19 +54,20 @@ def tapped(model: nn.Module, points: Sequence[TapPoint]) -> Iterator[list[Tensor
             tensor = tensor.detach().clone()  # the next module may overwrite it in place
         maps[index] = as_map(tensor, points[index])
 
-    for index, point in enumerate(points):
-        if point.module not in modules:
-            raise ModelError(f"the network has no module '{point.module}'.{did_you_mean(point.module, modules)}")
-        module = modules[point.module]
+    for index, (module, point) in enumerate(zip(modules, points, strict=True)):
         if point.at == "output":
             handles.append(module.register_forward_hook(lambda _, __, output, index=index: keep(index, output)))
         else:
             handles.append(module.register_forward_pre_hook(lambda _, inputs, index=index: keep(index, inputs[0])))
+    return maps, handles
+
+
+def _module(model: nn.Module, point: TapPoint) -> nn.Module:
     try:
-        yield maps
-    finally:
-        for handle in handles:
-            handle.remove()
+        return model.get_submodule(point.module)
+    except AttributeError:
+        known = dict(model.named_modules())
+        raise ModelError(f"the network has no module '{point.module}'.{did_you_mean(point.module, known)}") from None
 
 
 def as_map(tensor: object, point: TapPoint) -> Tensor:

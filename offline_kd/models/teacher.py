@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
 from offline_kd.models.networks import normalise
-from offline_kd.models.taps import TapPoint, tapped
+from offline_kd.models.taps import TapPoint, put_taps, tapped
 from offline_kd.support.errors import ModelError
 
 Ask = Callable[[Tensor], tuple[Tensor, list[Tensor | None]]]  # a network's input -> logits, and a map of every tap
@@ -82,7 +82,7 @@ def _compiled_for(network: nn.Module, points: tuple[TapPoint, ...]) -> Ask:
     if points not in known:
         shared = {id(tensor): tensor for tensor in [*network.parameters(), *network.buffers()]}
         with_taps = copy.deepcopy(network, shared)
-        maps = tapped(with_taps, points).__enter__()
+        maps, _ = put_taps(with_taps, points)
 
         def ask(images: Tensor) -> tuple[Tensor, list[Tensor | None]]:
             return with_taps(images), list(maps)

@@ -115,26 +115,30 @@ def decide(features: Tensor, centroids: Tensor, *, top: int, temperature: float)
         centroids: `[K, D]`, on the same device.
     """
     batch, _, height, width = features.shape
+    top = min(top, len(centroids))
     x = features.permute(0, 2, 3, 1).flatten(0, 2)
     centroids = centroids.to(x.dtype)
     half_squares = centroids.square().sum(dim=1, keepdim=True) / 2
     weights = 2 * temperature * torch.cat([centroids, -half_squares], dim=1).T
-    size = max(CHUNK_ELEMENTS[x.device.type] // len(centroids), 64)
     # Two buffers for all chunks: fresh memory for every chunk takes longer to map than to fill.
+    size = max(CHUNK_ELEMENTS[x.device.type] // len(centroids), 64)
     workspace = x.new_empty(2, min(size, len(x)), len(centroids))
-    parts = [
-        _decide(x[start : start + size], centroids, weights, min(top, len(centroids)), temperature, workspace)
-        for start in range(0, len(x), size)
-    ]
-    ids, probs, dropped = (
-        torch.cat(part).view(batch, height, width, *part[0].shape[1:]) for part in zip(*parts, strict=True)
-    )
-    return Decisions(ids, probs, dropped)
+    parts = [_candidates(x[i : i + size], centroids, weights, top, workspace) for i in range(0, len(x), size)]
+    candidates, distances, others = (torch.cat(part) for part in zip(*parts, strict=True))
+    exact, order = (-temperature * distances).sort(dim=1, descending=True, stable=True)
+    log_total = torch.logsumexp(exact, dim=1) - torch.log1p(-others)
+    probs = (exact - log_total[:, None]).exp()
+    ids, dropped = candidates.gather(1, order[:, :top]), probs[:, top:].sum(dim=1) + others
+    grid = (batch, height, width)
+    return Decisions(ids.view(*grid, top), probs[:, :top].reshape(*grid, top), dropped.view(grid))
 
 
-def _decide(
-    x: Tensor, centroids: Tensor, weights: Tensor, top: int, temperature: float, workspace: Tensor
+def _candidates(
+    x: Tensor, centroids: Tensor, weights: Tensor, top: int, workspace: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Of `x` `[n, D]`: ids `[n, c]`, ascending, of some templates more than the `top` closest, and their squared
+    distances; the share `[n]` of all others, by the expanded squares that `weights` `[D + 1, K]` give.
+    """
     closeness, shares = workspace[:, : len(x)]  # [n, K] each
     # closeness: temperature * (|x|^2 - distance), the exponent but for a constant of the row
     torch.mm(*_as_float32(F.pad(x, (0, 1), value=1.0), weights), out=closeness)
@@ -146,14 +150,9 @@ def _decide(
     torch.maximum(closeness, highest - 60, out=closeness)
     torch.softmax(closeness, dim=1, out=shares)
     others = (1 - shares.gather(1, candidates).sum(dim=1)).clamp(min=0)
-    candidates = candidates.sort(dim=1).values  # the next sort is stable
+    candidates = candidates.sort(dim=1).values  # so that a stable sort by distance decides ties
     differences = centroids.index_select(0, candidates.flatten()).view(*candidates.shape, -1).sub_(x[:, None])
-    exact = -temperature * differences.square_().sum(dim=2)  # [n, candidates]
-    exact, order = exact.sort(dim=1, descending=True, stable=True)
-    log_total = torch.logsumexp(exact, dim=1) - torch.log1p(-others)
-    probs = (exact[:, :top] - log_total[:, None]).exp()
-    dropped = (exact[:, top:] - log_total[:, None]).exp().sum(dim=1) + others
-    return candidates.gather(1, order[:, :top]), probs, dropped
+    return candidates, differences.square_().sum(dim=2), others
 
 
 def _as_float32(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,7 +191,7 @@ def largest(values: Tensor, num: int) -> Tensor:
     """
     rows, columns = values.shape
     size = columns // 64
-    if columns % 64 or size < 32 or num > 16:
+    if columns % 64 or size < 32 or num > 32:
         return values.topk(num, dim=1).indices
     grouped = values.view(rows * 64, size)
     groups = grouped.amax(dim=1).view(rows, 64).topk(num, dim=1).indices
@@ -222,4 +221,4 @@ def subclass_ids(projected: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
     return distances.argmin(dim=2).view(len(labels), *projected.shape[2:])
 
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # distances held at a time; on a CPU they should stay in its cache
+CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}  # distances held at a time; on a CPU they should stay in its cache
