@@ -24,10 +24,11 @@ from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import Resident, resident_if_it_fits, rows_at
 from offline_kd.distill.training import Shared, distill, make_loader, source_of, training_images
-from offline_kd.recipe import Recipe, Residence, dump_recipe
+from offline_kd.recipe import Recipe, dump_recipe
 from offline_kd.store.opening import open_store
 from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.support.errors import RecipeError, StoreMismatch
+from offline_kd.training_recipe import Residence
 from offline_kd.views.epochs import view_groups
 from offline_kd.views.pad_crop_flip import PadCropFlip
 

