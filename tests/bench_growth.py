@@ -7,8 +7,8 @@ layer, so that nothing hides what a step does with the teacher's logits. Sizes a
 medians are shown. `per unit` is the time per row, class, ... against that of the first line: 1 is linear, less is
 better; where the time grew faster than what grows, since the line above, an exclamation mark stands.
 
-loading: an epoch of batches, tars and store read anew, images decoded before. steps: forward, KD and backward on an
-epoch of batches that are loaded, targets decoded; plain steps: with cross-entropy.
+loading: an epoch of batches from a store that is opened for it, images being decoded; first batch: the first of them.
+steps: forward, KD and backward on an epoch of loaded batches, targets decoded; plain steps: with cross-entropy.
 """
 
 import argparse
@@ -120,7 +120,7 @@ def works(folder: Path, size: Size) -> Works:
     batches = list(loader.epoch(0))
 
     def load() -> None:
-        for _ in loader.epoch(0):
+        for _ in opened_again().epoch(0):
             pass
 
     def step() -> None:
@@ -132,11 +132,14 @@ def works(folder: Path, size: Size) -> Works:
         for batch in batches:
             F.cross_entropy(student(batch.images.float()), batch.labels).backward()
 
-    def first_batch() -> object:
+    def opened_again() -> Loader:
         again = Source(images, source.views, source.groups, [open_store(store.place)], source.wanted)
-        return next(Loader(again, loader.options, CPU).epoch(0))
+        return Loader(again, loader.options, CPU)
 
-    return {"loading": load, "steps": step, "plain steps": plain_step, "opening, first batch": first_batch}
+    def first_batch() -> object:
+        return next(opened_again().epoch(0))
+
+    return {"loading": load, "steps": step, "plain steps": plain_step, "first batch": first_batch}
 
 
 def in_turn(sizes: Mapping[int, Works], rounds: int) -> dict[str, dict[int, float]]:
@@ -163,7 +166,7 @@ def per_unit(seconds: Mapping[int, float], units: Mapping[int, float]) -> dict[i
     first = before = next(iter(each.values()))
     found = {}
     for size, one in each.items():
-        found[size] = f"{one / first:.2f}" + (" !" if one > 1.1 * before else "")
+        found[size] = f"{one / first:.3g}" + (" !" if one > 1.1 * before else "")
         before = one
     return found
 

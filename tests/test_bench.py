@@ -22,6 +22,7 @@ from offline_kd.cli.bench_timing import RATIOS, STAGE_1, Timed, quotient, ratios
 from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.store.opening import open_store
+from offline_kd.store.reader import Store
 from offline_kd.support.places import Folder
 from offline_kd.views.kind import draw
 from offline_kd.views.pad_crop_flip import PadCropFlip
@@ -100,6 +101,22 @@ def test_the_first_batch_is_the_first_batch_of_a_run_from_the_store(bench):
     assert torch.equal(first.images, expected.images)
     assert torch.equal(first.teacher_logits, expected.teacher_logits)
     assert parts["first batch"].batches == 1
+
+
+def test_a_store_that_is_read_anew_is_one_of_which_nothing_is_kept(bench, monkeypatch):
+    loader = make_loader(bench.recipe, source_of(bench.recipe, bench.images, [bench.store], bench.terms), 0, CPU)
+    parts, read = loader_parts(bench, loader), []
+    verified = Store.verified
+    monkeypatch.setattr(Store, "verified", lambda *about: read.append(about) or verified(*about))
+    parts["loader alone"].work()
+    read.clear()
+    parts["loader alone"].work()
+    assert not read
+    for _ in range(2):
+        parts["loader, store read anew"].before()
+        parts["loader, store read anew"].work()
+        assert len(read) >= BENCH_TARS
+        read.clear()
 
 
 def test_torchvisions_loader_shows_the_same_kind_of_views(bench, bench_of_crops):
@@ -209,9 +226,9 @@ def test_the_recorded_ratios_are_ones_that_bench_prints_of_recipes_that_are_ther
 
 
 def test_growth_that_is_more_than_linear_is_marked_even_behind_a_fixed_cost():
-    assert per_unit({1: 2.0, 4: 8.0}, {1: 1, 4: 4}) == {1: "1.00", 4: "1.00"}
+    assert per_unit({1: 2.0, 4: 8.0}, {1: 1, 4: 4}) == {1: "1", 4: "1"}
     fixed = {1: 100.0, 10: 110.0, 100: 10_100.0}
-    assert per_unit(fixed, {size: size for size in fixed}) == {1: "1.00", 10: "0.11", 100: "1.01 !"}
+    assert per_unit(fixed, {size: size for size in fixed}) == {1: "1", 10: "0.11", 100: "1.01 !"}
 
 
 def test_the_table_of_growth_is_of_real_stores_whose_every_size_is_loaded(tmp_path, capsys):
@@ -219,4 +236,4 @@ def test_the_table_of_growth_is_of_real_stores_whose_every_size_is_loaded(tmp_pa
     bench_growth.show("classes", in_turn(sizes, 1))
     shown = capsys.readouterr().out
     assert "an epoch, by classes" in shown
-    assert all(part in shown for part in ("loading, ms", "steps, ms", "per unit", "1.00"))
+    assert all(part in shown for part in ("loading, ms", "steps, ms", "first batch, ms", "per unit"))

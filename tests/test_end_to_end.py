@@ -86,6 +86,7 @@ def test_bench_prints_ratios_of_one_run(recipe, recipe_file, where, capsys):
         "store step, int 8",
         "online step",
         "loader alone",
+        "loader, store read anew",
         "first batch",
         "torchvision, Pillow",
         "torchvision, tensors",
@@ -103,6 +104,7 @@ def test_bench_prints_ratios_of_one_run(recipe, recipe_file, where, capsys):
         "(ce step + bare teacher) / online step",
         "stage 1 / bare teacher",
         "loader alone / ce step",
+        "loader, store read anew / ce step",
         "torchvision's faster loader / loader alone",
         "(commit - bare zarr writes) / (stage 1 - bare teacher)",
     }

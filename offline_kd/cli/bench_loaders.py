@@ -27,7 +27,24 @@ def loader_parts(this: Bench, from_store: Loader) -> dict[str, Timed]:
             pass
 
     own = {"loader alone": Timed(load_only, this.batches_of_pass), "first batch": Timed(_first_batch(this), 1)}
+    if not this.recipe.data.workers:  # those would be started anew, too
+        own["loader, store read anew"] = _read_anew(this)
     return own | torchvision_parts(this)
+
+
+def _read_anew(this: Bench) -> Timed:
+    """The same where nothing of the store is kept: what an epoch costs of a store larger than what a process keeps."""
+    loaders: list[Loader] = []
+
+    def open_again() -> None:
+        source = source_of(this.recipe, this.images, [open_store(this.store.place)], this.terms)
+        loaders[:] = [make_loader(this.recipe, source, 0, this.device)]
+
+    def work() -> None:
+        for _ in loaders[0].epoch(0):
+            pass
+
+    return Timed(work, this.batches_of_pass, open_again)
 
 
 def _first_batch(this: Bench) -> Callable[[], object]:

@@ -117,6 +117,7 @@ RATIOS = (
     ),
     quotient("stage 1", "stage 1, logits only"),
     quotient("loader alone", "ce step"),
+    quotient("loader, store read anew", "ce step"),
     Ratio(
         "torchvision's faster loader / loader alone",
         ("torchvision, Pillow", "torchvision, tensors", "loader alone"),
