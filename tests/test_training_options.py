@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from offline_kd.distill import averaging, loop, results
+from offline_kd.distill import averaging, loop
 from offline_kd.distill.averaging import WeightAverage, decay_of
 from offline_kd.distill.loop import train_step
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -236,12 +236,11 @@ def test_weights_of_something_else_are_not_overwritten(name, manifest, roots, tm
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_a_run_without_options_has_the_identity_that_it_had_before_there_were_any(monkeypatch, tmp_path):
-    """As the code before computed it; otherwise runs that are under way would not go on."""
-    monkeypatch.setattr(results, "ORDER_VERSION", 2)
+def test_a_run_without_options_has_the_identity_that_it_had_before_there_were_any(tmp_path):
+    """As the first code with this order of samples computed it; otherwise runs that are under way would not go on."""
     recipe = make_recipe(training={"amp": True, "checkpoint_steps": 3})
     run = Run(recipe, "ce", recipe.objectives["ce"], 0, Folder(tmp_path), CPU)
-    assert run.identity == "7e0fdd5472840ddcc0c0b3be56f170431d7b73dfd00904fb618f1de53c627fd1"
+    assert run.identity == "7852f2f2582606439c976afcc779d12aff039a126d28fef5ff4ae833add50e05"
 
 
 # ---- accumulation --------------------------------------------------------------------------------------------------
