@@ -18,7 +18,7 @@ import torch
 from offline_kd.data.manifest import data_roots, load_manifest
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Run, train_step
-from offline_kd.distill.loss import term_weight
+from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import make_optimizer, set_learning_rate
 from offline_kd.distill.student import new_student
 from offline_kd.distill.teacher_signal import no_signal, stored_signal
@@ -48,7 +48,7 @@ def parts_of(recipe: Recipe, objective: str, store_path: Path, device: torch.dev
             optimizer = make_optimizer(recipe.training, student.network)
             set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
             run = Run(recipe, "bench", terms, 0, Folder(Path()), device)
-            weights = [term_weight(term, 100) for term in terms]
+            weights = term_weights(terms, 100, device)
 
             def train(
                 epoch: int, loader=loader, student=student, optimizer=optimizer, run=run, weights=weights, ask=ask

@@ -83,7 +83,10 @@ def environment(folder: Path, packages: list[str]) -> Path:
     uv = Path(sys.executable).with_name("uv")
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
     python = folder / "bin" / "python"
-    subprocess.run([uv, "pip", "install", "--quiet", "--python", python, *packages, *NEEDS], check=True)
+    install = [uv, "pip", "install", "--quiet", "--python", python]
+    subprocess.run([*install, *packages, *NEEDS], check=True)
+    # The package asks for its own version, and not for other versions of the others.
+    subprocess.run([*install, "--no-deps", "--editable", Path(__file__).parent.parent], check=True)
     return python
 
 
