@@ -62,7 +62,7 @@ def cache_module(
         about, roots = folder.name, [folder.parent]
     if folder is not None:
         manifest = Manifest(manifest_version=1, datasets={about: dataset_of(folder, options.get("classes"))})
-    splits = manifest.dataset(about).splits
+    evaluation = "test" if "test" in manifest.dataset(about).splits else "train"
     module, codec = type(network), options.get("codec", "f16")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
     capture: dict[str, object] = {
@@ -70,15 +70,12 @@ def cache_module(
         "decisions": options.get("decisions", {}),
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
+    asked: dict[str, object] = {"model": model, "normalisation": normalisation}
+    asked |= {name: options[name] for name in ("dtype", "compile", "tf32") if name in options}
     described: dict[str, object] = {
         "name": options.get("name", module.__name__),
-        "data": {
-            "dataset": about,
-            "evaluation": "test" if "test" in splits else "train",
-            "normalisation": normalisation,
-        },
-        "teacher": {"model": model, "normalisation": normalisation}
-        | {name: options[name] for name in ("dtype", "compile", "tf32") if name in options},
+        "data": {"dataset": about, "evaluation": evaluation, "normalisation": normalisation},
+        "teacher": asked,
         "views": views,
         "capture": capture,
     }
