@@ -27,7 +27,7 @@ from offline_kd.support.places import Folder
 from offline_kd.views.kind import draw
 from offline_kd.views.pad_crop_flip import PadCropFlip
 from offline_kd.views.random_resized_crop import RandomCrop
-from offline_kd.views.render import render
+from offline_kd.views.render import render, size_of_boxes
 
 CROPS = {"kind": "random_resized_crop", "size": 8, "interpolation": "bicubic", "count": 2, "seed": 1}
 
@@ -125,7 +125,9 @@ def test_torchvisions_loader_shows_the_same_kind_of_views(bench, bench_of_crops)
     block = bench.images[0]
     parameters = draw(views, block.key_hash, block.sizes())
     box, flip = (torch.from_numpy(parameters[name][0]) for name in ("box", "flip"))
-    ours = render(block.images[:1].expand(views.num_views, -1, -1, -1), box, flip, "zeros")
+    ours = render(
+        block.images[:1].expand(views.num_views, -1, -1, -1), box, flip, size_of_boxes(parameters["box"]), "zeros"
+    )
     theirs = v2.Compose(same_views(views, tuple(block.images.shape[2:])))
     shown = [theirs(block.images[0]) for _ in range(20)]
     found = {int((ours == one).flatten(1).all(dim=1).nonzero()[0]) for one in shown}

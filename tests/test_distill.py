@@ -87,6 +87,7 @@ def test_a_run_directory_holds_what_the_design_says(recipe_file, where, store_pa
     assert load_recipe(out / "recipe.yaml") == load_recipe(recipe_file)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_student(recipe_file, where, store_path, tmp_path):
     """kill -9 in the middle of training, twice; only whole epochs count."""
     options = ["--store", str(store_path), "--objective", "dtkd", "--set", "training.epochs=25", *where]
@@ -117,7 +118,7 @@ def test_another_run_is_not_mixed_into_a_run_directory(recipe_file, where, store
     assert "holds a run of another recipe" in refused(*command, "--objective", "kd", "--seed", "7")
     assert "finished already" in invoke(*command, "--objective", "kd").stderr
     # Nor a run of earlier code, whose order was another.
-    monkeypatch.setattr("offline_kd.distill.loop.ORDER_VERSION", 1)
+    monkeypatch.setattr("offline_kd.distill.results.ORDER_VERSION", 1)
     assert "in another order" in refused(*command, "--objective", "kd")
 
 

@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import pytest
 from extending import ROOT, extended, run_extended
 
 
+@pytest.mark.slow
 def test_a_new_objective_is_trained_listed_refused_described_and_measured(recipe_file, where, tmp_path):
     (tmp_path / "package").mkdir()
     package, store = extended("objective", tmp_path / "package"), tmp_path / "store"

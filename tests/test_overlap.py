@@ -141,14 +141,14 @@ def test_what_the_threads_store_is_what_one_thread_makes(tmp_path):
 
 def test_stage_1_takes_as_long_as_the_slower_of_decoding_and_teacher(tmp_path, monkeypatch):
     """One after the other would be twice, or one and a half times, the slower of both."""
-    original = blocks_module.decode_image
+    original = blocks_module.decode
 
-    def slow(encoded: bytes) -> object:
+    def slow(encoded: bytes, scale: int) -> object:
         time.sleep(0.004)
-        return original(encoded)
+        return original(encoded, scale)
 
     capture = make_capture(tmp_path, jpegs(320, 24), 16)
-    monkeypatch.setattr(blocks_module, "decode_image", slow)
+    monkeypatch.setattr(blocks_module, "decode", slow)
     for speed, factor in SPEEDS.items():
         ratios: list[float] = []
         while len(ratios) < TRIES and min(ratios, default=2.0) > 1.35:  # a busy machine may need another try

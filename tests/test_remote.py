@@ -326,6 +326,7 @@ def test_writers_share_a_capture_in_a_bucket(s3, address, recipe_file, where, st
     assert verify(Bucket(address)).faults == []
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_a_bucket_that_another_one_completes(
     s3, address, recipe_file, where, store_path
 ):

@@ -2,6 +2,7 @@
 
 import gc
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Piece, Source
 from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.distill.training import make_loader, source_of, training_images
+from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError, StoreMismatch
@@ -39,13 +41,13 @@ def test_the_student_sees_the_very_pixels_and_gets_the_very_logits_of_the_teache
 ):
     """Every one of the 12,942 rows, spied on at the teacher's input and compared to the bit."""
     seen: list[torch.Tensor] = []
-    asked = Teacher.logits
+    asked = Teacher._ask
 
-    def spy(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+    def spy(self: Teacher, images: torch.Tensor, points: Sequence[TapPoint]) -> object:
         seen.append(images.clone())
-        return asked(self, images)
+        return asked(self, images, points)
 
-    monkeypatch.setattr(Teacher, "logits", spy)
+    monkeypatch.setattr(Teacher, "_ask", spy)
     cache_teacher(recipe, manifest, roots, tmp_path / "store", CPU)
     monkeypatch.undo()
     store = open_store(tmp_path / "store")
