@@ -62,10 +62,10 @@ def views_of(**changes: object) -> dict:
 
 
 def photographs(
-    folder: Path, samples: list[Sample], classes: Sequence[str] = "abc", **changes: object
+    folder: Path, samples: list[Sample], classes: Sequence[str] = "abc", per_tar: int = 40, **changes: object
 ) -> tuple[Recipe, Manifest]:
     """A recipe on 40 + 40 + 10 photographs, with a teacher that sees 24 pixels where the student sees 16."""
-    tars = pack(samples, folder / "photos", "train", 40)
+    tars = pack(samples, folder / "photos", "train", per_tar)
     dataset = Dataset(folder="photos", classes=list(classes), splits={"train": Split(tars=tars)})
     manifest = Manifest(datasets={"photos": dataset})
     weights = folder / "teacher.pt"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from bench_overlap import SPEEDS, decode, jpegs, make_capture, stage_1
+from bench_overlap import SPEEDS, Elsewhere, decode, jpegs, make_capture, stage_1
 from conftest import CPU
 from pictures import make_samples, photographs, views_of
 
@@ -188,14 +188,14 @@ def test_what_was_answered_before_a_teacher_fails_is_committed_and_nothing_stays
     create_or_resume(capture.place, capture.created)
     calls = []
 
-    def fails_at_the_third(x: object) -> object:
-        calls.append(x)
+    def fails_at_the_third(self: Elsewhere, *about: object) -> object:
+        calls.append(about)
         if len(calls) == 3:
             raise Fails
-        return original(x)
+        return original(self, *about)
 
-    original = capture.teacher.network.forward
-    monkeypatch.setattr(capture.teacher.network, "forward", fails_at_the_third)
+    original = Elsewhere.logits_and_maps
+    monkeypatch.setattr(Elsewhere, "logits_and_maps", fails_at_the_third)
     with pytest.raises(Fails):
         run(capture, "", [0, 1, 2, 3])
     ledger = sorted(Path(capture.place.path / "ledger").iterdir())
