@@ -6,7 +6,7 @@ none but the last waits for it: what is copied either way is pinned, and events 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from offline_kd.data.blocks import BadImage, Decoder, ImageBlock
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
+from offline_kd.store.codecs.codec import Tables
 from offline_kd.store.decisions import pack
 from offline_kd.store.join import row_arrays
 from offline_kd.store.layout import PROBES_PER_GROUP, probe_pixels
@@ -41,6 +42,11 @@ class Inquiry:
     identity: StoreIdentity  # says what is kept of the answers, and how
     tables: Mapping[str, dict[str, Tensor]]  # on the device, by decisions and array; CODEC_TABLES are the codec's
     device: torch.device
+
+    @cached_property
+    def codec_tables(self) -> Tables:
+        """As the codec wants them, where it encodes."""
+        return {name: table.cpu().numpy() for name, table in self.tables.get(CODEC_TABLES, {}).items()}
 
 
 @dataclass
@@ -88,6 +94,7 @@ def ask_teacher(
     number: int,
     group: int,
     asked: tuple[Decoder, Iterator[Answer]] | None = None,
+    of_images: Arrays | None = None,
 ) -> tuple[Arrays, list[BadImage]]:
     """Every array of the store for one block and view group, by asking the teacher about every view.
 
@@ -96,6 +103,8 @@ def ask_teacher(
         number: of the block in its split.
         asked: the answers about all these views, which come from another thread, and what decoded the images for
             them; None: everything is done here, one after the other.
+        of_images: what the codec has kept of these images, `[n, ...]` by full name, with their first view group; None:
+            this is the first, or it keeps nothing of images.
 
     Returns:
         The arrays by full name, rows first; and the samples of the tar that have no row, because their images cannot
@@ -109,7 +118,7 @@ def ask_teacher(
         portion = Portion(block, parameters, number, group)
         asked = portion.decoder, (answer(inquiry, portion, batch) for batch in rendered(inquiry, portion))
     decoder, answers = asked
-    logits = _Logits(inquiry)
+    logits = _Logits(inquiry, parameters["flip"].shape[1], of_images)
     decided: dict[str, list[Tensor]] = {}
     for one in answers:
         if one.is_there is not None:
@@ -122,12 +131,13 @@ def ask_teacher(
     kept, parameters = (
         (block.without(decoder.bad), without_rows(parameters, decoder.bad)) if decoder.bad else (block, parameters)
     )
-    per_view = logits.encoded() | {name: torch.cat(pieces).numpy() for name, pieces in decided.items()}
+    per_view = {name: torch.cat(pieces).numpy() for name, pieces in decided.items()}
     count, num_views = parameters["flip"].shape
     arrays: Arrays = {
         **row_arrays(inquiry.identity, kept),
         **{f"view/{name}": array for name, array in parameters.items()},
         **_probes(inquiry.identity, kept, parameters, number, group),
+        **logits.encoded(),
         **{name: array.reshape(count, num_views, *array.shape[1:]) for name, array in per_view.items()},
     }
     return arrays, kept.left_out
@@ -256,13 +266,14 @@ def _refuse_not_finite(inquiry: Inquiry, block: ImageBlock, group: int, one: Ans
 
 
 class _Logits:
-    """Logits on their way into the codec: some batches are encoded together, never those of a whole block."""
+    """Logits on their way into the codec: those of some images are encoded together, never a whole block."""
 
-    def __init__(self, inquiry: Inquiry) -> None:
-        self.codec = inquiry.identity.codec
-        self.tables = {name: table.cpu().numpy() for name, table in inquiry.tables.get(CODEC_TABLES, {}).items()}
+    def __init__(self, inquiry: Inquiry, num_views: int, of_images: Arrays | None) -> None:
+        self.codec, self.tables = inquiry.identity.codec, inquiry.codec_tables
+        self.num_views, self.of_images = num_views, of_images
         self.waiting: list[NDArray[np.float32]] = []
         self.pieces: dict[str, list[NDArray[np.generic]]] = {}
+        self.images = 0  # that were encoded
 
     def add(self, logits: NDArray[np.float32]) -> None:
         self.waiting.append(logits)
@@ -270,15 +281,27 @@ class _Logits:
             self._encode()
 
     def encoded(self) -> Arrays:
-        """What was added, `[n * v, ...]` by full name."""
+        """What was added, `[n, v, ...]`, or `[n, ...]` what is of images, by full name."""
         self._encode()
         return {f"logits/{name}": np.concatenate(pieces) for name, pieces in self.pieces.items()}
 
     def _encode(self) -> None:
-        if self.waiting:
-            for name, array in self.codec.encode(np.concatenate(self.waiting), self.tables).items():
+        if not self.waiting:
+            return
+        rows = np.concatenate(self.waiting)
+        whole = len(rows) - len(rows) % self.num_views
+        if whole:
+            logits = rows[:whole].reshape(-1, self.num_views, rows.shape[1])
+            these = slice(self.images, self.images + len(logits))
+            kept = None if self.of_images is None else _without_prefix(self.of_images, these)
+            for name, array in self.codec.encode(logits, self.tables, kept).items():
                 self.pieces.setdefault(name, []).append(array)
-        self.waiting.clear()
+            self.images += len(logits)
+        self.waiting = [rows[whole:]] if whole < len(rows) else []
+
+
+def _without_prefix(arrays: Arrays, rows: slice) -> Arrays:
+    return {name.removeprefix("logits/"): array[rows] for name, array in arrays.items()}
 
 
 def _probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, number: int, group: int) -> Arrays:

@@ -203,7 +203,7 @@ class _Answers:
         points: list[TapPoint] = [about.config for about in identity.decisions.values()]
         answer, maps = self.teacher.logits_and_maps(rows.pixels.to(self.device), points)
         z_t, z = answer.cpu(), identity.codec.decode(signal.logits, identity.num_classes, self.codec_tables)
-        self._compare_logits(z, z_t)
+        self._compare_logits(z, z_t, signal.logits)
         self.rows += len(z)
         self.blocks |= {number for number, _ in self.where}
         for field_and_key, mean in _means(z_t, z).items():
@@ -215,9 +215,9 @@ class _Answers:
             self._count_decisions(name, again, signal.decisions[name])
         self.where.clear()
 
-    def _compare_logits(self, z: Tensor, z_t: Tensor) -> None:
+    def _compare_logits(self, z: Tensor, z_t: Tensor, unpacked: Mapping[str, Tensor]) -> None:
         identity = self.store.identity
-        found = identity.codec.compare(z, z_t, self.store.codec_tables, identity.teacher.precision)
+        found = identity.codec.compare(z, z_t, unpacked, self.store.codec_tables, identity.teacher.precision)
         beyond = (found.differences - found.allowed).view(len(z), -1)
         if (beyond > 0).any():
             worst = int(beyond.amax(1).argmax())

@@ -79,12 +79,13 @@ def _fit_codec(
     """The tables of a codec, from what the teacher says of the first views of some images of every tar."""
     codec, views, count = identity.codec, identity.views, loader.split.count
     wanted = min(codec.learns_from, count * views.num_views)
-    num_views = min(views.num_views, -(-wanted // count))
+    # Where views of an image predict each other, it takes whole view groups to learn how.
+    least = identity.views_per_group if any(array.of_image for array in codec.arrays().values()) else 1
+    num_views = min(views.num_views, max(least, -(-wanted // count)))
     say(f"codec {codec.label()}: learning from {wanted:,} views of images of all tars")
     logits = sampled_logits(teacher, views, loader, -(-wanted // num_views), num_views, device)
-    together = logits.reshape(-1, logits.shape[-1])[:wanted]
-    tables = codec.fit(together)
-    return {f"codec/{name}": table for name, table in tables.items()}, {"rows": len(together)}
+    tables = codec.fit(logits)
+    return {f"codec/{name}": table for name, table in tables.items()}, {"rows": logits.shape[0] * logits.shape[1]}
 
 
 def _collect(

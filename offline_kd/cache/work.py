@@ -172,12 +172,32 @@ def _encoded(
 ) -> Iterator[tuple[Portion, Arrays, list[BadImage]]]:
     """Every array of every portion, as soon as the last answer about it has come."""
     _leave_cores_to_the_teacher()
+    of_images: tuple[int, Arrays] = -1, {}
     for portion, first in answers:
         asked = portion.decoder, _up_to_none(first, answers)
+        kept = of_images[1] if of_images[0] == portion.number else _kept_of_images(work, portion.number)
         arrays, left_out = ask_teacher(
-            work.inquiry, portion.block, portion.parameters, portion.number, portion.group, asked
+            work.inquiry, portion.block, portion.parameters, portion.number, portion.group, asked, kept or None
         )
+        of_images = portion.number, {name: arrays[name] for name in _image_arrays(work)}
         yield portion, arrays, left_out
+
+
+def _image_arrays(work: Work) -> list[str]:
+    """What the codec keeps of images, once for all their view groups."""
+    return [spec.name for spec in work.part.specs if spec.name.startswith("logits/") and spec.extent == "block"]
+
+
+def _kept_of_images(work: Work, number: int) -> Arrays:
+    """What the view groups of a block that are committed were coded with: the others must be, too; {} if none is."""
+    names, groups = _image_arrays(work), np.flatnonzero(work.done[number])
+    if not names or not len(groups):
+        return {}
+    ledger = ledger_name(number, work.capture.groups[int(groups[0])], work.part.name)
+    identity = work.capture.identity_of(work.part.name)
+    store = store_of(work.capture, work.part.targets, identity, [ledger])
+    entry = store.entry(work.part.name, number, int(groups[0]))
+    return {name: array[: entry.rows] for name, array in store.read(number, int(groups[0]), names).items()}
 
 
 def _up_to_none(one: Answer | None, answers: Iterator[tuple[Portion, Answer | None]]) -> Iterator[Answer]:

@@ -71,7 +71,7 @@ def join(store: Store, block: ImageBlock, group: int, position: NDArray[np.int64
         for name in arrays:
             if name.startswith("probe/"):
                 continue
-            per_view = name.startswith(("view/", "logits/", "decisions/"))
+            per_view = store.arrays[name][1].extent == "group"
             values = read[name][offsets[here, None], position[here]] if per_view else read[name][offsets[here]]
             _put(found, name, here, values, len(block))
         if "view/partner" in read:
@@ -122,9 +122,9 @@ def join_all(
 def _signal(store: Store, found: Arrays, wanted: Wanted) -> StoredSignal:
     logits = None
     if wanted.logits:
-        encoded = {name: _by_row(found[f"logits/{name}"]) for name in store.identity.codec.arrays()}
+        encoded = {name: found[f"logits/{name}"] for name in store.identity.codec.arrays()}
         unpacked = store.identity.codec.unpack(encoded, store.codec_tables)
-        logits = {name: _tensor(array) for name, array in unpacked.items()}
+        logits = {name: _tensor(_by_row(array)) for name, array in unpacked.items()}
     decisions = {
         name: {array: _tensor(_by_row(found[f"decisions/{name}/{array}"])) for array in decision_arrays(store, name)}
         for name in wanted.decisions

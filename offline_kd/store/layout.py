@@ -164,7 +164,8 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     ]
     for name, array in identity.codec.arrays().items():
         inner = [(array.axis[0], array.axis[1] or identity.num_classes)] if array.axis else []
-        specs.append(per_view(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
+        make = per_row if array.of_image else per_view
+        specs.append(make(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
     for name, about in identity.decisions.items():
         places = [("height", about.height), ("width", about.width)]
         if isinstance(about.config, SubclassDecisions):

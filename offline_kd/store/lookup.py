@@ -6,6 +6,7 @@ Whole blocks are read, as always, with every byte checked; what was read stays i
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,10 +47,10 @@ def rows_of(store: Store, keys: Sequence[str], known: Callable[[], Iterable[str]
 def read_rows(
     store: Store, rows: NDArray[np.int64], views: Sequence[int], names: Sequence[str]
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], Arrays]]:
-    """Per-view arrays of some rows and views, block by block and group by group.
+    """Arrays of some rows and views, block by block and group by group.
 
-    Yields which of `rows` `[n]` and of `views` `[v]` these are, and the arrays `[n, v, ...]`. Raises StoreMismatch for
-    a view that is not stored, before anything is read.
+    Yields which of `rows` `[n]` and of `views` `[v]` these are, and the arrays: `[n, v, ...]`, or `[n, ...]` what is of
+    rows. Raises StoreMismatch for a view that is not stored, before anything is read.
     """
     num_views, per_group = store.identity.views.num_views, store.identity.views_per_group
     for view in views:
@@ -63,9 +64,14 @@ def read_rows(
         of_rows = np.flatnonzero(blocks == block)
         for group in np.unique(groups):
             of_views = np.flatnonzero(groups == group)
-            chosen = np.ix_(offsets[of_rows], positions[of_views])
+            at_rows = offsets[of_rows]
+            chosen: dict[str, Any] = {"block": at_rows, "group": np.ix_(at_rows, positions[of_views])}
             arrays = store.read(int(block), int(group), names)
-            yield of_rows, of_views, {name: array[chosen] for name, array in arrays.items()}
+            yield (
+                of_rows,
+                of_views,
+                {name: array[chosen[store.arrays[name][1].extent]] for name, array in arrays.items()},
+            )
 
 
 def logits_of(store: Store, rows: NDArray[np.int64], views: Sequence[int]) -> Tensor:

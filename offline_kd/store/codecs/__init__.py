@@ -7,6 +7,7 @@
 | int, b bits, the m largest apart | C codes of b bits in bytes, 8, and 4 m | half a step: (max - min) of the others
   / (2**(b + 1) - 2), - 4 for 8 bits; the m largest have the error of f16, and for m = 0 the largest is exact |
 | klt | a tenth of 2 C, or less: see `klt.py`; needs tables | not bounded, measured |
+| klt_means | half of klt, or less, where a view group has several views: see `klt_means.py`; needs tables | measured |
 | topk | 4 k + 12 | the k largest: that of f16; the others share what is left evenly, so not bounded |
 
 A codec of your own is a file here and a line below: `docs/extending/codec.md`.
@@ -28,6 +29,7 @@ CLASSES = {
     "f16": "f16.Float16",
     "int": "int_.Int",
     "klt": "klt.Klt",
+    "klt_means": "klt_means.KltMeans",
     "topk": "topk.TopK",
 }
 

@@ -35,6 +35,7 @@ class CodecArray:
     fill: float
     axis: tuple[str, int | None] | None  # name and size; None for as many as classes
     description: str  # lies in the store's zarr metadata: changing it changes the bytes of new stores
+    of_image: bool = False  # one for each image, kept with its first view group; else one for each view
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,13 @@ class Codec(Strict, ABC):
         """The arrays, below `logits/` in the store, that `encode` returns."""
 
     @abstractmethod
-    def encode(self, logits: Floats, tables: Tables) -> Arrays:
-        """Pack `[..., C]` finite float32 logits into `arrays`, with the codec's tables if it has any.
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
+        """Pack `[n, v, C]` finite float32 logits, v views of every image, into `arrays` `[n, v, ...]`.
+
+        Args:
+            tables: what the codec learned, if it does.
+            of_images: the arrays `[n, ...]` that are of images, as they were made of their first view group; None:
+                this is the first. They are returned, too.
 
         Raises TeacherError when a logit does not fit the codec.
         """
@@ -90,13 +96,16 @@ class Codec(Strict, ABC):
         return {}
 
     def fit(self, logits: Floats) -> dict[str, NDArray[np.generic]]:
-        """The tables from `[n, C]` logits of the teacher; raises TeacherError when they are too few."""
+        """The tables from `[n, v, C]` logits of the teacher, v views of every image: as many as a view group has.
+
+        Raises TeacherError when they are too few.
+        """
         return {}
 
     # ---- reading: only codecs whose stored arrays are not what a device can decode -----------------------------------
 
     def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
-        """What `decode` takes, of what `encode` made and a store kept: the part that is done on the CPU, in workers."""
+        """What `decode` takes, all `[n, v, ...]`, of what `encode` made: the part that is done in workers."""
         return arrays
 
     def unpacked_arrays(self) -> list[str]:
@@ -113,12 +122,15 @@ class Codec(Strict, ABC):
         """The smallest and the largest integer that one of `arrays` may hold; None where every value is legal."""
         return None
 
-    def compare(self, stored: Tensor, again: Tensor, tables: Tables, dtype: str) -> Comparison:
+    def compare(
+        self, stored: Tensor, again: Tensor, unpacked: Mapping[str, Tensor], tables: Tables, dtype: str
+    ) -> Comparison:
         """Stored logits `[n, C]` beside the teacher's `[n, C]` for the same views, both on the CPU.
 
         By this rule what has no bound is not compared: a codec without any bound must have a rule of its own.
 
         Args:
+            unpacked: what `stored` was decoded from, `[n, ...]`.
             dtype: in which the teacher computes, a key of ARITHMETIC.
         """
         bounds = torch.from_numpy(self.error_bound(again.numpy())).expand_as(again)

@@ -20,7 +20,7 @@ class Float16(Codec):
     def arrays(self) -> dict[str, CodecArray]:
         return {"values": CodecArray("<f2", np.nan, CLASSES, "raw logits")}
 
-    def encode(self, logits: Floats, tables: Tables) -> Arrays:
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
         return {"values": as_float16(logits)}
 
     def decode(self, arrays: Mapping[str, Tensor], num_classes: int, tables: Mapping[str, Tensor]) -> Tensor:

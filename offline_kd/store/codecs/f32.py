@@ -18,7 +18,7 @@ class Float32(Codec):
     def arrays(self) -> dict[str, CodecArray]:
         return {"values": CodecArray("<f4", np.nan, CLASSES, "raw logits")}
 
-    def encode(self, logits: Floats, tables: Tables) -> Arrays:
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
         return {"values": logits}
 
     def decode(self, arrays: Mapping[str, Tensor], num_classes: int, tables: Mapping[str, Tensor]) -> Tensor:

@@ -40,7 +40,7 @@ class Int(Codec):
         }
         return line | (largest_arrays(self.exact_top) if self.exact_top else {})
 
-    def encode(self, logits: Floats, tables: Tables) -> Arrays:
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
         top = largest(logits, self.exact_top) if self.exact_top else {}
         others = without(logits, top["top_id"]) if top else logits
         low = logits.min(axis=-1)

@@ -65,13 +65,14 @@ class Klt(Codec):
         }
 
     def fit(self, logits: Floats) -> dict[str, NDArray[np.generic]]:
-        """Axes and frequencies from `[n, C]` logits of one teacher.
+        """Axes and frequencies from `[..., C]` logits of one teacher.
 
         Returns:
             `axes` `[k, C]` int16 and `mean` `[C]` int32 in 1/SCALE (the mean: of a step); `frequency`
             `[k, 2 MOST + 1]` and `refine_frequency` `[m, 2 MOST + 1]` uint16, of rans.TOTAL, 0 for what is never
             written.
         """
+        logits = logits.reshape(-1, logits.shape[-1])
         if len(logits) < FEWEST_ROWS:
             raise TeacherError(f"codec klt learns its axes from 16 rows at least, there are {len(logits)}.")
         tables = fit_axes(logits, step=self.step, num_axes=min(self.axes, logits.shape[1]))
@@ -82,7 +83,7 @@ class Klt(Codec):
             "refine_frequency": frequencies(differences, MOST),
         }
 
-    def encode(self, logits: Floats, tables: Tables) -> Arrays:
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
         """A row that does not fit into `row_bytes` loses its finest axes."""
         rows = np.ascontiguousarray(logits.reshape(-1, logits.shape[-1]))
         code = _encode(rows, tables, step=self.step, steps=self._steps(rows.shape[1]), row_bytes=self.row_bytes)
@@ -112,7 +113,9 @@ class Klt(Codec):
         """Infinite everywhere: what it loses is measured."""
         return np.full_like(logits[..., :1], np.inf)
 
-    def compare(self, stored: Tensor, again: Tensor, tables: Tables, dtype: str) -> Comparison:
+    def compare(
+        self, stored: Tensor, again: Tensor, unpacked: Mapping[str, Tensor], tables: Tables, dtype: str
+    ) -> Comparison:
         """What coding the teacher's answer now would give must be what is stored, up to a few coordinates that
         rounding pushed over an edge.
         """

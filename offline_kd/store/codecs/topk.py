@@ -34,7 +34,7 @@ class TopK(Codec):
         temperatures = ("temperature", len(TAIL_TEMPERATURES))
         return largest_arrays(self.k) | {"rest": CodecArray("<f4", np.nan, temperatures, rest)}
 
-    def encode(self, logits: Floats, tables: Tables) -> Arrays:
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
         if logits.shape[-1] <= self.k:
             raise TeacherError(f"codec topk keeps {self.k} of {logits.shape[-1]} classes: use int instead.")
         top = largest(logits, self.k)
@@ -56,10 +56,12 @@ class TopK(Codec):
         np.put_along_axis(bound, ids, np.broadcast_to(float16_error(logits), ids.shape), axis=-1)
         return bound
 
-    def compare(self, stored: Tensor, again: Tensor, tables: Tables, dtype: str) -> Comparison:
+    def compare(
+        self, stored: Tensor, again: Tensor, unpacked: Mapping[str, Tensor], tables: Tables, dtype: str
+    ) -> Comparison:
         """Near ties, another class may be among the k largest: there, and only there, the value is what is compared."""
         z_top, t_top = (part.topk(self.k, dim=1).values for part in (stored, again))
-        allowed = super().compare(stored, again, tables, dtype).allowed.amax(dim=1, keepdim=True)
+        allowed = super().compare(stored, again, unpacked, tables, dtype).allowed.amax(dim=1, keepdim=True)
         errors = (z_top - t_top).abs()
         return Comparison(errors, allowed.expand_as(z_top), errors)
 

@@ -1,0 +1,401 @@
+"""Transform coding with image means: as `klt`, and views of one image predict each other.
+
+Of each image the mean over the views of its first view group is coded once, finely, on the axes; every view, of later
+groups too, is coded as what it adds to that, in coarser steps. On an axis with numbers p of the mean and q of a view
+
+    t = finer q + p        p = round(share mean_v(x) finer / step),  q = round((x - p step / finer) / step)
+
+is what the view has there, in whole units of step / finer, and share is how much of the mean a view can expect. A view
+that says what the others say is nothing but zeros, and what a coarse step cuts away in every view, the mean still has.
+
+The classes that t makes the likeliest are then made finer, in steps that grow with how far below the first one a class
+lies: its share of the softmax is what an error there costs. A row says by one of LEVELS numbers how many these are.
+
+What must be the same on every machine is exact: logits are rounded to parts of a unit, axes are whole numbers of
+1/SCALE, and all sums stay below 2**24 where they are float32.
+"""
+
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from offline_kd.store.codecs import row_coder
+from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
+from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, whole_logits
+from offline_kd.store.codecs.rans import TOTAL, frequencies
+from offline_kd.support.constants import constant
+from offline_kd.support.errors import TeacherError
+
+MOST = 511  # |p|, |q| and |difference|
+PARTS = 2**7  # of a unit that logits are rounded to, at least where they are not large
+DEADZONE = 0.05  # sizes are rounded up from .55: shorter, and the error that matters is made finer
+GROWTH, LOG_GROWTH = 1.25, 0.22314355131420976  # a step of what is made finer is so many times the one before
+LEVELS = 8
+E_EIGHTH = 1.1331484530668263  # e**(1/8)
+RARE = 500
+
+# 2**16 e**-(i / 8), and the sums of these from which on a logarithm is nearer to (j + 1) / 8 than to j / 8.
+EXP = tuple(round(2**16 * E_EIGHTH**-i) for i in range(100))
+LOG = tuple(round(2**16 * E_EIGHTH ** (j + 0.5)) for j in range(45))
+
+Whole = NDArray[np.int16]
+
+
+class KltMeans(Codec):
+    """Principal axes of the teacher's logits, the mean of each image's views, what each view adds to it, and the
+    likeliest classes made finer: see `klt_means.py`.
+
+    It learns from the teacher's answers when a store is begun. Smaller steps are better and longer; more views in a
+    group make it shorter.
+    """
+
+    name: Literal["klt_means"]
+    step: float = Field(3.6, gt=0, le=100, description="of what a view adds to its image's mean")
+    finer: int = Field(4, ge=1, le=64, description="the mean's step is step / finer")
+    refine: int = Field(96, ge=1, le=256, description="classes, the likeliest first, that are made finer at most")
+    refine_step: float = Field(1 / 44, gt=0, le=10, description="of a class of probability 1")
+    refine_spread: float = Field(
+        2.2, gt=0, le=100, description="of a class e**-refine_spread times as likely it is e times that"
+    )
+    refine_coarsest: float = Field(
+        0.44, gt=0, le=10, description="classes that would have a larger step are not refined"
+    )
+    axes: int = Field(1024, ge=1, le=2048, description="at most; there are no more than classes")
+    fit_rows: int = Field(16384, ge=16, description="views that it learns from")
+    row_bytes: int = Field(1024, ge=64, le=8192, description="most that a row may take; zeros behind it cost nothing")
+    mean_bytes: int = Field(2048, ge=64, le=8192, description="most that an image's mean may take")
+
+    def arrays(self) -> dict[str, CodecArray]:
+        what = "rANS code of the {}: offline_kd/store/codecs/klt_means.py"
+        return {
+            "mean": CodecArray("|u1", 0, ("byte", self.mean_bytes), what.format("mean over views"), of_image=True),
+            "code": CodecArray("|u1", 0, ("byte", self.row_bytes), what.format("row")),
+        }
+
+    @property
+    def learns_from(self) -> int:
+        return self.fit_rows
+
+    def tables(self, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        axes, symbols = min(self.axes, num_classes), 2 * MOST + 1
+        return {
+            "axes": ("<i2", (axes, num_classes)),
+            "mean": ("<i4", (num_classes,)),
+            "share": ("<f4", (axes,)),
+            "mean_frequency": ("<u2", (axes, symbols)),
+            "view_frequency": ("<u2", (axes, symbols)),
+            "level_frequency": ("<u2", (1, 2 * LEVELS - 1)),
+            "refine_frequency": ("<u2", (LEVELS * min(self.refine, num_classes), symbols)),
+        }
+
+    def fit(self, logits: Floats) -> dict[str, NDArray[np.generic]]:
+        """Axes, shares and frequencies from `[n, v, C]` logits of one teacher, v views of every image as in a group.
+
+        With one view of an image there is no mean to predict from: shares are 0, and so are all its numbers.
+
+        Returns:
+            `axes` `[k, C]` int16 in 1/SCALE and `mean` `[C]` int32 in 1/SCALE of a unit; `share` `[k]`; frequencies
+            uint16 of rans.TOTAL: `[k, 2 MOST + 1]` of means and of views, `[1, 2 LEVELS - 1]` of levels (and of
+            negative ones, which do not exist), `[LEVELS m, 2 MOST + 1]` of what m ranks at each level are refined by.
+        """
+        num_images, num_views, num_classes = logits.shape
+        if num_images * num_views < FEWEST_ROWS:
+            raise TeacherError(
+                f"codec klt_means learns its axes from {FEWEST_ROWS} rows at least, there are {num_images * num_views}."
+            )
+        rows = logits.reshape(-1, num_classes)
+        tables = fit_axes(rows, step=self._unit, num_axes=min(self.axes, num_classes))
+        x = self._on_axes(rows, tables).reshape(num_images, num_views, -1)
+        mean = x.mean(axis=1)
+        power = num_views * np.einsum("nk,nk->k", mean, mean)
+        along = np.einsum("nvk,nk->k", x, mean)
+        share = np.where(power > 0, along / np.where(power > 0, power, 1), 0).clip(0, 1) * (num_views > 1)
+        tables["share"] = share.astype(np.float32)
+        p = _without_rare(_rounded(mean * tables["share"]))
+        tables["mean_frequency"] = _frequencies_of_axes(p)
+        q = _without_rare(_rounded((x - p[:, None]) / self.finer).reshape(len(rows), -1))
+        tables["view_frequency"] = _frequencies_of_axes(q)
+        level, differences = self._refined(rows, self._in_units(q, p.repeat(num_views, axis=0), tables))
+        tables["level_frequency"] = _level_frequencies(level)
+        nothing = np.zeros((1, differences.shape[1]), dtype=np.int16)  # at a level that no row has
+        at_level = [differences[level == one] if (level == one).any() else nothing for one in range(LEVELS)]
+        tables["refine_frequency"] = np.concatenate([frequencies(one, MOST) for one in at_level])
+        return tables
+
+    def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
+        """Of `[n, v, C]`. A mean or a row that does not fit into its bytes loses its finest axes."""
+        num_images, num_views, num_classes = logits.shape
+        rows = np.ascontiguousarray(logits.reshape(-1, num_classes))
+        x = self._on_axes(rows, tables).reshape(num_images, num_views, -1)
+        if of_images is None:
+            mean = self._encode_means(_rounded(x.mean(axis=1) * tables["share"]), tables)
+        else:
+            mean = np.ascontiguousarray(of_images["mean"], dtype=np.uint8)
+        coders = coders_of(tables)
+        p = np.zeros((num_images, 1, x.shape[2]), dtype=np.int16)
+        p[:, 0, : len(coders.means)] = row_coder.decode(mean, coders.means)[0]
+        q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
+        code = self._encode_rows(
+            rows, q.reshape(len(rows), -1), p.repeat(num_views, axis=1).reshape(len(rows), -1), tables
+        )
+        return {"mean": mean, "code": code.reshape(num_images, num_views, -1)}
+
+    def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
+        """`t` `[n, v, k]` and `differences` `[n, v, m]` int16."""
+        code, mean = (arrays[name].astype(np.uint8, copy=False) for name in ("code", "mean"))
+        coders = coders_of(tables)
+        counts = self._counts(tables["mean"].shape[0])
+        more = coders.level, coders.refined, counts
+        q, differences = row_coder.decode(code.reshape(-1, code.shape[-1]), coders.views, more)
+        p, _ = row_coder.decode(mean.reshape(-1, mean.shape[-1]), coders.means)
+        t = np.zeros((*code.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
+        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, -1)
+        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], -1) * np.int16(self.finer)
+        return {"t": t, "differences": differences.reshape(*code.shape[:-1], -1)}
+
+    def unpacked_arrays(self) -> list[str]:
+        return ["t", "differences"]
+
+    def decode(self, arrays: Mapping[str, Tensor], num_classes: int, tables: Mapping[str, Tensor]) -> Tensor:
+        shape = arrays["t"].shape[:-1]
+        t, differences = (arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("t", "differences"))
+        whole = whole_logits(t, tables["axes"][: t.shape[1]].float(), tables["mean"].float())
+        classes, steps, _ = self._steps(whole, differences.shape[1])
+        finer = whole.mul_(self._unit / SCALE).scatter_add_(1, classes, differences.float() * steps)
+        return finer.view(*shape, num_classes)
+
+    def error_bound(self, logits: Floats) -> Floats:
+        """Infinite everywhere: what it loses is measured."""
+        return np.full_like(logits[..., :1], np.inf)
+
+    def compare(
+        self, stored: Tensor, again: Tensor, unpacked: Mapping[str, Tensor], tables: Tables, dtype: str
+    ) -> Comparison:
+        """Of the classes that are made finer, what is stored is within half a step of the teacher's answer."""
+        axes, mean = (torch.from_numpy(tables[name].astype(np.float32)) for name in ("axes", "mean"))
+        t, differences = unpacked["t"], unpacked["differences"]
+        classes, steps, is_fine = self._steps(whole_logits(t, axes[: t.shape[1]], mean), differences.shape[1])
+        # What was refined to the end of a table may have been further away.
+        reach = (tables["refine_frequency"].astype(bool).sum(axis=1) // 2).reshape(LEVELS, -1).min(axis=0)
+        is_fine &= differences.abs() < torch.from_numpy(reach)
+        errors = (stored - again).abs()
+        allowed = steps / 2 + ARITHMETIC[dtype] * max(1.0, again.abs().max().item())
+        return Comparison(torch.where(is_fine, errors.gather(1, classes), 0), allowed, errors)
+
+    def label(self) -> str:
+        default = self.model_fields_set <= {"name", "step"}
+        return f"means {self.step:g}" + (
+            "" if default else f", 1/{self.finer}, {self.refine} by {self.refine_step:.3g}"
+        )
+
+    @classmethod
+    def candidates(cls, logits: Floats) -> list[Self]:
+        """Four steps, by the spread of the logits; nothing for one view of an image, or for a few classes."""
+        if logits.shape[-1] < FEWEST_CLASSES or logits.shape[-2] < 2:
+            return []
+        spread = float(logits.std())
+        return [cls(name="klt_means", step=float(f"{factor * spread:.2g}")) for factor in (1, 2, 3, 4)]
+
+    # ---- numbers ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _unit(self) -> float:
+        return self.step / self.finer
+
+    def _on_axes(self, logits: Floats, tables: Tables) -> Floats:
+        """`[n, k]` in units, the same on every machine: of logits that are rounded so that all sums are exact."""
+        mean = tables["mean"].astype(np.float64) * (PARTS / SCALE)
+        whole = np.rint(logits.astype(np.float64) * (PARTS / self._unit) - mean)
+        # |axis| is SCALE: rows shorter than 2**24 / SCALE have sums below 2**24, and longer ones are made coarser.
+        length = np.sqrt(np.einsum("nc,nc->n", whole, whole, dtype=np.float64))
+        shift = np.frexp(length * (SCALE / 2**24))[1].clip(min=0)[:, None]
+        short = np.rint(np.ldexp(whole, -shift)).astype(np.float32)
+        axes = torch.from_numpy(tables["axes"].astype(np.float32))
+        found = (torch.from_numpy(short) @ axes.T).numpy()
+        return np.ldexp(found, shift - (PARTS * SCALE).bit_length() + 1)
+
+    def _in_units(self, q: Whole, p: Whole, tables: Tables) -> Floats:
+        """`[n, C]` what numbers of views and means `[n, k]` stand for, in 1/SCALE of a unit, exact."""
+        axes, mean = (torch.from_numpy(tables[name].astype(np.float32)) for name in ("axes", "mean"))
+        t = torch.from_numpy(q * np.int16(self.finer) + p)
+        return whole_logits(t, axes[: t.shape[1]], mean).numpy()
+
+    def _steps(self, whole: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the `count` largest of `[n, C]`: which classes, their steps, and whether these are not the coarsest.
+
+        `[n, count]` each. A step is `refine_step` at a probability of 1, and e times that at e**-refine_spread.
+        Logarithms are taken in eighths and by tables of whole numbers, which do not depend on the machine.
+        """
+        largest, classes = ranked(whole, count)
+        eighth = max(1, round(SCALE / self._unit / 8))
+        width = max(1, round(self.refine_spread * LOG_GROWTH / self._unit * SCALE))
+        below = (largest[:, :1] - largest).int()
+        shares = torch.div(below, eighth, rounding_mode="floor").clamp_(max=len(EXP) - 1)
+        total = constant(EXP, below)[shares].sum(dim=1)
+        below += eighth * torch.bucketize(total, constant(LOG, below), out_int32=True)[:, None]
+        bucket = torch.div(below, width, rounding_mode="floor")
+        steps = constant(self._table_of_steps(), whole)
+        return classes, steps[bucket.clamp(max=len(steps) - 1)], bucket < len(steps)
+
+    def _table_of_steps(self) -> tuple[float, ...]:
+        steps = [self.refine_step]
+        while steps[-1] * GROWTH <= self.refine_coarsest:
+            steps.append(steps[-1] * GROWTH)
+        return tuple(steps)
+
+    def _counts(self, num_classes: int) -> NDArray[np.int64]:
+        """`[LEVELS]` how many classes are made finer at each level."""
+        most = min(self.refine, num_classes)
+        return np.rint(float(most) ** (np.arange(LEVELS) / (LEVELS - 1))).astype(np.int64)
+
+    def _refined(self, logits: Floats, whole: Floats, tables: Tables | None = None) -> tuple[Whole, Whole]:
+        """`[n]` the level of each row, and `[n, m]` what is missing of its likeliest classes, in their steps."""
+        counts = self._counts(logits.shape[1])
+        most = int(counts[-1])
+        classes, steps, is_fine = (one.numpy() for one in self._steps(torch.from_numpy(whole), most))
+        level = np.searchsorted(counts, is_fine.sum(axis=1)).astype(np.int16)
+        missing = np.take_along_axis(logits, classes, axis=1)
+        missing = missing - np.take_along_axis(whole, classes, axis=1) * np.float32(self._unit / SCALE)
+        differences = np.rint(missing / steps).clip(-MOST, MOST).astype(np.int16)
+        if tables is not None:
+            reach = _reach(tables["refine_frequency"]).reshape(LEVELS, most)[level]
+            differences = differences.clip(-reach, reach)
+        return level, np.where(np.arange(most) < counts[level][:, None], differences, 0).astype(np.int16)
+
+    # ---- bytes -----------------------------------------------------------------------------------------------------
+
+    def _encode_means(self, p: Whole, tables: Tables) -> NDArray[np.uint8]:
+        p = _within(p, tables["mean_frequency"], MOST_NORM / 2)
+        coders = coders_of(tables)
+        p = p[:, : len(coders.means)].copy()
+        codes, too_long = row_coder.encode(p, coders.means, self.mean_bytes)
+        kept = p.shape[1]
+        while len(too_long):
+            kept //= 2
+            p[too_long, kept:] = 0
+            codes[too_long], still = row_coder.encode(p[too_long], coders.means, self.mean_bytes)
+            too_long = too_long[still] if kept else still[:0]
+        return codes
+
+    def _encode_rows(self, logits: Floats, q: Whole, p: Whole, tables: Tables) -> NDArray[np.uint8]:
+        codes, too_long = self._encode_some(logits, q, p, tables)
+        kept = q.shape[1]
+        while len(too_long):
+            kept //= 2
+            q[too_long, kept:] = 0
+            codes[too_long], still = self._encode_some(logits[too_long], q[too_long], p[too_long], tables)
+            too_long = too_long[still] if kept else still[:0]
+        return codes
+
+    def _encode_some(
+        self, logits: Floats, q: Whole, p: Whole, tables: Tables
+    ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        coders = coders_of(tables)
+        level, differences = self._refined(logits, self._in_units(q, p, tables), tables)
+        more = level, differences, coders.level, coders.refined, self._counts(logits.shape[1])
+        return row_coder.encode(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
+
+
+def ranked(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`[n, count]` the largest of whole numbers `[n, C]` and their classes; of equal ones the first comes first."""
+    classes = whole.shape[1]
+    unique = whole.long() * classes + torch.arange(classes - 1, -1, -1, device=whole.device)
+    found = unique.topk(count, dim=1)
+    return torch.div(found.values, classes, rounding_mode="floor"), found.indices
+
+
+def _rounded(values: NDArray[np.floating]) -> Whole:
+    size = np.floor(np.abs(values) + (0.5 - DEADZONE)).clip(0, MOST)
+    return np.copysign(size, values).astype(np.int16)
+
+
+def _without_rare(values: Whole) -> Whole:
+    """`[n, k]` with 0 on the last axes, where fewer than one row in RARE has anything: not worth their time."""
+    common = np.flatnonzero((values != 0).mean(axis=0) > 1 / RARE)
+    values[:, common[-1] + 1 if len(common) else 0 :] = 0
+    return values
+
+
+def _frequencies_of_axes(values: Whole) -> NDArray[np.uint16]:
+    """`[k, 2 MOST + 1]`; TOTAL for the 0 of axes on which nothing else was seen, so that they cost nothing."""
+    found = frequencies(values, MOST)
+    nothing = ~values.any(axis=0)
+    found[nothing] = 0
+    found[nothing, MOST] = TOTAL
+    return found
+
+
+def _reach(frequency: NDArray[np.generic]) -> NDArray[np.int16]:
+    """`[s]`: how far from 0 numbers may be that have a frequency in `[s, 2 MOST + 1]`."""
+    return (frequency.astype(bool).sum(axis=1) // 2).astype(np.int16)
+
+
+def _within(values: Whole, frequency: NDArray[np.generic], most_norm: float) -> Whole:
+    """`[..., k]` numbers that have a frequency in `[k, 2 MOST + 1]`, and are short enough for sums to be exact."""
+    reach = _reach(frequency)
+    values = values.clip(-reach, reach)
+    norm = np.linalg.norm(values.astype(np.float32), axis=-1, keepdims=True)
+    if (norm > most_norm).any():
+        values = np.where(norm > most_norm, np.trunc(values * (most_norm / norm.clip(min=1))), values).astype(np.int16)
+    return values
+
+
+def _level_frequencies(level: Whole) -> NDArray[np.uint16]:
+    """`[1, 2 LEVELS - 1]`, of which the coder uses those of levels that there are."""
+    found = np.bincount(level, minlength=LEVELS) + 1.0
+    share = np.maximum(np.floor(found / found.sum() * (TOTAL - LEVELS)), 0) + 1
+    share[share.argmax()] += TOTAL - share.sum()
+    return np.concatenate([np.zeros(LEVELS - 1), share])[None].astype(np.uint16)
+
+
+# ---- coders of a store ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coders:
+    """What the entropy coder wants of the tables of a store; axes that are never used have been left out."""
+
+    means: row_coder.Tables
+    views: row_coder.Tables
+    level: row_coder.Tables
+    refined: row_coder.Tables
+
+
+_known: dict[int, tuple[weakref.ref[NDArray[np.generic]], Coders]] = {}
+
+
+def coders_of(tables: Tables) -> Coders:
+    """Kept for as long as the tables are there: to compare them would cost more than to decode a block.
+
+    Raises ValueError for frequencies that are not those of a coder.
+    """
+    frequency = tables["view_frequency"]
+    known = _known.get(id(frequency))
+    if known is None or known[0]() is not frequency:
+        found = Coders(
+            _used(tables["mean_frequency"]),
+            _used(frequency),
+            row_coder.tables_of(tables["level_frequency"]),
+            row_coder.tables_of(tables["refine_frequency"]),
+        )
+        number = id(frequency)
+
+        def forget(_: object) -> None:
+            _known.pop(number, None)
+
+        known = weakref.ref(frequency, forget), found
+        _known[number] = known
+    return known[1]
+
+
+def _used(frequency: NDArray[np.generic]) -> row_coder.Tables:
+    """Without the last axes, on which nothing but 0 was ever seen."""
+    is_used = np.flatnonzero(frequency[:, frequency.shape[1] // 2] != TOTAL)
+    return row_coder.tables_of(frequency[: is_used[-1] + 1 if len(is_used) else 1])
