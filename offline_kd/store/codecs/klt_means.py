@@ -12,7 +12,7 @@ The classes that t makes the likeliest are then made finer, in steps that grow w
 lies: its share of the softmax is what an error there costs. A row says by one of LEVELS numbers how many these are.
 
 What must be the same on every machine is exact: logits are rounded to parts of a unit, axes are whole numbers of
-1/SCALE, and all sums stay below 2**24 where they are float32 and below 2**53 where they are float64.
+1/SCALE, and all sums stay below 2**24 where they are float32.
 """
 
 import weakref
@@ -34,7 +34,7 @@ from offline_kd.support.constants import constant
 from offline_kd.support.errors import TeacherError
 
 MOST = 511  # |p|, |q| and |difference|
-PARTS = 2**12  # of a unit that logits are rounded to
+PARTS = 2**7  # of a unit that logits are rounded to, at least where they are not large
 DEADZONE = 0.05  # sizes are rounded up from .55: shorter, and the error that matters is made finer
 GROWTH, LOG_GROWTH = 1.25, 0.22314355131420976  # a step of what is made finer is so many times the one before
 LEVELS = 8
@@ -209,15 +209,17 @@ class KltMeans(Codec):
     def _unit(self) -> float:
         return self.step / self.finer
 
-    def _on_axes(self, logits: Floats, tables: Tables) -> NDArray[np.float64]:
-        """`[n, k]` in units, the same on every machine: of logits in parts of a unit, so that all sums are exact."""
-        whole = np.rint(logits.astype(np.float64) * (PARTS / self._unit)) - tables["mean"].astype(np.float64) * (
-            PARTS // SCALE
-        )
-        axes = torch.from_numpy(tables["axes"].astype(np.float64))
-        found: NDArray[np.float64] = (torch.from_numpy(whole) @ axes.T).numpy()
-        found /= PARTS * SCALE
-        return found
+    def _on_axes(self, logits: Floats, tables: Tables) -> Floats:
+        """`[n, k]` in units, the same on every machine: of logits that are rounded so that all sums are exact."""
+        mean = tables["mean"].astype(np.float64) * (PARTS / SCALE)
+        whole = np.rint(logits.astype(np.float64) * (PARTS / self._unit) - mean)
+        # |axis| is SCALE: rows shorter than 2**24 / SCALE have sums below 2**24, and longer ones are made coarser.
+        length = np.sqrt(np.einsum("nc,nc->n", whole, whole, dtype=np.float64))
+        shift = np.frexp(length * (SCALE / 2**24))[1].clip(min=0)[:, None]
+        short = np.rint(np.ldexp(whole, -shift)).astype(np.float32)
+        axes = torch.from_numpy(tables["axes"].astype(np.float32))
+        found = (torch.from_numpy(short) @ axes.T).numpy()
+        return np.ldexp(found, shift - (PARTS * SCALE).bit_length() + 1)
 
     def _in_units(self, q: Whole, p: Whole, tables: Tables) -> Floats:
         """`[n, C]` what numbers of views and means `[n, k]` stand for, in 1/SCALE of a unit, exact."""
@@ -309,7 +311,7 @@ def ranked(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.div(found.values, classes, rounding_mode="floor"), found.indices
 
 
-def _rounded(values: NDArray[np.float64]) -> Whole:
+def _rounded(values: NDArray[np.floating]) -> Whole:
     size = np.floor(np.abs(values) + (0.5 - DEADZONE)).clip(0, MOST)
     return np.copysign(size, values).astype(np.int16)
 
