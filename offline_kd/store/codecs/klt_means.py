@@ -15,9 +15,7 @@ What must be the same on every machine is exact: logits are rounded to parts of 
 1/SCALE, and all sums stay below 2**24 where they are float32.
 """
 
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -26,10 +24,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from offline_kd.store.codecs import row_coder
 from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
 from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, whole_logits
 from offline_kd.store.codecs.rans import TOTAL, frequencies
+from offline_kd.store.codecs.row_coder import coders_of
+from offline_kd.store.codecs.row_coder import decode as decode_rows
+from offline_kd.store.codecs.row_coder import encode as encode_rows
 from offline_kd.support.constants import constant
 from offline_kd.support.errors import TeacherError
 
@@ -144,7 +144,7 @@ class KltMeans(Codec):
             mean = np.ascontiguousarray(of_images["mean"], dtype=np.uint8)
         coders = coders_of(tables)
         p = np.zeros((num_images, 1, x.shape[2]), dtype=np.int16)
-        p[:, 0, : len(coders.means)] = row_coder.decode(mean, coders.means)[0]
+        p[:, 0, : len(coders.means)] = decode_rows(mean, coders.means)[0]
         q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
         code = self._encode_rows(
             rows, q.reshape(len(rows), -1), p.repeat(num_views, axis=1).reshape(len(rows), -1), tables
@@ -157,8 +157,8 @@ class KltMeans(Codec):
         coders = coders_of(tables)
         counts = self._counts(tables["mean"].shape[0])
         more = coders.level, coders.refined, counts
-        q, differences = row_coder.decode(code.reshape(-1, code.shape[-1]), coders.views, more)
-        p, _ = row_coder.decode(mean.reshape(-1, mean.shape[-1]), coders.means)
+        q, differences = decode_rows(code.reshape(-1, code.shape[-1]), coders.views, more)
+        p, _ = decode_rows(mean.reshape(-1, mean.shape[-1]), coders.means)
         t = np.zeros((*code.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
         t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, -1)
         t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], -1) * np.int16(self.finer)
@@ -287,12 +287,12 @@ class KltMeans(Codec):
         p = _within(p, tables["mean_frequency"], MOST_NORM / 2)
         coders = coders_of(tables)
         p = p[:, : len(coders.means)].copy()
-        codes, too_long = row_coder.encode(p, coders.means, self.mean_bytes)
+        codes, too_long = encode_rows(p, coders.means, self.mean_bytes)
         kept = p.shape[1]
         while len(too_long):
             kept = _fewer(kept, "mean_bytes", self.mean_bytes)
             p[too_long, kept:] = 0
-            codes[too_long], still = row_coder.encode(p[too_long], coders.means, self.mean_bytes)
+            codes[too_long], still = encode_rows(p[too_long], coders.means, self.mean_bytes)
             too_long = too_long[still]
         return codes
 
@@ -312,7 +312,7 @@ class KltMeans(Codec):
         coders = coders_of(tables)
         level, differences = self._refined(logits, self._in_units(q, p, tables), tables)
         more = level, differences, coders.level, coders.refined, self._counts(logits.shape[1])
-        return row_coder.encode(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
+        return encode_rows(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
 
 
 def ranked(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -380,59 +380,3 @@ def _level_frequencies(level: Whole) -> NDArray[np.uint16]:
     share = np.maximum(np.floor(found / found.sum() * (TOTAL - LEVELS)), 0) + 1
     share[share.argmax()] += TOTAL - share.sum()
     return np.concatenate([np.zeros(LEVELS - 1), share])[None].astype(np.uint16)
-
-
-# ---- coders of a store ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Coders:
-    """What the entropy coder wants of the tables of a store; axes that are never used have been left out."""
-
-    means: row_coder.Tables
-    views: row_coder.Tables
-    level: row_coder.Tables
-    refined: row_coder.Tables
-
-
-_known: dict[int, tuple[weakref.ref[NDArray[np.generic]], Coders]] = {}
-
-
-def coders_of(tables: Tables) -> Coders:
-    """Kept for as long as the tables are there: to compare them would cost more than to decode a block.
-
-    Raises ValueError for frequencies that are not those of a coder.
-    """
-    frequency = tables["view_frequency"]
-    known = _known.get(id(frequency))
-    if known is None or known[0]() is not frequency:
-        _refuse_strange(tables)
-        found = Coders(
-            _used(tables["mean_frequency"]),
-            _used(frequency),
-            row_coder.tables_of(tables["level_frequency"]),
-            row_coder.tables_of(tables["refine_frequency"]),
-        )
-        number = id(frequency)
-
-        def forget(_: object) -> None:
-            _known.pop(number, None)
-
-        known = weakref.ref(frequency, forget), found
-        _known[number] = known
-    return known[1]
-
-
-def _refuse_strange(tables: Tables) -> None:
-    """Raises ValueError for frequencies of other numbers than the encoder looks for them."""
-    for name in ("mean_frequency", "view_frequency", "refine_frequency"):
-        if (tables[name].astype(bool) != tables[name][:, ::-1].astype(bool)).any():
-            raise ValueError(f"{name} that reaches further on one side of 0 than on the other")
-    if (tables["level_frequency"].astype(bool) != (np.arange(2 * LEVELS - 1) >= LEVELS - 1)).any():
-        raise ValueError(f"level_frequency of other levels than 0 to {LEVELS - 1}")
-
-
-def _used(frequency: NDArray[np.generic]) -> row_coder.Tables:
-    """Without the last axes, on which nothing but 0 was ever seen."""
-    is_used = np.flatnonzero(frequency[:, frequency.shape[1] // 2] != TOTAL)
-    return row_coder.tables_of(frequency[: is_used[-1] + 1 if len(is_used) else 1])

@@ -8,6 +8,8 @@ Frequencies come from a store, and compiled code checks no bounds: `tables_of` r
 what is read behind the end of a code is 0. So damaged codes give other numbers, and nothing else.
 """
 
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -75,13 +77,13 @@ def encode(
         more: what follows: levels `[n]`, numbers `[n, m]`, the tables of the level (of one place) and of the numbers
             (of m places for every level), and how many numbers each level has.
     """
-    from offline_kd.store.codecs import row_loops  # the compiler takes a second to import
+    from offline_kd.store.codecs.row_loops import encode_rows  # the compiler takes a second to import
 
     level, numbers, of_level, of_numbers, counts = more or _nothing(len(values))
     codes = np.zeros((len(values), row_bytes), dtype=np.uint8)
     length = np.zeros(len(values), dtype=np.int64)
     most = 2 * (values.shape[1] + numbers.shape[1] + 2) + STATE_BYTES  # a number has BITS bits at most
-    row_loops.encode(
+    encode_rows(
         np.ascontiguousarray(values),
         *_parts(tables),
         np.ascontiguousarray(level),
@@ -106,7 +108,7 @@ def decode(
     Args:
         more: see `encode`: tables of the level and of the numbers, how many numbers each level has.
     """
-    from offline_kd.store.codecs import row_loops
+    from offline_kd.store.codecs.row_loops import decode_more, decode_rows
 
     of_level, of_numbers, counts = more or _nothing(0)[2:]
     width = len(of_numbers) // len(counts) if len(counts) else 0
@@ -114,9 +116,9 @@ def decode(
     numbers = np.zeros((len(codes), width), dtype=np.int16)
     codes = np.ascontiguousarray(codes)
     state, at = np.zeros(len(codes), dtype=np.uint32), np.zeros(len(codes), dtype=np.int64)
-    row_loops.decode(codes, *_parts(tables), values, state, at)
+    decode_rows(codes, *_parts(tables), values, state, at)
     if width:
-        row_loops.decode_more(codes, *_parts(of_level), *_parts(of_numbers), counts, numbers, state, at)
+        decode_more(codes, *_parts(of_level), *_parts(of_numbers), counts, numbers, state, at)
     return values, numbers
 
 
@@ -129,3 +131,60 @@ def _nothing(rows: int) -> tuple[NDArray[np.int16], NDArray[np.int16], Tables, T
         np.zeros(0, np.int16), np.zeros(0, np.int64), np.zeros(0, np.uint32), np.zeros((0, 1 << BUCKET_BITS), np.uint16)
     )
     return np.zeros(rows, np.int16), np.zeros((rows, 0), np.int16), none, none, NO_LEVELS
+
+
+# ---- coders of a store -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Coders:
+    """What the entropy coder wants of the tables of a store; axes that are never used have been left out."""
+
+    means: Tables
+    views: Tables
+    level: Tables
+    refined: Tables
+
+
+_known: dict[int, tuple[weakref.ref[NDArray[np.generic]], Coders]] = {}
+
+
+def coders_of(tables: Mapping[str, NDArray[np.generic]]) -> Coders:
+    """Kept for as long as the tables are there: to compare them would cost more than to decode a block.
+
+    Raises ValueError for frequencies that are not those of a coder.
+    """
+    frequency = tables["view_frequency"]
+    known = _known.get(id(frequency))
+    if known is None or known[0]() is not frequency:
+        _refuse_strange(tables)
+        found = Coders(
+            _used(tables["mean_frequency"]),
+            _used(frequency),
+            tables_of(tables["level_frequency"]),
+            tables_of(tables["refine_frequency"]),
+        )
+        number = id(frequency)
+
+        def forget(_: object) -> None:
+            _known.pop(number, None)
+
+        known = weakref.ref(frequency, forget), found
+        _known[number] = known
+    return known[1]
+
+
+def _refuse_strange(tables: Mapping[str, NDArray[np.generic]]) -> None:
+    """Raises ValueError for frequencies of other numbers than the encoder looks for them."""
+    for name in ("mean_frequency", "view_frequency", "refine_frequency"):
+        if (tables[name].astype(bool) != tables[name][:, ::-1].astype(bool)).any():
+            raise ValueError(f"{name} that reaches further on one side of 0 than on the other")
+    level = tables["level_frequency"]
+    if (level.astype(bool) != (np.arange(level.shape[1]) >= level.shape[1] // 2)).any():
+        raise ValueError(f"level_frequency of other levels than 0 to {level.shape[1] // 2}")
+
+
+def _used(frequency: NDArray[np.generic]) -> Tables:
+    """Without the last axes, on which nothing but 0 was ever seen."""
+    is_used = np.flatnonzero(frequency[:, frequency.shape[1] // 2] != TOTAL)
+    return tables_of(frequency[: is_used[-1] + 1 if len(is_used) else 1])

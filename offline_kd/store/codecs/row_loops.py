@@ -26,7 +26,7 @@ _inlined: Any = partial(_compiled, inline="always")
 
 
 @_inlined
-def _found(slot, place, base, sums, begin):  # type: ignore[no-untyped-def]
+def _found(slot, place, base, sums, begin):
     """Where the sum at the beginning of the symbol that a slot belongs to is."""
     at = base[place] + begin[place, slot >> (BITS - BUCKET_BITS)]
     while sums[at + 1] <= slot:
@@ -35,7 +35,7 @@ def _found(slot, place, base, sums, begin):  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _put(state, value, place, lowest, base, sums, buffer, at):  # type: ignore[no-untyped-def]
+def _put(state, value, place, lowest, base, sums, buffer, at):
     """The state with one more number; what it has no room for goes before `at`."""
     symbol = base[place] + (value - lowest[place])
     start = np.int64(sums[symbol])
@@ -49,7 +49,7 @@ def _put(state, value, place, lowest, base, sums, buffer, at):  # type: ignore[n
 
 
 @_compiled
-def encode(  # type: ignore[no-untyped-def]
+def encode_rows(
     values,
     lowest, base, sums, begin,
     level, numbers,
@@ -78,12 +78,12 @@ def encode(  # type: ignore[no-untyped-def]
 
 
 @_inlined
-def _byte(codes, row, at):  # type: ignore[no-untyped-def]
+def _byte(codes, row, at):
     return np.uint32(codes[row, at]) if at < codes.shape[1] else np.uint32(0)
 
 
 @_inlined
-def _next(state, at, at_symbol, slot, sums, codes, row):  # type: ignore[no-untyped-def]
+def _next(state, at, at_symbol, slot, sums, codes, row):
     """State and place in the code behind a number."""
     start = sums[at_symbol]
     state = (sums[at_symbol + 1] - start) * (state >> np.uint32(BITS)) + slot - start
@@ -94,13 +94,13 @@ def _next(state, at, at_symbol, slot, sums, codes, row):  # type: ignore[no-unty
 
 
 @_inlined
-def _first_state(codes, row):  # type: ignore[no-untyped-def]
+def _first_state(codes, row):
     high, middle, low = _byte(codes, row, 0), _byte(codes, row, 1), _byte(codes, row, 2)
     return (high << np.uint32(16)) | (middle << np.uint32(8)) | low
 
 
 @_compiled
-def decode(codes, lowest, base, sums, begin, values, state, at):  # type: ignore[no-untyped-def]
+def decode_rows(codes, lowest, base, sums, begin, values, state, at):
     rows, mask = codes.shape[0], np.uint32(TOTAL - 1)
     for row in range(rows):
         state[row], at[row] = _first_state(codes, row), STATE_BYTES
@@ -134,7 +134,7 @@ def decode(codes, lowest, base, sums, begin, values, state, at):  # type: ignore
 
 
 @_compiled
-def decode_more(  # type: ignore[no-untyped-def]
+def decode_more(
     codes,
     level_lowest, level_base, level_sums, level_begin,
     lowest, base, sums, begin,
