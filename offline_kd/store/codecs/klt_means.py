@@ -160,9 +160,9 @@ class KltMeans(Codec):
         q, differences = decode_rows(code.reshape(-1, code.shape[-1]), coders.views, more)
         p, _ = decode_rows(mean.reshape(-1, mean.shape[-1]), coders.means)
         t = np.zeros((*code.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
-        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, -1)
-        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], -1) * np.int16(self.finer)
-        return {"t": t, "differences": differences.reshape(*code.shape[:-1], -1)}
+        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, p.shape[1])
+        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], q.shape[1]) * np.int16(self.finer)
+        return {"t": t, "differences": differences.reshape(*code.shape[:-1], differences.shape[1])}
 
     def unpacked_arrays(self) -> list[str]:
         return ["t", "differences"]
