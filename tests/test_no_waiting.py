@@ -35,11 +35,12 @@ from offline_kd.objectives import example_terms, nkd
 from offline_kd.objectives.decisions import SubclassTerm, subclass_decisions
 from offline_kd.objectives.dtkd import DTKD
 from offline_kd.objectives.term import LossBatch, Term
-from offline_kd.store.codecs.codec import Codec
+from offline_kd.store.codecs.codec import Codec, tensors_of
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.f32 import Float32
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.codecs.klt import Klt
+from offline_kd.store.codecs.klt_means import KltMeans
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.opening import open_store
@@ -63,6 +64,7 @@ CODECS = [
     Int(name="int", bits=4, exact_top=3),
     TopK(name="topk", k=5, tail_temperature=4),
     Klt(name="klt", refine=8, fit_rows=64),
+    KltMeans(name="klt_means", step=0.5, refine=8, fit_rows=64),
 ]
 
 
@@ -127,11 +129,16 @@ def test_views_are_rendered_and_normalised_on_a_gpu_without_waiting_for_it(gpu, 
     assert (inputs.device.type, inputs.dtype, inputs.shape) == ("cuda", torch.float32, (BATCH, 3, 8, 8))
 
 
+def learned_and_unpacked(codec: Codec) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A codec's tables, and what it hands over of two views of 32 images."""
+    logits = np.random.default_rng(0).standard_normal((32, 2, 70)).astype(np.float32)
+    tables = codec.fit(logits)
+    return tables, codec.unpack(codec.encode(logits, tables), tables)
+
+
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.label())
 def test_every_codec_decodes_on_a_gpu_without_waiting_for_it(codec: Codec):
-    logits = np.random.default_rng(0).standard_normal((64, 70)).astype(np.float32)
-    tables = codec.fit(logits)
-    arrays = codec.unpack(codec.encode(logits, tables), tables)
+    tables, arrays = learned_and_unpacked(codec)
 
     def like(known: dict[str, np.ndarray]) -> dict[str, Tensor]:
         # Torch knows uint16 but can do little with it: readers make it int32.
@@ -145,7 +152,7 @@ def test_every_codec_decodes_on_a_gpu_without_waiting_for_it(codec: Codec):
         decoded = codec.decode(like(arrays), 70, like(tables))
         both = ensemble_logits([decoded, decoded], Ensemble((1, 3)))
     for one in (decoded, both):
-        assert (one.device.type, one.dtype, one.shape) == ("cuda", torch.float32, (64, 70))
+        assert (one.device.type, one.dtype, one.shape) == ("cuda", torch.float32, (32, 2, 70))
 
 
 def test_constants_are_made_once_and_never_those_of_a_mode_that_ended():
@@ -207,6 +214,13 @@ def test_a_step_of_every_objective_reads_nothing_back_and_brings_no_numbers(term
     before = [one.clone() for one in student.network.parameters()]
     assert counted(step, (*READ, *MADE)) == 0
     assert any(not torch.equal(*pair) for pair in zip(before, student.network.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.label())
+def test_decoding_reads_nothing_back_and_brings_no_numbers(codec: Codec):
+    tables, arrays = map(tensors_of, learned_and_unpacked(codec))
+    codec.decode(arrays, 70, tables)  # whose constants are made once
+    assert counted(lambda: codec.decode(arrays, 70, tables), (*READ, *MADE)) == 0
 
 
 def test_what_counts_reads_would_find_them():

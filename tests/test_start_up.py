@@ -14,7 +14,7 @@ from offline_kd.data import manifest
 from offline_kd.store import sync
 from offline_kd.support import downloads
 
-HEAVY = ("torch", "ray", "zarr", "numpy", "pydantic", "rich", "yaml", "model_signing")
+HEAVY = ("torch", "ray", "zarr", "numpy", "numba", "pydantic", "rich", "yaml", "model_signing")
 ENTRY = (
     "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=open(sys.argv.pop(), 'w')));"
     "from offline_kd.cli.main import main; sys.argv[0] = 'offline-kd';"
@@ -49,6 +49,16 @@ def test_help_version_and_typing_errors_import_nothing_heavy(arguments, status, 
     assert said in done.stdout + done.stderr
     assert "click" in modules
     assert not modules.intersection(HEAVY)
+
+
+def test_a_store_without_image_means_is_opened_without_the_compiler(tmp_path):
+    # Only a codec that has been compiled needs it, and loading it takes as long as all the rest.
+    done, modules = in_a_new_process(
+        ["store", "info", str(ROOT / "tests" / "fixtures" / "store_v4" / "store")], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "numpy" in modules
+    assert not modules.intersection({"numba", "llvmlite"})
 
 
 def test_help_imports_no_command(tmp_path):

@@ -24,7 +24,7 @@ from offline_kd.store.layout import PROBES_PER_GROUP, probe_pixels
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
 from offline_kd.support.counter_rng import counter_hash
-from offline_kd.support.errors import DataError, TeacherError
+from offline_kd.support.errors import DataError, StoreMismatch, TeacherError
 from offline_kd.views.choice import choose
 from offline_kd.views.kind import Parameters
 from offline_kd.views.mixing import without_rows
@@ -103,8 +103,8 @@ def ask_teacher(
         number: of the block in its split.
         asked: the answers about all these views, which come from another thread, and what decoded the images for
             them; None: everything is done here, one after the other.
-        of_images: what the codec has kept of these images, `[n, ...]` by full name, with their first view group; None:
-            this is the first, or it keeps nothing of images.
+        of_images: what the codec has kept of these images, `[n, ...]` by full name, with their first view group, and
+            their `key_hash` where the store has it with that; None: this is the first, or it keeps nothing of images.
 
     Returns:
         The arrays by full name, rows first; and the samples of the tar that have no row, because their images cannot
@@ -112,13 +112,14 @@ def ask_teacher(
 
     Raises:
         DataError: when images have not the store's size, or none can be decoded.
+        StoreMismatch: when these are not the images that `of_images` is about.
         TeacherError: when the teacher's answers are not finite or not of the store's shape.
     """
     if asked is None:
         portion = Portion(block, parameters, number, group)
         asked = portion.decoder, (answer(inquiry, portion, batch) for batch in rendered(inquiry, portion))
     decoder, answers = asked
-    logits = _Logits(inquiry, parameters["flip"].shape[1], of_images)
+    logits = _Logits(inquiry, block.where, parameters["flip"].shape[1], of_images)
     decided: dict[str, list[Tensor]] = {}
     for one in answers:
         if one.is_there is not None:
@@ -131,6 +132,8 @@ def ask_teacher(
     kept, parameters = (
         (block.without(decoder.bad), without_rows(parameters, decoder.bad)) if decoder.bad else (block, parameters)
     )
+    if of_images and not np.array_equal(of_images.get("key_hash", kept.key_hash), kept.key_hash):
+        raise _other_images(block.where)
     per_view = {name: torch.cat(pieces).numpy() for name, pieces in decided.items()}
     count, num_views = parameters["flip"].shape
     arrays: Arrays = {
@@ -268,8 +271,8 @@ def _refuse_not_finite(inquiry: Inquiry, block: ImageBlock, group: int, one: Ans
 class _Logits:
     """Logits on their way into the codec: those of some images are encoded together, never a whole block."""
 
-    def __init__(self, inquiry: Inquiry, num_views: int, of_images: Arrays | None) -> None:
-        self.codec, self.tables = inquiry.identity.codec, inquiry.codec_tables
+    def __init__(self, inquiry: Inquiry, where: str, num_views: int, of_images: Arrays | None) -> None:
+        self.codec, self.tables, self.where = inquiry.identity.codec, inquiry.codec_tables, where
         self.num_views, self.of_images = num_views, of_images
         self.waiting: list[NDArray[np.float32]] = []
         self.pieces: dict[str, list[NDArray[np.generic]]] = {}
@@ -293,15 +296,25 @@ class _Logits:
         if whole:
             logits = rows[:whole].reshape(-1, self.num_views, rows.shape[1])
             these = slice(self.images, self.images + len(logits))
-            kept = None if self.of_images is None else _without_prefix(self.of_images, these)
+            kept = None if self.of_images is None else _without_prefix(self.of_images, these, self.where)
             for name, array in self.codec.encode(logits, self.tables, kept).items():
                 self.pieces.setdefault(name, []).append(array)
             self.images += len(logits)
         self.waiting = [rows[whole:]] if whole < len(rows) else []
 
 
-def _without_prefix(arrays: Arrays, rows: slice) -> Arrays:
-    return {name.removeprefix("logits/"): array[rows] for name, array in arrays.items()}
+def _without_prefix(arrays: Arrays, rows: slice, where: str) -> Arrays:
+    """Of some rows, as the codec calls them; raises StoreMismatch where there are fewer."""
+    if any(len(array) < rows.stop for array in arrays.values()):
+        raise _other_images(where)
+    return {name.removeprefix("logits/"): array[rows] for name, array in arrays.items() if name != "key_hash"}
+
+
+def _other_images(where: str) -> StoreMismatch:
+    return StoreMismatch(
+        f"{where}: the images that can be decoded are not those of which the store has other views already. Use the "
+        "images that it was begun with, or capture another store."
+    )
 
 
 def _probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, number: int, group: int) -> Arrays:

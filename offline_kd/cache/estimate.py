@@ -11,6 +11,7 @@ from torch import Tensor
 
 from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import describe_capture
+from offline_kd.cache.sample import sampled_logits
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.fetching import Root
@@ -18,6 +19,8 @@ from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import Recipe
 from offline_kd.store.chunks import encode_chunk
+from offline_kd.store.codecs import CODEC_TABLES
+from offline_kd.store.codecs.codec import tensors_of
 from offline_kd.store.layout import num_entries, num_pages, parts_of
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import StoreIdentity, kind_of
@@ -55,7 +58,11 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
     views = identity.groups[0]
     parameters = draw(recipe.views, block.key_hash, block.sizes())
     chosen = {name: array[:, : views.stop] for name, array in parameters.items()}
-    inquiry = Inquiry(teacher, identity, _stand_ins(identity, device), device)
+    tables = _stand_ins(identity, device)
+    if identity.codec.learns_from:  # of fewer answers than a capture learns from: how big it is depends on them
+        logits = sampled_logits(teacher, identity.views, loader, len(block), len(views), device, 1)
+        tables[CODEC_TABLES] = tensors_of(identity.codec.fit(logits))
+    inquiry = Inquiry(teacher, identity, tables, device)
 
     def stage_1() -> Arrays:
         return ask_teacher(inquiry, block, chosen, 0, 0)[0]
@@ -144,6 +151,7 @@ def _stand_ins(identity: StoreIdentity, device: torch.device) -> dict[str, dict[
             for spec in specs
         }
         for name, specs in parts_of(identity)[""].tables.items()
+        if name != CODEC_TABLES
     }
 
 

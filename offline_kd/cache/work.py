@@ -184,8 +184,12 @@ def _encoded(
 
 
 def _image_arrays(work: Work) -> list[str]:
-    """What the codec keeps of images, once for all their view groups."""
-    return [spec.name for spec in work.part.specs if spec.name.startswith("logits/") and spec.extent == "block"]
+    """What the codec keeps of images, once for all their view groups, and which images these are.
+
+    An addition has no keys of its own: it is compared with the rows of the store before it is committed.
+    """
+    names = [spec.name for spec in work.part.specs if spec.name.startswith("logits/") and spec.extent == "block"]
+    return ["key_hash", *names] if names and not work.part.name else names
 
 
 def _kept_of_images(work: Work, number: int) -> Arrays:

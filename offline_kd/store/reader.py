@@ -195,7 +195,10 @@ class Store:
                 memory.coming[place] = self._threads.submit(self._content, block, group, name), spec.chunk_bytes
 
     def read_tables(self, name: str) -> Arrays:
-        """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names."""
+        """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names.
+
+        Raises StoreCorrupt also for tables of the codec that cannot be what it learned.
+        """
         part = next(
             (part for part in self.parts.values() if part.targets == self.targets and name in part.tables), None
         )
@@ -206,6 +209,11 @@ class Store:
         for spec in part.tables[name]:
             where = f"{self.place}/targets.zarr/{spec.object_key(0, 0)}"
             arrays[spec.name.rsplit("/", 1)[-1]] = decode_chunk(spec, self.verified(entry, spec, 0, 0), where)
+        if name == CODEC_TABLES and (problem := part.codec.problem_of(arrays)):
+            raise StoreCorrupt(
+                f"{self.place}/ledger/{entry.file_name}: vouches for tables of codec {part.codec.name} with {problem}. "
+                "Whoever wrote this store was faulty: capture it again."
+            )
         return arrays
 
     def tables_statistics(self, name: str) -> dict[str, float]:

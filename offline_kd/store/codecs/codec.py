@@ -102,6 +102,10 @@ class Codec(Strict, ABC):
         """
         return {}
 
+    def problem_of(self, tables: Tables) -> str:
+        """What is wrong with what a store holds as `tables`, of the right types and shapes; "" if nothing is."""
+        return ""
+
     # ---- reading: only codecs whose stored arrays are not what a device can decode -----------------------------------
 
     def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
@@ -114,7 +118,7 @@ class Codec(Strict, ABC):
 
     def decode_stored(self, arrays: Arrays, tables: Tables, num_classes: int) -> Tensor:
         """`[..., C]` float32 logits from what `encode` made, all on the CPU: for those who are in no hurry."""
-        return self.decode(_tensors(self.unpack(arrays, tables)), num_classes, _tensors(tables))
+        return self.decode(tensors_of(self.unpack(arrays, tables)), num_classes, tensors_of(tables))
 
     # ---- proof -------------------------------------------------------------------------------------------------------
 
@@ -158,7 +162,8 @@ class Codec(Strict, ABC):
         return []
 
 
-def _tensors(arrays: Tables) -> dict[str, Tensor]:
+def tensors_of(arrays: Tables) -> dict[str, Tensor]:
+    """Arrays or tables on the CPU, as `decode` takes them."""
     # Torch knows uint16 but can do little with it.
     return {
         name: torch.from_numpy(np.array(array.astype(np.int32) if array.dtype == np.uint16 else array))

@@ -15,9 +15,7 @@ What must be the same on every machine is exact: logits are rounded to parts of 
 1/SCALE, and all sums stay below 2**24 where they are float32.
 """
 
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Literal, Self
 
 import numpy as np
@@ -26,10 +24,12 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from offline_kd.store.codecs import row_coder
 from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
 from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, whole_logits
 from offline_kd.store.codecs.rans import TOTAL, frequencies
+from offline_kd.store.codecs.row_coder import coders_of
+from offline_kd.store.codecs.row_coder import decode as decode_rows
+from offline_kd.store.codecs.row_coder import encode as encode_rows
 from offline_kd.support.constants import constant
 from offline_kd.support.errors import TeacherError
 
@@ -118,9 +118,10 @@ class KltMeans(Codec):
         along = np.einsum("nvk,nk->k", x, mean)
         share = np.where(power > 0, along / np.where(power > 0, power, 1), 0).clip(0, 1) * (num_views > 1)
         tables["share"] = share.astype(np.float32)
-        p = _without_rare(_rounded(mean * tables["share"]))
+        p = _short(_without_rare(_rounded(mean * tables["share"])), MOST_NORM / 2)
         tables["mean_frequency"] = _frequencies_of_axes(p)
         q = _without_rare(_rounded((x - p[:, None]) / self.finer).reshape(len(rows), -1))
+        q = _short(q, MOST_NORM / 2 / self.finer)
         tables["view_frequency"] = _frequencies_of_axes(q)
         level, differences = self._refined(rows, self._in_units(q, p.repeat(num_views, axis=0), tables))
         tables["level_frequency"] = _level_frequencies(level)
@@ -130,7 +131,10 @@ class KltMeans(Codec):
         return tables
 
     def encode(self, logits: Floats, tables: Tables, of_images: Arrays | None = None) -> Arrays:
-        """Of `[n, v, C]`. A mean or a row that does not fit into its bytes loses its finest axes."""
+        """Of `[n, v, C]`. A mean or a row that does not fit into its bytes loses its finest axes.
+
+        Raises TeacherError when it does not fit without any.
+        """
         num_images, num_views, num_classes = logits.shape
         rows = np.ascontiguousarray(logits.reshape(-1, num_classes))
         x = self._on_axes(rows, tables).reshape(num_images, num_views, -1)
@@ -140,7 +144,7 @@ class KltMeans(Codec):
             mean = np.ascontiguousarray(of_images["mean"], dtype=np.uint8)
         coders = coders_of(tables)
         p = np.zeros((num_images, 1, x.shape[2]), dtype=np.int16)
-        p[:, 0, : len(coders.means)] = row_coder.decode(mean, coders.means)[0]
+        p[:, 0, : len(coders.means)] = decode_rows(mean, coders.means)[0]
         q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
         code = self._encode_rows(
             rows, q.reshape(len(rows), -1), p.repeat(num_views, axis=1).reshape(len(rows), -1), tables
@@ -153,12 +157,12 @@ class KltMeans(Codec):
         coders = coders_of(tables)
         counts = self._counts(tables["mean"].shape[0])
         more = coders.level, coders.refined, counts
-        q, differences = row_coder.decode(code.reshape(-1, code.shape[-1]), coders.views, more)
-        p, _ = row_coder.decode(mean.reshape(-1, mean.shape[-1]), coders.means)
+        q, differences = decode_rows(code.reshape(-1, code.shape[-1]), coders.views, more)
+        p, _ = decode_rows(mean.reshape(-1, mean.shape[-1]), coders.means)
         t = np.zeros((*code.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
-        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, -1)
-        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], -1) * np.int16(self.finer)
-        return {"t": t, "differences": differences.reshape(*code.shape[:-1], -1)}
+        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, p.shape[1])
+        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], q.shape[1]) * np.int16(self.finer)
+        return {"t": t, "differences": differences.reshape(*code.shape[:-1], differences.shape[1])}
 
     def unpacked_arrays(self) -> list[str]:
         return ["t", "differences"]
@@ -183,11 +187,18 @@ class KltMeans(Codec):
         t, differences = unpacked["t"], unpacked["differences"]
         classes, steps, is_fine = self._steps(whole_logits(t, axes[: t.shape[1]], mean), differences.shape[1])
         # What was refined to the end of a table may have been further away.
-        reach = (tables["refine_frequency"].astype(bool).sum(axis=1) // 2).reshape(LEVELS, -1).min(axis=0)
-        is_fine &= differences.abs() < torch.from_numpy(reach)
+        level = np.searchsorted(self._counts(again.shape[1]), is_fine.sum(dim=1).numpy())
+        is_fine &= differences.abs() < torch.from_numpy(_reach(tables["refine_frequency"]).reshape(LEVELS, -1)[level])
         errors = (stored - again).abs()
         allowed = steps / 2 + ARITHMETIC[dtype] * max(1.0, again.abs().max().item())
         return Comparison(torch.where(is_fine, errors.gather(1, classes), 0), allowed, errors)
+
+    def problem_of(self, tables: Tables) -> str:
+        try:
+            coders_of(tables)
+        except ValueError as error:
+            return str(error)
+        return ""
 
     def label(self) -> str:
         default = self.model_fields_set <= {"name", "step"}
@@ -237,12 +248,13 @@ class KltMeans(Codec):
         eighth = max(1, round(SCALE / self._unit / 8))
         width = max(1, round(self.refine_spread * LOG_GROWTH / self._unit * SCALE))
         below = (largest[:, :1] - largest).int()
-        shares = torch.div(below, eighth, rounding_mode="floor").clamp_(max=len(EXP) - 1)
+        # Sums of damaged numbers need not fit into 32 bits, and a place in a table must.
+        shares = torch.div(below, eighth, rounding_mode="floor").clamp_(0, len(EXP) - 1)
         total = constant(EXP, below)[shares].sum(dim=1)
         below += eighth * torch.bucketize(total, constant(LOG, below), out_int32=True)[:, None]
         bucket = torch.div(below, width, rounding_mode="floor")
         steps = constant(self._table_of_steps(), whole)
-        return classes, steps[bucket.clamp(max=len(steps) - 1)], bucket < len(steps)
+        return classes, steps[bucket.clamp(0, len(steps) - 1)], bucket < len(steps)
 
     def _table_of_steps(self) -> tuple[float, ...]:
         steps = [self.refine_step]
@@ -275,23 +287,23 @@ class KltMeans(Codec):
         p = _within(p, tables["mean_frequency"], MOST_NORM / 2)
         coders = coders_of(tables)
         p = p[:, : len(coders.means)].copy()
-        codes, too_long = row_coder.encode(p, coders.means, self.mean_bytes)
+        codes, too_long = encode_rows(p, coders.means, self.mean_bytes)
         kept = p.shape[1]
         while len(too_long):
-            kept //= 2
+            kept = _fewer(kept, "mean_bytes", self.mean_bytes)
             p[too_long, kept:] = 0
-            codes[too_long], still = row_coder.encode(p[too_long], coders.means, self.mean_bytes)
-            too_long = too_long[still] if kept else still[:0]
+            codes[too_long], still = encode_rows(p[too_long], coders.means, self.mean_bytes)
+            too_long = too_long[still]
         return codes
 
     def _encode_rows(self, logits: Floats, q: Whole, p: Whole, tables: Tables) -> NDArray[np.uint8]:
         codes, too_long = self._encode_some(logits, q, p, tables)
         kept = q.shape[1]
         while len(too_long):
-            kept //= 2
+            kept = _fewer(kept, "row_bytes", self.row_bytes)
             q[too_long, kept:] = 0
             codes[too_long], still = self._encode_some(logits[too_long], q[too_long], p[too_long], tables)
-            too_long = too_long[still] if kept else still[:0]
+            too_long = too_long[still]
         return codes
 
     def _encode_some(
@@ -300,7 +312,7 @@ class KltMeans(Codec):
         coders = coders_of(tables)
         level, differences = self._refined(logits, self._in_units(q, p, tables), tables)
         more = level, differences, coders.level, coders.refined, self._counts(logits.shape[1])
-        return row_coder.encode(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
+        return encode_rows(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
 
 
 def ranked(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -309,6 +321,16 @@ def ranked(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
     unique = whole.long() * classes + torch.arange(classes - 1, -1, -1, device=whole.device)
     found = unique.topk(count, dim=1)
     return torch.div(found.values, classes, rounding_mode="floor"), found.indices
+
+
+def _fewer(kept: int, setting: str, most: int) -> int:
+    """Half as many axes; raises TeacherError where there are none to do without."""
+    if not kept:
+        raise TeacherError(
+            f"codec klt_means: a code takes more than its {most} bytes of {setting} even without any axis. Larger ones "
+            f"cost nothing where they are not needed: --set capture.codec.{setting}={min(4 * most, 8192)}"
+        )
+    return kept // 2
 
 
 def _rounded(values: NDArray[np.floating]) -> Whole:
@@ -340,8 +362,13 @@ def _reach(frequency: NDArray[np.generic]) -> NDArray[np.int16]:
 def _within(values: Whole, frequency: NDArray[np.generic], most_norm: float) -> Whole:
     """`[..., k]` numbers that have a frequency in `[k, 2 MOST + 1]`, and are short enough for sums to be exact."""
     reach = _reach(frequency)
-    values = values.clip(-reach, reach)
-    norm = np.linalg.norm(values.astype(np.float32), axis=-1, keepdims=True)
+    return _short(values.clip(-reach, reach), most_norm)
+
+
+def _short(values: Whole, most_norm: float) -> Whole:
+    """`[..., k]` numbers of which none is longer than that; those that are lose of every number as much."""
+    wide = values.astype(np.int32)
+    norm = np.sqrt(np.einsum("...k,...k->...", wide, wide))[..., None]  # of whole numbers, so it depends on no order
     if (norm > most_norm).any():
         values = np.where(norm > most_norm, np.trunc(values * (most_norm / norm.clip(min=1))), values).astype(np.int16)
     return values
@@ -353,49 +380,3 @@ def _level_frequencies(level: Whole) -> NDArray[np.uint16]:
     share = np.maximum(np.floor(found / found.sum() * (TOTAL - LEVELS)), 0) + 1
     share[share.argmax()] += TOTAL - share.sum()
     return np.concatenate([np.zeros(LEVELS - 1), share])[None].astype(np.uint16)
-
-
-# ---- coders of a store ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Coders:
-    """What the entropy coder wants of the tables of a store; axes that are never used have been left out."""
-
-    means: row_coder.Tables
-    views: row_coder.Tables
-    level: row_coder.Tables
-    refined: row_coder.Tables
-
-
-_known: dict[int, tuple[weakref.ref[NDArray[np.generic]], Coders]] = {}
-
-
-def coders_of(tables: Tables) -> Coders:
-    """Kept for as long as the tables are there: to compare them would cost more than to decode a block.
-
-    Raises ValueError for frequencies that are not those of a coder.
-    """
-    frequency = tables["view_frequency"]
-    known = _known.get(id(frequency))
-    if known is None or known[0]() is not frequency:
-        found = Coders(
-            _used(tables["mean_frequency"]),
-            _used(frequency),
-            row_coder.tables_of(tables["level_frequency"]),
-            row_coder.tables_of(tables["refine_frequency"]),
-        )
-        number = id(frequency)
-
-        def forget(_: object) -> None:
-            _known.pop(number, None)
-
-        known = weakref.ref(frequency, forget), found
-        _known[number] = known
-    return known[1]
-
-
-def _used(frequency: NDArray[np.generic]) -> row_coder.Tables:
-    """Without the last axes, on which nothing but 0 was ever seen."""
-    is_used = np.flatnonzero(frequency[:, frequency.shape[1] // 2] != TOTAL)
-    return row_coder.tables_of(frequency[: is_used[-1] + 1 if len(is_used) else 1])
