@@ -197,11 +197,44 @@ class KltMeans(Codec):
 
     @classmethod
     def candidates(cls, logits: Floats) -> list[Self]:
-        """Four steps, by the spread of the logits; nothing for one view of an image, or for a few classes."""
+        """Steps by the spread of the logits, and what is made finer by what is then left to gain; nothing for one view
+        of an image, or for a few classes.
+        """
         if logits.shape[-1] < FEWEST_CLASSES or logits.shape[-2] < 2:
             return []
         spread = float(logits.std())
-        return [cls(name="klt_means", step=float(f"{factor * spread:.2g}")) for factor in (1, 2, 3, 4)]
+        shapes = [(4, 64, 1 / 36), (3, 96, 1 / 44), (2, 128, 1 / 55), (1.2, 160, 1 / 76)]
+        # Where all classes count alike, as for KD at high temperatures, it is the step that gains.
+        shapes += [(1.2, 16, 1 / 16), (0.7, 16, 1 / 32), (0.4, 16, 1 / 32), (0.2, 16, 1 / 32)]
+        return [
+            cls(name="klt_means", step=float(f"{factor * spread:.2g}"), refine=refine, refine_step=refine_step)
+            for factor, refine, refine_step in shapes
+        ]
+
+    def nearby(self) -> list[Self]:
+        """A coarser step, less that is made finer, and what one gains paid for by the other."""
+        return [
+            self._changed(step=1.12),
+            self._changed(refine_step=1.3),
+            self._changed(refine=0.7),
+            self._changed(refine_coarsest=0.8),
+            self._changed(step=1.12, refine_step=0.77),
+            self._changed(step=1.12, refine=1.4, refine_coarsest=1.25),
+            self._changed(step=0.89, refine_step=1.3),
+            self._changed(step=0.89, refine=0.7, refine_coarsest=0.8),
+            self._changed(finer=0.75),
+            self._changed(finer=1.34),
+        ]
+
+    def _changed(self, **factors: float) -> Self:
+        """With some fields so many times what they are, as far as they may be."""
+        most = {"step": 100.0, "finer": 64, "refine": 256, "refine_step": 10.0, "refine_coarsest": 10.0}
+        changed = {}
+        for name, factor in factors.items():
+            value = getattr(self, name) * factor
+            changed[name] = max(1, round(value)) if isinstance(most[name], int) else float(f"{value:.3g}")
+            changed[name] = min(changed[name], most[name])
+        return type(self)(**{**self.model_dump(), **changed})
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
