@@ -1,11 +1,13 @@
 """`codec: {name: auto}`: the smallest codec that loses no more than a budget of this teacher's own logits."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from offline_kd.cache.fidelity import distortion
@@ -25,7 +27,20 @@ from offline_kd.views.kind import ViewSpec
 
 # Few tars: this happens before anything is stored.
 MAX_SAMPLES, MAX_VIEWS, MAX_ROWS, MAX_TARS = 1024, 16, 8192, 64
-MAX_TRIES = 32  # settings near the best one; each learns tables of its own
+MAX_TRIES = 32  # settings near the best one, each with tables of its own
+# What fields are multiplied by to look for a smaller setting: coarser, or what one gains paid for by another.
+DIRECTIONS: tuple[dict[str, float], ...] = (
+    {"step": 1.12},
+    {"refine_step": 1.3},
+    {"refine": 0.7},
+    {"refine_coarsest": 0.8},
+    {"step": 1.12, "refine_step": 0.77},
+    {"step": 1.12, "refine": 1.4, "refine_coarsest": 1.25},
+    {"step": 0.89, "refine_step": 1.3},
+    {"step": 0.89, "refine": 0.7, "refine_coarsest": 0.8},
+    {"finer": 0.75},
+    {"finer": 1.34},
+)
 EVERYTHING = Needs(offset=True, labels=True)
 
 Floats = NDArray[np.float32]
@@ -106,21 +121,21 @@ def smallest_within(budget: float | GradientBudget, logits: Floats, num_groups: 
     within = [one for one in found if one.change <= allowed]
     best = _improved(min(within, key=lambda one: one.bytes_per_view), allowed, measure) if within else None
     if best is None:
-        say(f"codec auto: nothing but f32 is within {_about(budget)} of {allowed:g}")
+        say(f"codec auto: nothing but f32 is within the budget: {_said(budget, allowed)}")
         return Float32()
     say(
-        f"codec auto: {best.codec.label()}, {best.bytes_per_view:.1f} bytes per view, {_about(budget)} "
-        f"{best.change:.2g} (allowed: {allowed:g}), on {len(z_t):,} views"
+        f"codec auto: {best.codec.label()}, {best.bytes_per_view:.1f} bytes per view, {_said(budget, best.change)} "
+        f"(allowed: {allowed:g}), on {len(z_t):,} views"
     )
     return best.codec
 
 
-def _about(budget: float | GradientBudget) -> str:
+def _said(budget: float | GradientBudget, change: float) -> str:
     if not isinstance(budget, GradientBudget):
-        return "total variation at the worst of T = 1, 2, 4"
+        return f"total variation {change:.2g} at the worst of T = 1, 2, 4"
     fields = budget.objective.model_dump(exclude={"term"}, exclude_unset=True)
     setting = ", ".join([budget.objective.term, *(f"{name} {value}" for name, value in fields.items())])
-    return f"relative change of the gradient of {setting}"
+    return f"the gradient of {setting} changes by {change:.2g}"
 
 
 def _by_total_variation(z_t: Tensor) -> Callable[[Tensor], float]:
@@ -156,15 +171,32 @@ def _measured(
 
 
 def _improved(best: Choice, allowed: float, measure: Callable[[Codec], Choice]) -> Choice:
-    """From the best setting on, what is near it, smaller and within the budget, until nothing is or time is up."""
-    move = failed = 0
-    for _ in range(MAX_TRIES):
-        near = best.codec.nearby()
-        if failed >= len(near):
-            break
-        one = measure(near[move % len(near)])
-        if one.change <= allowed and one.bytes_per_view < best.bytes_per_view:
-            best, failed = one, 0  # and the same way again
-        else:
-            move, failed = move + 1, failed + 1
+    """From the best setting on, what is near it, smaller and within the budget, until nothing is."""
+    tries = MAX_TRIES
+    for pace in (1.0, 0.4):
+        move = failed = 0
+        while tries and failed < len(near := _nearby(best.codec, pace)):
+            one = measure(near[move % len(near)])
+            if one.change <= allowed and one.bytes_per_view < best.bytes_per_view:
+                best, failed = one, 0  # and the same way again
+            else:
+                move, failed = move + 1, failed + 1
+            tries -= 1
     return best
+
+
+def _nearby(codec: Codec, pace: float) -> list[Codec]:
+    """A step from a setting into every direction that it knows and that is allowed."""
+    known: dict[str, float] = codec.model_dump()
+    found = []
+    for factors in DIRECTIONS:
+        if factors.keys() <= known.keys():
+            with suppress(ValidationError):  # further than a field may be
+                found.append(
+                    codec.model_validate(known | {name: _times(known[name], factors[name] ** pace) for name in factors})
+                )
+    return found
+
+
+def _times(value: float, factor: float) -> float:
+    return max(1, round(value * factor)) if isinstance(value, int) else float(f"{value * factor:.3g}")

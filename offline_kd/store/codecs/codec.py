@@ -154,11 +154,7 @@ class Codec(Strict, ABC):
 
     @classmethod
     def candidates(cls, logits: Floats) -> list[Self]:
-        """Settings that `bench codecs` compares, and that `auto` may choose, for logits `[..., v, C]` like these."""
-        return []
-
-    def nearby(self) -> list[Self]:
-        """Settings near this one that `auto` tries when this is the best, each a step in a direction of its own."""
+        """Settings that `bench codecs` compares, and that `auto` may choose, for logits `[..., C]` like these."""
         return []
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from offline_kd.store.codecs import row_coder
 from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
-from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, whole_logits
+from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, step_of, whole_logits
 from offline_kd.store.codecs.rans import TOTAL, frequencies
 from offline_kd.support.constants import constant
 from offline_kd.support.errors import TeacherError
@@ -40,6 +40,9 @@ GROWTH, LOG_GROWTH = 1.25, 0.22314355131420976  # a step of what is made finer i
 LEVELS = 8
 E_EIGHTH = 1.1331484530668263  # e**(1/8)
 RARE = 500
+# Candidates, the steps in standard deviations of the logits. The last four: for KD at high T only the step gains.
+STEPS, REFINE = (4, 3, 2, 1.2, 1.2, 0.7, 0.4, 0.2), (64, 96, 128, 160, 16, 16, 16, 16)
+REFINE_STEPS = 1 / 36, 1 / 44, 1 / 55, 1 / 76, 1 / 16, 1 / 32, 1 / 32, 1 / 32
 
 # 2**16 e**-(i / 8), and the sums of these from which on a logarithm is nearer to (j + 1) / 8 than to j / 8.
 EXP = tuple(round(2**16 * E_EIGHTH**-i) for i in range(100))
@@ -191,50 +194,16 @@ class KltMeans(Codec):
 
     def label(self) -> str:
         default = self.model_fields_set <= {"name", "step"}
-        return f"means {self.step:g}" + (
-            "" if default else f", 1/{self.finer}, {self.refine} by {self.refine_step:.3g}"
-        )
+        more = f", 1/{self.finer}, {self.refine} by {self.refine_step:.3g} to {self.refine_coarsest:g}"
+        return f"means {self.step:g}" + ("" if default else more)
 
     @classmethod
     def candidates(cls, logits: Floats) -> list[Self]:
-        """Steps by the spread of the logits, and what is made finer by what is then left to gain; nothing for one view
-        of an image, or for a few classes.
-        """
+        """By the spread of the logits; nothing for one view of an image, or for a few classes."""
         if logits.shape[-1] < FEWEST_CLASSES or logits.shape[-2] < 2:
             return []
-        spread = float(logits.std())
-        shapes = [(4, 64, 1 / 36), (3, 96, 1 / 44), (2, 128, 1 / 55), (1.2, 160, 1 / 76)]
-        # Where all classes count alike, as for KD at high temperatures, it is the step that gains.
-        shapes += [(1.2, 16, 1 / 16), (0.7, 16, 1 / 32), (0.4, 16, 1 / 32), (0.2, 16, 1 / 32)]
-        return [
-            cls(name="klt_means", step=float(f"{factor * spread:.2g}"), refine=refine, refine_step=refine_step)
-            for factor, refine, refine_step in shapes
-        ]
-
-    def nearby(self) -> list[Self]:
-        """A coarser step, less that is made finer, and what one gains paid for by the other."""
-        return [
-            self._changed(step=1.12),
-            self._changed(refine_step=1.3),
-            self._changed(refine=0.7),
-            self._changed(refine_coarsest=0.8),
-            self._changed(step=1.12, refine_step=0.77),
-            self._changed(step=1.12, refine=1.4, refine_coarsest=1.25),
-            self._changed(step=0.89, refine_step=1.3),
-            self._changed(step=0.89, refine=0.7, refine_coarsest=0.8),
-            self._changed(finer=0.75),
-            self._changed(finer=1.34),
-        ]
-
-    def _changed(self, **factors: float) -> Self:
-        """With some fields so many times what they are, as far as they may be."""
-        most = {"step": 100.0, "finer": 64, "refine": 256, "refine_step": 10.0, "refine_coarsest": 10.0}
-        changed = {}
-        for name, factor in factors.items():
-            value = getattr(self, name) * factor
-            changed[name] = max(1, round(value)) if isinstance(most[name], int) else float(f"{value:.3g}")
-            changed[name] = min(changed[name], most[name])
-        return type(self)(**{**self.model_dump(), **changed})
+        settings = zip((step_of(logits, one) for one in STEPS), REFINE, REFINE_STEPS, strict=True)
+        return [cls(name="klt_means", step=step, refine=count, refine_step=fine) for step, count, fine in settings]
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
@@ -419,11 +388,7 @@ def coders_of(tables: Tables) -> Coders:
             row_coder.tables_of(tables["refine_frequency"]),
         )
         number = id(frequency)
-
-        def forget(_: object) -> None:
-            _known.pop(number, None)
-
-        known = weakref.ref(frequency, forget), found
+        known = weakref.ref(frequency, lambda _: _known.pop(number, None)), found
         _known[number] = known
     return known[1]
 
