@@ -19,7 +19,7 @@ from offline_kd.store.codecs.klt_means import KltMeans
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.strict import parse
 
-CLASSES = 100
+CLASSES = 64
 
 
 def budget_of(text: str):
@@ -38,8 +38,8 @@ def made_up(images: int, seed: int, views: int = 4) -> np.ndarray:
 
 
 def decoded_on_others(codec, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits `[n, C]` of other images than those that `made_up(120, 0)` are of, and what a codec makes of them."""
-    tables, others = codec.fit(made_up(120, 0)[:, 0]), made_up(60, seed)[:, 0]
+    """Logits `[n, C]` of other images than those that `made_up(80, 0)` are of, and what a codec makes of them."""
+    tables, others = codec.fit(made_up(80, 0)[:, 0]), made_up(40, seed)[:, 0]
     return torch.from_numpy(others).flatten(0, 1), codec.decode_stored(
         codec.encode(others, tables), tables, CLASSES
     ).flatten(0, 1)
@@ -58,9 +58,9 @@ def test_the_gradient_of_kd_is_that_of_its_formula_whoever_has_switched_gradient
     assert relative_change(1.25 * found, found) == pytest.approx(0.25)
 
 
-@pytest.mark.parametrize("allowed", [0.3, 0.05])
-def test_what_is_chosen_for_a_gradient_keeps_to_the_budget_on_other_images(allowed, capsys):
-    codec = smallest_within(budget_of(f"{{objective: kd, temperature: 4, change: {allowed}}}"), made_up(120, 0), 1, 4)
+def test_what_is_chosen_for_a_gradient_keeps_to_the_budget_on_other_images(capsys):
+    allowed = 0.3
+    codec = smallest_within(budget_of(f"{{objective: kd, temperature: 4, change: {allowed}}}"), made_up(80, 0), 1, 4)
     z_t, z = decoded_on_others(codec)
     student = example_student(z_t)
     true = kd_gradient(student, z_t, 4)
@@ -72,16 +72,19 @@ def test_what_is_chosen_for_a_gradient_keeps_to_the_budget_on_other_images(allow
     assert f"(allowed: {allowed:g})" in said
 
 
-def test_a_number_is_about_the_total_variation_and_the_objective_decides_what_a_byte_is_worth(capsys):
-    codec = smallest_within(0.03, made_up(120, 0), 1, 4)
+def test_a_number_is_about_the_total_variation_at_the_worst_temperature():
+    codec = smallest_within(0.03, made_up(80, 0), 1, 4)
     z_t, z = decoded_on_others(codec)
     worst = max((F.softmax(z / t, 1) - F.softmax(z_t / t, 1)).abs().sum(1).mean().item() / 2 for t in (1, 2, 4))
     assert 0.01 < worst <= 1.25 * 0.03
+
+
+def test_the_objective_decides_what_a_byte_is_worth(capsys):
     sizes = []
     for objective in ("kd, temperature: 4", "wttm, gamma: .8"):
-        smallest_within(budget_of(f"{{objective: {objective}, change: .1}}"), made_up(120, 0), 1, 4)
+        smallest_within(budget_of(f"{{objective: {objective}, change: .05}}"), made_up(80, 0), 1, 4)
         sizes.append(float(capsys.readouterr().err.rpartition(" bytes per view")[0].split()[-1]))
-    assert sizes[1] < 0.8 * sizes[0]
+    assert sizes[1] < 0.7 * sizes[0]
 
 
 def test_a_budget_that_nothing_keeps_to_is_answered_by_f32():
@@ -93,7 +96,7 @@ REFUSALS = {
     "{objective: ce, change: .1}": "'ce' does not look at the teacher's logits: name one that does, such as kd",
     "{objective: decisions, decisions: a, change: .1}": "'decisions' does not look at the teacher's logits",
     "{objective: kd, temperature: 4, change: 0}": "change': Input should be greater than 0, got 0",
-    "{objective: kd, temperature: 4, change: -.1}": "change': Input should be greater than 0, got -0.1",
+    "{objective: kd, temperature: 4, change: -0.1}": "change': Input should be greater than 0, got -0.1",
     "{objective: kd, temperature: 4}": "change': Field required",
     "{objective: kd, change: .1}": "objective.kd.temperature': Field required",
     "{objective: kd, temprature: 4, change: .1}": "Did you mean 'temperature'?",
@@ -144,7 +147,7 @@ def test_the_command_line_captures_by_an_objectives_budget(recipe_file, where, t
 
 
 def test_a_capture_shares_an_images_mean_among_its_view_groups_as_auto_counted(data_root, tmp_path, capsys):
-    """A teacher of 100 classes, so that predicting views from each other pays."""
+    """A teacher of many classes, so that predicting views from each other pays."""
     (tmp_path / "data").mkdir()
     shutil.copy(next((data_root / "digits").glob("train-000000*")), tmp_path / "data")
     torch.manual_seed(0)
@@ -154,16 +157,16 @@ def test_a_capture_shares_an_images_mean_among_its_view_groups_as_auto_counted(d
     store = okd.cache_teacher(
         module,
         tmp_path / "data",
-        views={"kind": "pad_crop_flip", "padding": 1, "flip": False, "count": 8},
+        views={"kind": "pad_crop_flip", "padding": 1, "flip": False, "count": 4},
         out=tmp_path / "store",
         normalisation={"mean": [0.3, 0.3, 0.3], "std": [0.4, 0.4, 0.4]},
         codec={"name": "auto", "error_budget": {"objective": "kd", "temperature": 2, "change": 0.2}},
         classes=[str(label) for label in range(CLASSES)],
-        views_per_group=4,
+        views_per_group=2,
     )
     reader = store.reader
     assert isinstance(reader.identity.codec, KltMeans)
     promised = float(capsys.readouterr().err.partition(" bytes per view")[0].split()[-1])
     stored = sum(size for name, size in reader.manifest.bytes_by_array.items() if name.startswith("logits/"))
-    rows = sum(tar.count for tar in reader.identity.dataset.tars) * 8
+    rows = sum(tar.count for tar in reader.identity.dataset.tars) * 4
     assert stored / rows == pytest.approx(promised, rel=0.12)
