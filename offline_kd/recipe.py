@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_serializer, model_validator
 
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
@@ -79,11 +79,54 @@ class TeacherNetwork(Strict):
     licence: str = ""
 
 
+class GradientBudget(Strict):
+    """What a codec may change of an objective's gradient on a student's logits.
+
+    Recipes write the objective's fields beside it: `{objective: kd, temperature: 4, change: .1}`.
+    """
+
+    objective: AnyTerm
+    change: float = Field(gt=0, lt=1, description="length of the difference, relative to the gradient")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, content: object) -> object:
+        if not isinstance(content, dict) or not isinstance(content.get("objective"), str):
+            return content
+        own = {name: content[name] for name in ("change", "term") if name in content}  # a `term` is refused
+        fields = {name: value for name, value in content.items() if name not in ("objective", *own)}
+        return {"objective": {"term": content["objective"], **fields}, **own}
+
+    @field_validator("objective")
+    @classmethod
+    def _looks_at_logits(cls, objective: AnyTerm) -> AnyTerm:
+        if not objective.needs.logits:
+            raise ValueError(
+                f"'{objective.term}' does not look at the teacher's logits: name one that does, such as kd"
+            )
+        return objective
+
+    @model_serializer
+    def _spread(self) -> dict[str, object]:
+        fields = self.objective.model_dump(mode="json", exclude={"term"}, exclude_unset=True)
+        return {"objective": self.objective.term, **fields, "change": self.change}
+
+
+def _kind_of_budget(content: object) -> str:
+    return "gradient" if isinstance(content, dict | GradientBudget) else "number"
+
+
 class AutoCodec(Strict):
-    """The smallest codec whose total variation, at the worst of T = 1, 2, 4, is within the budget on first views."""
+    """The smallest codec that loses no more than the budget on views of some images.
+
+    A number is about the total variation at the worst of T = 1, 2, 4.
+    """
 
     name: Literal["auto"]
-    error_budget: float = Field(0.01, gt=0, lt=1)
+    error_budget: Annotated[
+        Annotated[float, Field(gt=0, lt=1), Tag("number")] | Annotated[GradientBudget, Tag("gradient")],
+        Discriminator(_kind_of_budget),
+    ] = 0.01
 
 
 class Capture(Strict):
@@ -253,8 +296,8 @@ def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object
     for name, value in over.items():
         old = merged.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
-            # Another kind of schedule, optimizer, codec or view starts afresh: the old one's fields are not its own.
-            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind"))
+            # Another kind of schedule, optimizer, codec, view or budget starts afresh, without the old one's fields.
+            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind", "objective"))
             merged[name] = value if other_kind else _merge(old, value)
         else:
             merged[name] = value

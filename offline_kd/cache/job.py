@@ -230,6 +230,12 @@ def describe_capture(
     first = loader[0]
     example = plain_images(first, teacher.crop, 0, 8)[0][:1]
     rows_per_block = max(tar.count for tar in loader.split.tars)
+    views_per_group = plan_views_per_group(
+        recipe.views,
+        rows_per_block=rows_per_block,
+        num_classes=len(loader.dataset.classes),
+        requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
+    )
     return StoreIdentity(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
@@ -249,17 +255,12 @@ def describe_capture(
             licence=teacher.licence,
         ),
         views=recipe.views,
-        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, loader, device)
+        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, views_per_group, loader, device)
         if isinstance(recipe.capture.codec, AutoCodec)
         else recipe.capture.codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
         rows_per_block=rows_per_block,
-        views_per_group=plan_views_per_group(
-            recipe.views,
-            rows_per_block=rows_per_block,
-            num_classes=len(loader.dataset.classes),
-            requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
-        ),
+        views_per_group=views_per_group,
         versions={"python": platform.python_version()}
         | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")}
         | decoder_versions(),

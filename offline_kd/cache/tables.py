@@ -80,11 +80,12 @@ def _fit_codec(
     codec, views, count = identity.codec, identity.views, loader.split.count
     wanted = min(codec.learns_from, count * views.num_views)
     # Where views of an image predict each other, it takes whole view groups to learn how.
-    least = identity.views_per_group if any(array.of_image for array in codec.arrays().values()) else 1
-    num_views = min(views.num_views, max(least, -(-wanted // count)))
+    predicts = any(array.of_image for array in codec.arrays().values())
+    in_group = identity.views_per_group if predicts else 1
+    num_views = in_group * min(views.num_views // in_group, -(-wanted // (count * in_group)))
     say(f"codec {codec.label()}: learning from {wanted:,} views of images of all tars")
     logits = sampled_logits(teacher, views, loader, -(-wanted // num_views), num_views, device)
-    tables = codec.fit(logits)
+    tables = codec.fit(logits.reshape(-1, in_group, logits.shape[-1]))
     return {f"codec/{name}": table for name, table in tables.items()}, {"rows": logits.shape[0] * logits.shape[1]}
 
 

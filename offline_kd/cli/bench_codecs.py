@@ -12,9 +12,8 @@ from torch import Tensor
 
 from offline_kd.cache.codec_choice import candidates, pack_logits
 from offline_kd.cache.fidelity import Distortion, distortion
-from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.objectives import example_terms
-from offline_kd.objectives.term import LossBatch
+from offline_kd.objectives.gradient import example_student, gradient, relative_change
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.codecs import Codec
 from offline_kd.store.codecs.codec import Tables
@@ -55,9 +54,7 @@ def bench_codecs(store: Store, num_rows: int, codecs: Sequence[Codec] = ()) -> l
     blocks = [block[len(block) * 4 // 5 :] for block in blocks]
     z_t = torch.cat([torch.from_numpy(block).flatten(0, 1) for block in blocks])
     y = torch.cat(labels)
-    # A student that has learned something: the teacher's answers for other rows, half as sure, and noise.
-    noise = torch.randn(z_t.shape, generator=torch.Generator().manual_seed(0))
-    student = 0.5 * z_t.roll(1, dims=0) + 0.5 * z_t + noise
+    student = example_student(z_t)
     true = _gradients(student, z_t, y)
     results = []
     chosen = codecs or candidates(learn_from)
@@ -87,12 +84,8 @@ def _read(store: Store, num_rows: int) -> tuple[list[Any], list[Tensor]]:
 
 def _gradients(student: Tensor, teacher: Tensor, y: Tensor) -> dict[str, Tensor]:
     """`[B, C]`: of every objective on logits, at its usual setting, on the student's logits `[B, C]`."""
-    gradients = {}
-    for name, term in example_terms().items():
-        if term.needs.logits:
-            leaf = student.clone().requires_grad_()
-            (gradients[name],) = torch.autograd.grad(term(leaf, TeacherSignal(teacher), LossBatch(y)), leaf)
-    return gradients
+    terms = {name: term for name, term in example_terms().items() if term.needs.logits}
+    return {name: gradient(term, student, teacher, y) for name, term in terms.items()}
 
 
 def _measure(
@@ -115,10 +108,7 @@ def _measure(
         decoded.append(codec.decode_stored(unpacked, tables, logits.shape[-1]).flatten(0, 1))
         decoding += time.perf_counter() - started
     z = torch.cat(decoded)
-    change = {
-        name: ((gradient - true[name]).norm() / true[name].norm()).item()
-        for name, gradient in _gradients(student, z, y).items()
-    }
+    change = {name: relative_change(found, true[name]) for name, found in _gradients(student, z, y).items()}
     return CodecResult(
         codec=codec.label(),
         bytes_per_row=stored / len(z),

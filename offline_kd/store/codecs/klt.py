@@ -136,8 +136,7 @@ class Klt(Codec):
         """Five steps, by the spread of the logits; nothing for a few classes, where it gains nothing."""
         if logits.shape[-1] < FEWEST_CLASSES:
             return []
-        spread = float(logits.std())
-        return [cls(name="klt", step=float(f"{factor * spread:.2g}")) for factor in (0.5, 1, 1.5, 2, 3)]
+        return [cls(name="klt", step=step_of(logits, factor)) for factor in (0.5, 1, 1.5, 2, 3)]
 
     def _steps(self, num_classes: int) -> Floats:
         """`[min(refine, C)]` by rank."""
@@ -147,6 +146,11 @@ class Klt(Codec):
 
 
 # ---- learning ------------------------------------------------------------------------------------------------------
+
+
+def step_of(logits: Floats, factor: float) -> float:
+    """A step of so many times the standard deviation of the logits, as far as a step may be that."""
+    return float(f"{min(max(factor * float(logits.std()), 1e-3), 100.0):.2g}")
 
 
 def fit_axes(logits: Floats, *, step: float, num_axes: int) -> dict[str, NDArray[np.generic]]:

@@ -25,7 +25,7 @@ from pydantic import Field
 from torch import Tensor
 
 from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
-from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, whole_logits
+from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, step_of, whole_logits
 from offline_kd.store.codecs.rans import TOTAL, frequencies
 from offline_kd.store.codecs.row_coder import coders_of
 from offline_kd.store.codecs.row_coder import decode as decode_rows
@@ -40,6 +40,9 @@ GROWTH, LOG_GROWTH = 1.25, 0.22314355131420976  # a step of what is made finer i
 LEVELS = 8
 E_EIGHTH = 1.1331484530668263  # e**(1/8)
 RARE = 500
+# Candidates, the steps in standard deviations of the logits. The last four: for KD at high T only the step gains.
+STEPS, REFINE = (4, 3, 2, 1.2, 1.2, 0.7, 0.4, 0.2), (64, 96, 128, 160, 16, 16, 16, 16)
+REFINE_STEPS = 1 / 36, 1 / 44, 1 / 55, 1 / 76, 1 / 16, 1 / 32, 1 / 32, 1 / 32
 
 # 2**16 e**-(i / 8), and the sums of these from which on a logarithm is nearer to (j + 1) / 8 than to j / 8.
 EXP = tuple(round(2**16 * E_EIGHTH**-i) for i in range(100))
@@ -202,17 +205,16 @@ class KltMeans(Codec):
 
     def label(self) -> str:
         default = self.model_fields_set <= {"name", "step"}
-        return f"means {self.step:g}" + (
-            "" if default else f", 1/{self.finer}, {self.refine} by {self.refine_step:.3g}"
-        )
+        more = f", 1/{self.finer}, {self.refine} by {self.refine_step:.3g} to {self.refine_coarsest:g}"
+        return f"means {self.step:g}" + ("" if default else more)
 
     @classmethod
     def candidates(cls, logits: Floats) -> list[Self]:
-        """Four steps, by the spread of the logits; nothing for one view of an image, or for a few classes."""
+        """By the spread of the logits; nothing for one view of an image, or for a few classes."""
         if logits.shape[-1] < FEWEST_CLASSES or logits.shape[-2] < 2:
             return []
-        spread = float(logits.std())
-        return [cls(name="klt_means", step=float(f"{factor * spread:.2g}")) for factor in (1, 2, 3, 4)]
+        settings = zip((step_of(logits, one) for one in STEPS), REFINE, REFINE_STEPS, strict=True)
+        return [cls(name="klt_means", step=step, refine=count, refine_step=fine) for step, count, fine in settings]
 
     # ---- numbers ---------------------------------------------------------------------------------------------------
 
