@@ -12,7 +12,7 @@ from offline_kd.objectives.needs import Needs
 from offline_kd.recipe import AutoCodec
 from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.codecs import CODECS, Codec
-from offline_kd.store.codecs.codec import Tables
+from offline_kd.store.codecs.codec import Arrays, Tables
 from offline_kd.store.codecs.f32 import Float32
 from offline_kd.store.layout import ArraySpec
 from offline_kd.support.console import say
@@ -29,8 +29,13 @@ def candidates(logits: NDArray[np.float32]) -> list[Codec]:
 
 def pack_logits(codec: Codec, logits: NDArray[np.float32], tables: Tables) -> dict[str, tuple[ArraySpec, bytes]]:
     """The objects that `[rows, views, C]` logits become, with what describes them, by array."""
+    return pack_arrays(codec, codec.encode(logits, tables))
+
+
+def pack_arrays(codec: Codec, arrays: Arrays) -> dict[str, tuple[ArraySpec, bytes]]:
+    """The same for what the codec made of them."""
     declared, packed = codec.arrays(), {}
-    for name, array in codec.encode(logits, tables).items():
+    for name, array in arrays.items():
         axes = tuple(f"axis {index}" for index in range(array.ndim))
         spec = ArraySpec(name, declared[name].dtype, array.shape, array.shape, axes, declared[name].fill, "whole", "")
         packed[name] = (spec, encode_chunk(spec, array))
