@@ -62,10 +62,11 @@ def candidates(logits: Floats) -> list[Codec]:
 
 def pack_logits(codec: Codec, logits: Floats, tables: Tables) -> dict[str, tuple[ArraySpec, bytes]]:
     """The objects that `[rows, views, C]` logits become, with what describes them, by array."""
-    return _pack(codec, codec.encode(logits, tables))
+    return pack_arrays(codec, codec.encode(logits, tables))
 
 
-def _pack(codec: Codec, arrays: Arrays) -> dict[str, tuple[ArraySpec, bytes]]:
+def pack_arrays(codec: Codec, arrays: Arrays) -> dict[str, tuple[ArraySpec, bytes]]:
+    """The same for what the codec made of them."""
     declared, packed = codec.arrays(), {}
     for name, array in arrays.items():
         axes = tuple(f"axis {index}" for index in range(array.ndim))
@@ -162,7 +163,7 @@ def _measured(
     kept: Arrays | None = None
     for group in range(groups):
         arrays = codec.encode(logits[:, group], tables, kept)
-        sizes = {name: len(content) / count for name, (_, content) in _pack(codec, arrays).items()}
+        sizes = {name: len(content) / count for name, (_, content) in pack_arrays(codec, arrays).items()}
         kept = {name: arrays[name] for name in of_image} or None
         means = sum(sizes.pop(name) for name in of_image)  # of an image, whatever the group
         code += speaks_for[group] * sum(sizes.values()) / (num_groups * in_group)

@@ -85,8 +85,9 @@ def _fit_codec(
     num_views = in_group * min(views.num_views // in_group, -(-wanted // (count * in_group)))
     say(f"codec {codec.label()}: learning from {wanted:,} views of images of all tars")
     logits = sampled_logits(teacher, views, loader, -(-wanted // num_views), num_views, device)
-    tables = codec.fit(logits.reshape(-1, in_group, logits.shape[-1]))
-    return {f"codec/{name}": table for name, table in tables.items()}, {"rows": logits.shape[0] * logits.shape[1]}
+    together = logits.reshape(-1, in_group, logits.shape[-1])[: -(-wanted // in_group)]
+    tables = codec.fit(together)
+    return {f"codec/{name}": table for name, table in tables.items()}, {"rows": len(together) * in_group}
 
 
 def _collect(

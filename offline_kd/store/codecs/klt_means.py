@@ -158,7 +158,7 @@ class KltMeans(Codec):
         """`t` `[n, v, k]` and `differences` `[n, v, m]` int16."""
         code, mean = (arrays[name].astype(np.uint8, copy=False) for name in ("code", "mean"))
         coders = coders_of(tables)
-        counts = self._counts(tables["mean"].shape[0])
+        counts = self.counts(tables["mean"].shape[0])
         more = coders.level, coders.refined, counts
         q, differences = decode_rows(code.reshape(-1, code.shape[-1]), coders.views, more)
         p, _ = decode_rows(mean.reshape(-1, mean.shape[-1]), coders.means)
@@ -190,7 +190,7 @@ class KltMeans(Codec):
         t, differences = unpacked["t"], unpacked["differences"]
         classes, steps, is_fine = self._steps(whole_logits(t, axes[: t.shape[1]], mean), differences.shape[1])
         # What was refined to the end of a table may have been further away.
-        level = np.searchsorted(self._counts(again.shape[1]), is_fine.sum(dim=1).numpy())
+        level = np.searchsorted(self.counts(again.shape[1]), is_fine.sum(dim=1).numpy())
         is_fine &= differences.abs() < torch.from_numpy(_reach(tables["refine_frequency"]).reshape(LEVELS, -1)[level])
         errors = (stored - again).abs()
         allowed = steps / 2 + ARITHMETIC[dtype] * max(1.0, again.abs().max().item())
@@ -264,14 +264,14 @@ class KltMeans(Codec):
             steps.append(steps[-1] * GROWTH)
         return tuple(steps)
 
-    def _counts(self, num_classes: int) -> NDArray[np.int64]:
+    def counts(self, num_classes: int) -> NDArray[np.int64]:
         """`[LEVELS]` how many classes are made finer at each level."""
         most = min(self.refine, num_classes)
         return np.rint(float(most) ** (np.arange(LEVELS) / (LEVELS - 1))).astype(np.int64)
 
     def _refined(self, logits: Floats, whole: Floats, tables: Tables | None = None) -> tuple[Whole, Whole]:
         """`[n]` the level of each row, and `[n, m]` what is missing of its likeliest classes, in their steps."""
-        counts = self._counts(logits.shape[1])
+        counts = self.counts(logits.shape[1])
         most = int(counts[-1])
         classes, steps, is_fine = (one.numpy() for one in self._steps(torch.from_numpy(whole), most))
         level = np.searchsorted(counts, is_fine.sum(axis=1)).astype(np.int16)
@@ -313,7 +313,7 @@ class KltMeans(Codec):
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         coders = coders_of(tables)
         level, differences = self._refined(logits, self._in_units(q, p, tables), tables)
-        more = level, differences, coders.level, coders.refined, self._counts(logits.shape[1])
+        more = level, differences, coders.level, coders.refined, self.counts(logits.shape[1])
         return encode_rows(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
 
 
