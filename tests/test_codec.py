@@ -449,3 +449,56 @@ def test_what_an_ideal_coder_takes_is_what_frequencies_say():
         codes = sum(length.size for length in lengths)
         ideal = sum(ideal_bytes(codec, arrays, tables).values())
         assert ideal < written < ideal + 4 * codes
+
+
+def test_klt_means_is_read_by_the_formulas_of_the_store_format_page():
+    rng = np.random.default_rng(1)
+    logits = (rng.normal(size=(40, 1, 20)) + 0.5 * rng.normal(size=(40, 3, 20))).astype(np.float32) * 3
+    codec = KltMeans(name="klt_means", step=1.2, finer=3, refine=9)
+    tables = codec.fit(logits)
+    arrays = codec.encode(logits, tables)
+    expected = codec.decode_stored(arrays, tables, 20)
+    for image, view in ((0, 0), (7, 2), (39, 1)):
+        found = read_as_the_page_says(codec, tables, arrays["mean"][image], arrays["code"][image, view])
+        np.testing.assert_allclose(found, expected[image, view], atol=1e-5)
+
+
+def read_as_the_page_says(codec, tables, mean, code):
+    """`[C]` logits of one view, from `docs/store-format.md` and nothing else."""
+
+    def symbols(content):
+        state, at = int(content[0]) * 65536 + int(content[1]) * 256 + int(content[2]), 3
+        row = yield
+        while True:
+            frequency, slot = tables[row[0]][row[1]].astype(int), state % 4096
+            starts = np.cumsum(frequency) - frequency
+            i = next(i for i, start in enumerate(starts) if start <= slot < start + frequency[i])
+            state = frequency[i] * (state // 4096) + slot - starts[i]
+            while state < 65536:
+                state, at = state * 256 + (int(content[at]) if at < len(content) else 0), at + 1
+            row = yield i - (len(frequency) - 1) // 2
+
+    def on_axes(coded, name):
+        used = np.flatnonzero(tables[name][:, 511] != 4096)
+        values = [coded.send((name, axis)) for axis in range(used[-1] + 1)]
+        return np.array(values + [0] * (len(tables["axes"]) - len(values)))
+
+    of_mean, of_view = symbols(mean), symbols(code)
+    next(of_mean), next(of_view)
+    p, q = on_axes(of_mean, "mean_frequency"), on_axes(of_view, "view_frequency")
+    level, m = of_view.send(("level_frequency", 0)), codec.refine
+    d = [of_view.send(("refine_frequency", level * m + r)) for r in range(round(m ** (level / 7)))]
+    u = codec.step / codec.finer
+    whole = tables["mean"] + (codec.finer * q + p) @ tables["axes"].astype(int)
+    classes = np.argsort(-whole, kind="stable")[:m]
+    below = whole[classes[0]] - whole[classes]
+    eighth, width = max(1, round(256 / u)), max(1, round(codec.refine_spread * 0.22314355131420976 / u * 2048))
+    total = sum(round(65536 * 1.1331484530668263 ** -min(one // eighth, 99)) for one in below)
+    lift = sum(round(65536 * 1.1331484530668263 ** (j + 0.5)) < total for j in range(45))
+    steps = [codec.refine_step]
+    while steps[-1] * 1.25 <= codec.refine_coarsest:
+        steps.append(steps[-1] * 1.25)
+    found = whole * u / 2048
+    for r, number in enumerate(d):
+        found[classes[r]] += number * steps[min((below[r] + eighth * lift) // width, len(steps) - 1)]
+    return found
