@@ -72,8 +72,8 @@ class KltMeans(Codec):
     )
     axes: int = Field(1024, ge=1, le=2048, description="at most; there are no more than classes")
     fit_rows: int = Field(16384, ge=16, description="views that it learns from")
-    row_bytes: int = Field(1024, ge=64, le=8192, description="most that a row may take; zeros behind it cost nothing")
-    mean_bytes: int = Field(2048, ge=64, le=8192, description="most that an image's mean may take")
+    row_bytes: int = Field(384, ge=64, le=8192, description="most that a row may take; zeros behind it cost nothing")
+    mean_bytes: int = Field(768, ge=64, le=8192, description="most that an image's mean may take")
 
     def arrays(self) -> dict[str, CodecArray]:
         what = "rANS code of the {}: offline_kd/store/codecs/klt_means.py"
