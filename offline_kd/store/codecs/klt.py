@@ -154,8 +154,17 @@ def step_of(logits: Floats, factor: float) -> float:
 
 
 def fit_axes(logits: Floats, *, step: float, num_axes: int) -> dict[str, NDArray[np.generic]]:
-    """`axes` `[num_axes, C]` int16 and `mean` `[C]` int32, see `Klt.fit`, of `[n, C]` logits of one teacher."""
+    """`axes` `[num_axes, C]` int16 and `mean` `[C]` int32, see `Klt.fit`, of `[n, C]` logits of one teacher.
+
+    Raises TeacherError for logits that are not finite.
+    """
     rows, classes = logits.shape
+    if not np.isfinite(logits).all():
+        bad = np.count_nonzero(~np.isfinite(logits).all(axis=1))
+        raise TeacherError(
+            f"a codec learns from logits that are not finite: {bad} of {rows} views have some. Nothing was stored. "
+            "Check the teacher's weights, and its dtype if it is not float32."
+        )
     mean = np.rint(logits.mean(axis=0, dtype=np.float64) / step * SCALE).clip(-(2**22), 2**22).astype(np.int32)
     centred = torch.from_numpy(logits - (mean * (step / SCALE)).astype(np.float32))
     if classes <= 4096:

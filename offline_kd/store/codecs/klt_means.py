@@ -226,9 +226,10 @@ class KltMeans(Codec):
         """`[n, k]` in units, the same on every machine: of logits that are rounded so that all sums are exact."""
         mean = tables["mean"].astype(np.float64) * (PARTS / SCALE)
         whole = np.rint(logits.astype(np.float64) * (PARTS / self._unit) - mean)
-        # |axis| is SCALE: rows shorter than 2**24 / SCALE have sums below 2**24, and longer ones are made coarser.
+        # |axis| is SCALE, and rounding adds up to 2 %: rows shorter than 2**24 / SCALE have sums below 2**24, and
+        # longer ones are made coarser.
         length = np.sqrt(np.einsum("nc,nc->n", whole, whole, dtype=np.float64))
-        shift = np.frexp(length * (SCALE / 2**24))[1].clip(min=0)[:, None]
+        shift = np.frexp(length * (1.02 * SCALE / 2**24))[1].clip(min=0)[:, None]
         short = np.rint(np.ldexp(whole, -shift)).astype(np.float32)
         axes = torch.from_numpy(tables["axes"].astype(np.float32))
         found = (torch.from_numpy(short) @ axes.T).numpy()
