@@ -199,20 +199,22 @@ def test_constant_and_huge_logits_stay_finite_and_sums_exact(value):
 
 
 def test_a_code_that_is_too_long_loses_its_finest_axes_and_is_refused_without_any():
-    short = KltMeans(name="klt_means", step=0.1, refine=16, row_bytes=64, mean_bytes=64)
-    roomy = short.model_copy(update={"row_bytes": 1024, "mean_bytes": 2048})
-    logits = 2 * views_of_images(200, 3, 100)
-    tables = short.fit(logits)
-    whole = roomy.encode(logits, tables)
-    assert min(np.count_nonzero(whole[name], axis=-1).max() for name in whole) > 64
-    errors = [
-        np.square(codec.decode_stored(codec.encode(logits, tables), tables, 100).numpy() - logits).mean()
-        for codec in (roomy, short)
-    ]
-    assert errors[0] < errors[1] < 0.5 * logits.var()
-    fine = KltMeans(name="klt_means", step=0.1, refine=100, refine_step=1e-4, row_bytes=64)
-    with pytest.raises(TeacherError, match=r"more than its 64 bytes of row_bytes .* --set capture.codec.row_bytes=256"):
-        fine.encode(logits, fine.fit(logits))
+    roomy = KltMeans(name="klt_means", step=0.1, refine=2)
+    logits = views_of_images(200, 3, 100)
+    tables = roomy.fit(logits)
+    longest = {name: int(np.count_nonzero(one, axis=-1).max()) for name, one in roomy.encode(logits, tables).items()}
+    errors = []
+    for name, setting, fewer in (("code", "row_bytes", 4), ("mean", "mean_bytes", 1)):
+        short = roomy.model_copy(update={setting: longest[name] - fewer})
+        arrays = short.encode(logits, tables)
+        assert arrays[name].shape[-1] == longest[name] - fewer
+        errors += [np.square(short.decode_stored(arrays, tables, 100).numpy() - logits).mean()]
+        tiny = roomy.model_copy(update={setting: 20})
+        with pytest.raises(TeacherError, match=rf"more than its 20 bytes of {setting} .*{setting}=80"):
+            tiny.encode(logits, tables)
+    whole = np.square(roomy.decode_stored(roomy.encode(logits, tables), tables, 100).numpy() - logits).mean()
+    assert whole < min(errors)
+    assert max(errors) < 0.5 * logits.var()
 
 
 @pytest.mark.parametrize("codec", [CODEC, CODEC.model_copy(update={"refine_coarsest": 10.0})], ids=str)

@@ -1,6 +1,8 @@
 """Stores whose views predict each other: who captures which view group when changes nothing."""
 
 import contextlib
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +12,17 @@ import pytest
 import torch
 from conftest import CPU, ROOT, invoke, refused
 from pictures import command_line, make_samples, photographs, views_of
-from tampering import rewrite
+from tampering import rewrite, vouch_for_ledger
 from test_images import with_bad_ones
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.networks import build
-from offline_kd.store.codecs import klt_means
+from offline_kd.store.chunks import encode_chunk
 from offline_kd.store.codecs.rans import TOTAL
 from offline_kd.store.lookup import logits_of
 from offline_kd.store.opening import open_store
+from offline_kd.store.reader import stored_object
 from offline_kd.store.verification import verify
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch
 from offline_kd.support.places import Folder
@@ -222,10 +225,19 @@ def test_tables_that_no_coder_has_are_refused_in_one_line(whole, tmp_path):
         ("refine_frequency", lambda one: np.roll(one, 3, axis=1), "reaches further on one side of 0"),
         ("level_frequency", lambda one: one[:, ::-1], "of other levels than 0 to 7"),
     ):
-        tables = {**open_store(whole / "store").codec_tables}
-        tables[name] = np.ascontiguousarray(change(tables[name]))
-        tables["view_frequency"] = tables["view_frequency"].copy()
-        assert problem in klt_means.KltMeans(**MEANS).problem_of(tables)
+        path = tmp_path / name
+        shutil.copytree(whole / "store", path)
+        store = open_store(path)
+        (spec,) = (one for one in store.parts[""].tables["codec"] if one.name == f"codec/{name}")
+        file, entry_file = path / "targets.zarr" / spec.object_key(0, 0), path / "ledger/templates-codec.json"
+        content = encode_chunk(spec, np.ascontiguousarray(change(store.codec_tables[name])))
+        file.write_bytes(content)
+        about = json.loads(entry_file.read_text())
+        about["objects"][spec.object_key(0, 0)] = stored_object(content).model_dump()
+        entry_file.write_text(json.dumps(about))
+        vouch_for_ledger(path)
+        with pytest.raises(StoreCorrupt, match=problem):
+            all_logits(path)
 
 
 def test_not_finite_logits_are_refused(recipe_file, where, tmp_path):
