@@ -74,6 +74,7 @@ def test_every_group_is_close_to_the_teacher_and_means_lie_once_per_block(whole)
     assert (z.roll(1, dims=0) - z_t).square().mean().sqrt() > 2 * errors.max()  # what a shifted row would be
 
 
+@pytest.mark.slow
 def test_views_added_later_by_another_process_are_those_captured_at_once(whole, tmp_path):
     path = tmp_path / "store"
     few, manifest = recipe_of(whole, count=2)
@@ -149,6 +150,7 @@ def test_a_part_of_a_store_gives_batches_and_lookups_of_the_same_logits(whole, t
     assert shown == 80
 
 
+@pytest.mark.slow
 def test_another_teacher_is_added_with_means_of_its_own(whole, tmp_path):
     torch.manual_seed(9)
     torch.save(build("cifar:resnet8", 20).state_dict(), tmp_path / "other.pt")
