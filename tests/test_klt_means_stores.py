@@ -90,6 +90,7 @@ def test_views_added_later_by_another_process_are_those_captured_at_once(whole, 
     assert torch.equal(all_logits(path), all_logits(whole / "store"))
 
 
+@pytest.mark.slow
 def test_a_capture_that_was_killed_between_groups_and_two_writers_make_the_same_store(whole, tmp_path):
     path = tmp_path / "store"
     file, where = command_line(tmp_path, *recipe_of(whole))
@@ -191,6 +192,7 @@ def test_bad_images_shift_no_mean_against_its_rows_whenever_a_group_is_captured(
         assert ((z - z_t).square().mean(dim=(1, 2)) < (z - shifted).square().mean(dim=(1, 2))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_is_bad", [True, False])
 def test_groups_of_other_images_than_those_of_the_means_are_refused(tmp_path, first_is_bad):
     """A dataset that nobody vouches for, in which an image was mended, or broke, between two captures."""
