@@ -167,17 +167,15 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         make = per_row if array.of_image else per_view
         specs.append(make(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
     for name, about in identity.decisions.items():
-        places = [("height", about.height), ("width", about.width)]
+        of, places = f"decisions/{name}", [("height", about.height), ("width", about.width)]
         if isinstance(about.config, SubclassDecisions):
-            specs.append(
-                per_view(f"decisions/{name}/subclass", "|u1", 255, "sub-class within the label's class", *places)
-            )
+            specs.append(per_view(f"{of}/subclass", "|u1", 255, "sub-class within the label's class", *places))
             continue
         top = ("rank", about.config.top)
-        specs.append(per_view(f"decisions/{name}/id", "<u2", 65535, "template, likeliest first", *places, top))
+        specs.append(per_view(f"{of}/id", "<u2", 65535, "template, likeliest first", *places, top))
         if about.config.top > 1:
-            specs.append(per_view(f"decisions/{name}/prob", "<u2", 65535, "probability * 16383", *places, top))
-        specs.append(per_view(f"decisions/{name}/dropped", "<f4", np.nan, "largest mass that was not kept"))
+            specs.append(per_view(f"{of}/prob", "<u2", 65535, "probability * 16383", *places, top))
+        specs.append(per_view(f"{of}/dropped", "<f4", np.nan, "largest mass that was not kept"))
     return specs
 
 
