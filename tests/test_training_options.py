@@ -500,11 +500,11 @@ def test_a_kd_layer_in_a_compiled_student_gives_its_scores():
 
 
 @pytest.mark.slow
-def test_a_machine_without_a_compiler_is_one_line(manifest, roots, tmp_path, monkeypatch):
+def test_a_machine_without_a_compiler_is_one_line(manifest, roots, tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     recipe = recipe_with(compile=True)
     recipe = recipe.model_copy(update={"student": recipe.student.model_copy(update={"model_args": {"width": 5}})})
-    with pytest.raises(TrainingError, match=r"training\.compile: torch\.compile cannot do this student here \("):
+    said = pytest.raises(TrainingError, match=r"training\.compile: torch\.compile cannot do this student here \(")
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}), said:
         trained(recipe, manifest, roots, tmp_path)
