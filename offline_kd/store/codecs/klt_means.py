@@ -72,14 +72,15 @@ class KltMeans(Codec):
     )
     axes: int = Field(1024, ge=1, le=2048, description="at most; there are no more than classes")
     fit_rows: int = Field(16384, ge=16, description="views that it learns from")
-    row_bytes: int = Field(384, ge=64, le=8192, description="most that a row may take; zeros behind it cost nothing")
+    row_bytes: int = Field(384, ge=64, le=8192, description="most that a view may take; it pays for what it needs")
     mean_bytes: int = Field(768, ge=64, le=8192, description="most that an image's mean may take")
 
     def arrays(self) -> dict[str, CodecArray]:
-        what = "rANS code of the {}: offline_kd/store/codecs/klt_means.py"
+        what = "rANS codes of {}, those of a chunk one after the other: offline_kd/store/codecs/klt_means.py"
+        means, views = ("byte", self.mean_bytes), ("byte", self.row_bytes)
         return {
-            "mean": CodecArray("|u1", 0, ("byte", self.mean_bytes), what.format("mean over views"), of_image=True),
-            "code": CodecArray("|u1", 0, ("byte", self.row_bytes), what.format("row")),
+            "means": CodecArray("|u1", 0, means, what.format("means over views"), of_image=True, ragged=True),
+            "codes": CodecArray("|u1", 0, views, what.format("views"), ragged=True),
         }
 
     @property
@@ -142,30 +143,29 @@ class KltMeans(Codec):
         rows = np.ascontiguousarray(logits.reshape(-1, num_classes))
         x = self._on_axes(rows, tables).reshape(num_images, num_views, -1)
         if of_images is None:
-            mean = self._encode_means(_rounded(x.mean(axis=1) * tables["share"]), tables)
+            means = self._encode_means(_rounded(x.mean(axis=1) * tables["share"]), tables)
         else:
-            mean = np.ascontiguousarray(of_images["mean"], dtype=np.uint8)
+            means = np.ascontiguousarray(of_images["means"], dtype=np.uint8)
         coders = coders_of(tables)
         p = np.zeros((num_images, 1, x.shape[2]), dtype=np.int16)
-        p[:, 0, : len(coders.means)] = decode_rows(mean, coders.means)[0]
+        p[:, 0, : len(coders.means)] = decode_rows(means, coders.means)[0]
         q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
-        code = self._encode_rows(
+        codes = self._encode_rows(
             rows, q.reshape(len(rows), -1), p.repeat(num_views, axis=1).reshape(len(rows), -1), tables
         )
-        return {"mean": mean, "code": code.reshape(num_images, num_views, -1)}
+        return {"means": means, "codes": codes.reshape(num_images, num_views, -1)}
 
     def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
         """`t` `[n, v, k]` and `differences` `[n, v, m]` int16."""
-        code, mean = (arrays[name].astype(np.uint8, copy=False) for name in ("code", "mean"))
+        codes, means = (arrays[name].astype(np.uint8, copy=False) for name in ("codes", "means"))
         coders = coders_of(tables)
-        counts = self.counts(tables["mean"].shape[0])
-        more = coders.level, coders.refined, counts
-        q, differences = decode_rows(code.reshape(-1, code.shape[-1]), coders.views, more)
-        p, _ = decode_rows(mean.reshape(-1, mean.shape[-1]), coders.means)
-        t = np.zeros((*code.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
-        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, p.shape[1])
-        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], q.shape[1]) * np.int16(self.finer)
-        return {"t": t, "differences": differences.reshape(*code.shape[:-1], differences.shape[1])}
+        more = coders.level, coders.refined, self.counts(tables["mean"].shape[0])
+        q, differences = decode_rows(codes.reshape(-1, codes.shape[-1]), coders.views, more)
+        p, _ = decode_rows(means.reshape(-1, means.shape[-1]), coders.means)
+        t = np.zeros((*codes.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
+        t[..., : p.shape[1]] = p.reshape(*means.shape[:-1], 1, p.shape[1])
+        t[..., : q.shape[1]] += q.reshape(*codes.shape[:-1], q.shape[1]) * np.int16(self.finer)
+        return {"t": t, "differences": differences.reshape(*codes.shape[:-1], differences.shape[1])}
 
     def unpacked_arrays(self) -> list[str]:
         return ["t", "differences"]
