@@ -19,6 +19,7 @@ from test_codec import GOLDEN, golden, made_up_logits
 from offline_kd.store.codecs import row_coder
 from offline_kd.store.codecs.klt import MOST_NORM, whole_logits
 from offline_kd.store.codecs.klt_means import KltMeans
+from offline_kd.store.codecs.likeliest import likeliest, likeliest_by_torch
 from offline_kd.store.codecs.rans import TOTAL
 from offline_kd.support.errors import TeacherError
 
@@ -178,6 +179,20 @@ def test_codes_and_logits_are_the_same_with_any_instruction_set():
     capabilities, digests = zip(*(line.split() for line in found), strict=True)
     assert "DEFAULT" in capabilities
     assert len(set(digests)) == 1, found
+
+
+@settings(max_examples=60)
+@given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from([1, 3, 40, 2000, 2**22, 2**40]), st.integers(1, 70))
+def test_compiled_loops_choose_the_classes_and_steps_that_torch_does(seed, classes, spread, count):
+    """Also among equal ones, and in sums of damaged numbers."""
+    rng = np.random.default_rng(seed)
+    whole = torch.from_numpy(np.rint(spread * rng.standard_normal((7, classes))).astype(np.float32))
+    steps = tuple(0.1 * 1.25**index for index in range(rng.integers(1, 12)))
+    setting = min(count, classes), int(rng.integers(1, 300)), int(rng.integers(1, 900)), steps
+    found, expected = likeliest(whole, *setting), likeliest_by_torch(whole, *setting)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from offline_kd.store.lookup import logits_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import stored_object
 from offline_kd.store.verification import verify
-from offline_kd.support.errors import StoreCorrupt, StoreMismatch
+from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.support.places import Folder
 
 # ---- stores ----------------------------------------------------------------------------------------------------------
@@ -242,6 +243,24 @@ def test_tables_that_no_coder_has_are_refused_in_one_line(whole, tmp_path):
         vouch_for_ledger(path)
         with pytest.raises(StoreCorrupt, match=problem):
             all_logits(path)
+
+
+def test_a_store_of_the_first_form_of_the_codec_is_refused_in_one_line_and_never_decoded(whole, tmp_path):
+    """Its arrays were `mean` and `code`, of which every row was a code with zeros behind it."""
+    path = tmp_path / "store"
+    shutil.copytree(whole / "store", path)
+    for now, then in (("means", "mean"), ("codes", "code")):
+        (path / f"targets.zarr/logits/{now}").rename(path / f"targets.zarr/logits/{then}")
+        for entry in path.glob("ledger/0*.json"):
+            entry.write_text(entry.read_text().replace(f"logits/{now}/", f"logits/{then}/"))
+    vouch_for_ledger(path)
+    problem = "not for logits/(means|codes)/c/0/0.*: what this store holds is in a form .* Capture the store again"
+    with pytest.raises(StoreCorrupt, match=problem):
+        all_logits(path)
+    assert all(re.search(problem.replace("/0/0", "/./."), one.problem) for one in verify(Folder(path)).faults)
+    recipe, manifest = recipe_of(whole, count=8)
+    with pytest.raises(StoreError):
+        cache_teacher(recipe, manifest, [whole], path, CPU)
 
 
 def test_not_finite_logits_are_refused(recipe_file, where, tmp_path):
