@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numcodecs
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from offline_kd.cache.codec_choice import pack_logits
+from offline_kd.cache.codec_choice import pack_arrays, pack_logits
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cli import bench_codecs
 from offline_kd.cli.bench_entropy import ideal_bytes
@@ -461,16 +462,25 @@ def test_klt_means_is_read_by_the_formulas_of_the_store_format_page():
     arrays = codec.encode(logits, tables)
     expected = codec.decode_stored(arrays, tables, 20)
     for image, view in ((0, 0), (7, 2), (39, 1)):
-        found = read_as_the_page_says(codec, tables, arrays["means"][image], arrays["codes"][image, view])
+        mean, code = stored_code(codec, arrays, "means", image), stored_code(codec, arrays, "codes", 3 * image + view)
+        found = read_as_the_page_says(codec, tables, mean, code)
         np.testing.assert_allclose(found, expected[image, view], atol=1e-5)
+
+
+def stored_code(codec, arrays, name, row):
+    """The bytes of one code, from the object that the array becomes and `docs/store-format.md`."""
+    chunk = np.frombuffer(numcodecs.Zstd().decode(pack_arrays(codec, arrays)[name][1][:-4]), dtype=np.uint8).astype(int)
+    rows = arrays[name].size // arrays[name].shape[-1]
+    length = chunk[:rows] + 256 * chunk[rows : 2 * rows]
+    assert not chunk[2 * rows + length.sum() :].any()
+    return chunk[2 * rows + length[:row].sum() :][: length[row]].tolist()
 
 
 def read_as_the_page_says(codec, tables, mean, code):
     """`[C]` logits of one view, from `docs/store-format.md` and nothing else."""
 
     def symbols(content):
-        code = content[2 : 2 + int(content[0]) + 256 * int(content[1])].tolist()
-        state, rest = int.from_bytes(bytes(code[:3]), "big"), code[3:]
+        state, rest = int.from_bytes(bytes(content[:3]), "big"), content[3:]
         row = yield
         while True:
             frequency, slot = tables[row[0]][row[1]].astype(int), state % 4096
