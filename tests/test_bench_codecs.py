@@ -2,12 +2,14 @@
 
 import json
 
+import numcodecs
 import numpy as np
 import pytest
 import torch
 from conftest import invoke, refused
 from test_codec import captured
 
+from offline_kd.cache.codec_choice import pack_arrays
 from offline_kd.cli import bench_codecs
 from offline_kd.cli.bench_entropy import ideal_bytes
 from offline_kd.store.codecs.int_ import Int
@@ -40,7 +42,7 @@ def test_bench_codecs_says_what_means_views_and_refinement_take_and_what_an_idea
     settings = "{name: klt_means, step: 2, refine: 4}", "{name: klt, step: 2, refine: 4}", "{name: f16}"
     codecs = [word for setting in settings for word in ("--codec", setting)]
     means, alone, plain = json.loads(invoke("bench", "codecs", store_path, "--json", *codecs).stdout)
-    assert set(means["stored"]) == {"mean", "code"}
+    assert set(means["stored"]) == {"means", "codes"}
     assert set(means["ideal"]) == {"means", "views", "refinement"}
     assert set(alone["ideal"]) == {"views", "refinement"}
     assert plain["ideal"] == {}
@@ -71,10 +73,12 @@ def test_what_an_ideal_coder_takes_is_what_frequencies_say():
     for codec in (KltMeans(name="klt_means", step=1, refine=4), Klt(name="klt", step=1, refine=4)):
         tables = codec.fit(logits)
         arrays = codec.encode(logits, tables)
-        # Codes end with the last byte that is not 0; a state of three or four bytes stands before them.
-        lengths = [(array != 0)[..., ::-1].argmax(axis=-1) for array in arrays.values()]
-        written = sum((array.shape[-1] - length).sum() for array, length in zip(arrays.values(), lengths, strict=True))
-        codes = sum(length.size for length in lengths)
+        # Codes of klt end with the last byte that is not 0, those of klt_means say how many bytes they have.
+        ragged = [about.ragged for about in codec.arrays().values()]
+        ends = [array.shape[-1] - (array != 0)[..., ::-1].argmax(axis=-1) for array in arrays.values()]
+        lengths = [array[..., 0] + 256 * array[..., 1].astype(int) for array in arrays.values()]
+        lengths = [length if one else end for one, end, length in zip(ragged, ends, lengths, strict=True)]
+        written, codes = sum(length.sum() for length in lengths), sum(length.size for length in lengths)
         ideal = sum(ideal_bytes(codec, arrays, tables).values())
         assert ideal < written < ideal + 4 * codes
 
@@ -87,35 +91,45 @@ def test_klt_means_is_read_by_the_formulas_of_the_store_format_page():
     arrays = codec.encode(logits, tables)
     expected = codec.decode_stored(arrays, tables, 20)
     for image, view in ((0, 0), (7, 2), (39, 1)):
-        found = read_as_the_page_says(codec, tables, arrays["mean"][image], arrays["code"][image, view])
+        mean, code = stored_code(codec, arrays, "means", image), stored_code(codec, arrays, "codes", 3 * image + view)
+        found = read_as_the_page_says(codec, tables, mean, code)
         np.testing.assert_allclose(found, expected[image, view], atol=1e-5)
+
+
+def stored_code(codec, arrays, name, row):
+    """The bytes of one code, from the object that the array becomes and `docs/store-format.md`."""
+    chunk = np.frombuffer(numcodecs.Zstd().decode(pack_arrays(codec, arrays)[name][1][:-4]), dtype=np.uint8).astype(int)
+    rows = arrays[name].size // arrays[name].shape[-1]
+    length = chunk[:rows] + 256 * chunk[rows : 2 * rows]
+    assert not chunk[2 * rows + length.sum() :].any()
+    return chunk[2 * rows + length[:row].sum() :][: length[row]].tolist()
 
 
 def read_as_the_page_says(codec, tables, mean, code):
     """`[C]` logits of one view, from `docs/store-format.md` and nothing else."""
 
     def symbols(content):
-        state, at = int(content[0]) * 65536 + int(content[1]) * 256 + int(content[2]), 3
+        state, rest = int.from_bytes(bytes(content[:3]), "big"), content[3:]
         row = yield
         while True:
             frequency, slot = tables[row[0]][row[1]].astype(int), state % 4096
             starts = np.cumsum(frequency) - frequency
             i = next(i for i, start in enumerate(starts) if start <= slot < start + frequency[i])
             state = frequency[i] * (state // 4096) + slot - starts[i]
-            while state < 65536:
-                state, at = state * 256 + (int(content[at]) if at < len(content) else 0), at + 1
+            while state < 65536 and rest:
+                state = state * 256 + rest.pop(0)
             row = yield i - (len(frequency) - 1) // 2
 
     def on_axes(coded, name):
         used = np.flatnonzero(tables[name][:, 511] != 4096)
-        values = [coded.send((name, axis)) for axis in range(used[-1] + 1)]
-        return np.array(values + [0] * (len(tables["axes"]) - len(values)))
+        values = [coded.send((name, axis)) for axis in reversed(range(used[-1] + 1))]
+        return np.array(values[::-1] + [0] * (len(tables["axes"]) - len(values)))
 
     of_mean, of_view = symbols(mean), symbols(code)
     next(of_mean), next(of_view)
     p, q = on_axes(of_mean, "mean_frequency"), on_axes(of_view, "view_frequency")
     level, m = of_view.send(("level_frequency", 0)), codec.refine
-    d = [of_view.send(("refine_frequency", level * m + r)) for r in range(round(m ** (level / 7)))]
+    d = [of_view.send(("refine_frequency", level * m + r)) for r in reversed(range(round(m ** (level / 7))))][::-1]
     u = codec.step / codec.finer
     whole = tables["mean"] + (codec.finer * q + p) @ tables["axes"].astype(int)
     classes = np.argsort(-whole, kind="stable")[:m]

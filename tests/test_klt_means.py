@@ -19,6 +19,7 @@ from test_codec import GOLDEN, golden, made_up_logits
 from offline_kd.store.codecs import row_coder
 from offline_kd.store.codecs.klt import MOST_NORM, whole_logits
 from offline_kd.store.codecs.klt_means import KltMeans
+from offline_kd.store.codecs.likeliest import likeliest, likeliest_by_torch
 from offline_kd.store.codecs.rans import TOTAL
 from offline_kd.support.errors import TeacherError
 
@@ -31,6 +32,11 @@ def views_of_images(images: int, views: int, classes: int, seed: int = 0) -> np.
     """`[n, v, C]` logits of which most is common to the views of an image."""
     own = made_up_logits(images * views, classes, seed + 1).reshape(images, views, classes)
     return made_up_logits(images, classes, seed)[:, None] + 0.4 * own
+
+
+def length_of(codes: np.ndarray) -> np.ndarray:
+    """`[...]` bytes of codes `[..., b]`."""
+    return codes[..., 0] + 256 * codes[..., 1].astype(int)
 
 
 # ---- the entropy coder -----------------------------------------------------------------------------------------------
@@ -71,11 +77,19 @@ def test_the_compiled_coder_gives_back_every_number(data, rows, places, most, ha
         found, behind = row_coder.decode(codes[some], tables, more and more[2:])
         np.testing.assert_array_equal(found, values[some])
         np.testing.assert_array_equal(behind, expected[some])
-    used = int(codes.any(axis=0).nonzero()[0].max(initial=2)) + 1
-    np.testing.assert_array_equal(row_coder.decode(codes[:, :used], tables, more and more[2:])[0], values)
-    short, too_long = row_coder.encode(values, tables, used - 1, more)
-    np.testing.assert_array_equal(short, codes[:, : used - 1])
-    assert rows == 0 or set(np.flatnonzero(codes[:, used - 1])) <= set(too_long)
+    length = length_of(codes)
+    assert not codes[:, 2:][np.arange(98) >= length[:, None]].any()
+    longest = int(length.max(initial=0))
+    np.testing.assert_array_equal(row_coder.decode(codes[:, : longest + 2], tables, more and more[2:])[0], values)
+    # Nothing behind a code is looked at, and a code that is too long is not written.
+    strange = codes.copy()
+    strange[:, 2:][np.arange(98) >= length[:, None]] = rng.integers(256)
+    np.testing.assert_array_equal(row_coder.decode(strange, tables, more and more[2:])[1], expected)
+    if longest:
+        short, too_long = row_coder.encode(values, tables, longest + 1, more)
+        np.testing.assert_array_equal(too_long, np.flatnonzero(length == longest))
+        np.testing.assert_array_equal(short[length < longest], codes[length < longest, : longest + 1])
+        assert not short[too_long].any()
 
 
 def test_the_bits_of_rows_do_not_change():
@@ -94,29 +108,46 @@ def test_the_bits_of_rows_do_not_change():
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 4), st.integers(1, 80), st.integers(1, 80))
+@given(st.integers(0, 2**31), st.integers(0, 9), st.integers(1, 4), st.integers(2, 80), st.integers(2, 80))
 def test_damaged_bytes_are_numbers_of_the_right_shape(seed, images, views, width, mean_width):
     rng = np.random.default_rng(seed)
-    code = rng.integers(0, 256, (images, views, width)).astype(np.uint8)
-    mean = rng.choice([0, 255, rng.integers(256)], (images, mean_width)).astype(np.uint8)
-    logits = GOLDEN_CODEC.decode_stored({"mean": mean, "code": code}, GOLDEN_TABLES, 20)
+    codes = rng.integers(0, 256, (images, views, width)).astype(np.uint8)
+    means = rng.choice([0, 255, rng.integers(256)], (images, mean_width)).astype(np.uint8)
+    codes[..., :2] = rng.choice([0, 1, width, 255], (images, views, 2))  # lengths, true and impossible ones
+    logits = GOLDEN_CODEC.decode_stored({"means": means, "codes": codes}, GOLDEN_TABLES, 20)
     assert logits.shape == (images, views, 20)
     assert logits.isfinite().all()
 
 
 @pytest.mark.slow
-def test_damaged_bytes_read_and_write_nothing_out_of_bounds():
+def test_damaged_bytes_read_and_write_nothing_out_of_bounds(tmp_path):
     """As compiled with a check of every index, which the code that is used does without."""
     program = (
         "import numpy as np, test_klt_means as t\n"
+        "from dataclasses import replace\n"
+        "from offline_kd.store.codecs import row_coder\n"
         "rng = np.random.default_rng(0)\n"
-        "for width in (1, 2, 3, 5, 64):\n"
-        "    code, mean = (rng.integers(0, 256, (*size, width)).astype('u1') for size in ((301, 3), (301,)))\n"
-        "    assert t.GOLDEN_CODEC.decode_stored({'mean': mean, 'code': code}, t.GOLDEN_TABLES, 20).isfinite().all()\n"
+        "for width in (2, 3, 5, 64):\n"
+        "    codes, means = (rng.integers(0, 256, (*size, width)).astype('u1') for size in ((301, 3), (301,)))\n"
+        "    for length in (0, width - 2, 255):\n"
+        "        codes[..., :2], means[..., :2] = length, (length, 0)\n"
+        "        arrays = {'means': means, 'codes': codes}\n"
+        "        assert t.GOLDEN_CODEC.decode_stored(arrays, t.GOLDEN_TABLES, 20).isfinite().all()\n"
         "t.GOLDEN_CODEC.encode(t.GOLDEN['logits'], t.GOLDEN_TABLES)\n"
+        "tables = row_coder.coders_of(t.GOLDEN_TABLES).views\n"
+        "wrong = replace(tables, base=tables.base + len(tables.sums))\n"
+        "for use in (row_coder.decode, lambda *given: row_coder.encode(np.zeros((1, 9), 'i2'), given[1], 64)):\n"
+        "    try:\n"
+        "        use(codes[0], wrong)\n"
+        "    except IndexError:\n"
+        "        print('seen')\n"
     )
-    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": "/dev/null/none"}
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
+    # In a folder of its own: numba would take what it has kept, which was compiled without the check.
+    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True
+    )
+    assert done.stdout.split() == [b"seen", b"seen"]  # tables that point anywhere: the check of indices is there
 
 
 def digest_of_codes() -> str:
@@ -127,7 +158,7 @@ def digest_of_codes() -> str:
     later = GOLDEN_CODEC.encode(logits[:, ::-1] + np.float32(0.3), GOLDEN_TABLES, arrays)
     digest = hashlib.sha256()
     for one in (arrays, later):
-        digest.update(one["mean"].tobytes() + one["code"].tobytes())
+        digest.update(one["means"].tobytes() + one["codes"].tobytes())
         digest.update(GOLDEN_CODEC.decode_stored(one, GOLDEN_TABLES, 20).numpy().tobytes())
     return f"{torch.backends.cpu.get_cpu_capability()} {digest.hexdigest()}"
 
@@ -150,6 +181,20 @@ def test_codes_and_logits_are_the_same_with_any_instruction_set():
     assert len(set(digests)) == 1, found
 
 
+@settings(max_examples=60)
+@given(st.integers(0, 2**31), st.integers(1, 70), st.sampled_from([1, 3, 40, 2000, 2**22, 2**40]), st.integers(1, 70))
+def test_compiled_loops_choose_the_classes_and_steps_that_torch_does(seed, classes, spread, count):
+    """Also among equal ones, and in sums of damaged numbers."""
+    rng = np.random.default_rng(seed)
+    whole = torch.from_numpy(np.rint(spread * rng.standard_normal((7, classes))).astype(np.float32))
+    steps = tuple(0.1 * 1.25**index for index in range(rng.integers(1, 12)))
+    setting = min(count, classes), int(rng.integers(1, 300)), int(rng.integers(1, 900)), steps
+    found, expected = likeliest(whole, *setting), likeliest_by_torch(whole, *setting)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +208,7 @@ def test_views_of_an_image_take_fewer_bytes_together_than_alone():
     alone_decoded = CODEC.decode_stored(alone, alone_tables, 80).numpy().reshape(logits.shape)
     errors = [np.square(one - logits).mean() for one in (decoded, alone_decoded)]
     assert errors[0] < 1.05 * errors[1]
-    assert np.count_nonzero(arrays["code"]) + np.count_nonzero(arrays["mean"]) < 0.95 * np.count_nonzero(alone["code"])
+    assert length_of(arrays["codes"]).sum() + length_of(arrays["means"]).sum() < 0.95 * length_of(alone["codes"]).sum()
 
 
 def test_one_view_of_an_image_predicts_nothing_and_costs_next_to_nothing():
@@ -171,10 +216,9 @@ def test_one_view_of_an_image_predicts_nothing_and_costs_next_to_nothing():
     tables = CODEC.fit(logits)
     assert not tables["share"].any()
     arrays = CODEC.encode(logits, tables)
-    means, _ = row_coder.decode(arrays["mean"], row_coder.coders_of(tables).means)
+    means, _ = row_coder.decode(arrays["means"], row_coder.coders_of(tables).means)
     assert not means.any()
-    assert (arrays["mean"][:, 3:] == 0).all()  # three bytes of state, the same for every image
-    assert (arrays["mean"] == arrays["mean"][0]).all()
+    assert not arrays["means"].any()  # codes of no bytes
     unpacked = CODEC.unpack(arrays, tables)
     assert not (unpacked["t"] % CODEC.finer).any()  # nothing but whole steps of the views
 
@@ -202,12 +246,12 @@ def test_a_code_that_is_too_long_loses_its_finest_axes_and_is_refused_without_an
     roomy = KltMeans(name="klt_means", step=0.1, refine=2)
     logits = views_of_images(200, 3, 100)
     tables = roomy.fit(logits)
-    longest = {name: int(np.count_nonzero(one, axis=-1).max()) for name, one in roomy.encode(logits, tables).items()}
+    longest = {name: int(length_of(one).max()) + 2 for name, one in roomy.encode(logits, tables).items()}
     errors = []
-    for name, setting, fewer in (("code", "row_bytes", 4), ("mean", "mean_bytes", 1)):
-        short = roomy.model_copy(update={setting: longest[name] - fewer})
+    for name, setting in (("codes", "row_bytes"), ("means", "mean_bytes")):
+        short = roomy.model_copy(update={setting: longest[name] - 1})
         arrays = short.encode(logits, tables)
-        assert arrays[name].shape[-1] == longest[name] - fewer
+        assert arrays[name].shape[-1] == longest[name] - 1
         errors += [np.square(short.decode_stored(arrays, tables, 100).numpy() - logits).mean()]
         tiny = roomy.model_copy(update={setting: 20})
         with pytest.raises(TeacherError, match=rf"more than its 20 bytes of {setting} .*{setting}=80"):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from offline_kd.store.lookup import logits_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import stored_object
 from offline_kd.store.verification import verify
-from offline_kd.support.errors import StoreCorrupt, StoreMismatch
+from offline_kd.support.errors import StoreCorrupt, StoreError, StoreMismatch
 from offline_kd.support.places import Folder
 
 # ---- stores ----------------------------------------------------------------------------------------------------------
@@ -62,8 +63,8 @@ def files_of(path: Path, pattern: str) -> dict[str, tuple[bytes, int]]:
 
 def test_every_group_is_close_to_the_teacher_and_means_lie_once_per_block(whole):
     store = open_store(whole / "store")
-    assert len(files_of(whole / "store", "logits/mean/c/*/*")) == 3
-    assert len(files_of(whole / "store", "logits/code/c/*/*/*")) == 9
+    assert len(files_of(whole / "store", "logits/means/c/*/*")) == 3
+    assert len(files_of(whole / "store", "logits/codes/c/*/*/*")) == 9
     assert verify(Folder(whole / "store")).faults == []
     z, z_t = all_logits(whole / "store"), all_logits(whole / "f32")
     errors = (z - z_t).square().mean(dim=(0, 2)).view(3, 2).mean(dim=1).sqrt()
@@ -79,13 +80,13 @@ def test_views_added_later_by_another_process_are_those_captured_at_once(whole, 
     path = tmp_path / "store"
     few, manifest = recipe_of(whole, count=2)
     cache_teacher(few, manifest, [whole], path, CPU)
-    means = files_of(path, "logits/mean/c/*/*")
+    means = files_of(path, "logits/means/c/*/*")
     file, where = command_line(tmp_path, recipe_of(whole)[0], manifest)
     command = [sys.executable, "-m", "offline_kd", "cache-teacher", str(file), "--store", str(path)]
     where[where.index("--data-root") + 1] = str(whole)
     done = subprocess.run([*command, *where], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert files_of(path, "logits/mean/c/*/*") == means  # and when they were written
+    assert files_of(path, "logits/means/c/*/*") == means  # and when they were written
     assert open_store(path).digest == open_store(whole / "store").digest
     assert torch.equal(all_logits(path), all_logits(whole / "store"))
 
@@ -101,7 +102,7 @@ def test_a_capture_that_was_killed_between_groups_and_two_writers_make_the_same_
     for entry in ("000000-00002-00004", "000000-00004-00006", "000002-00000-00002", "000002-00002-00004"):
         (path / f"ledger/{entry}.json").unlink()
         block, group = int(entry[:6]), int(entry[7:12]) // 2
-        (path / f"targets.zarr/logits/code/c/{block}/{group}/0").unlink()
+        (path / f"targets.zarr/logits/codes/c/{block}/{group}/0").unlink()
     assert invoke(*command, "--worker", "1/2").exit_code == 0
     assert invoke(*command).exit_code == 0
     assert open_store(path).digest == open_store(whole / "store").digest
@@ -109,7 +110,7 @@ def test_a_capture_that_was_killed_between_groups_and_two_writers_make_the_same_
 
 
 @pytest.mark.parametrize(
-    ("damaged", "redone"), [("logits/code/c/1/0/0", 1), ("logits/mean/c/1/0", 3)], ids=["code", "mean"]
+    ("damaged", "redone"), [("logits/codes/c/1/0/0", 1), ("logits/means/c/1/0", 3)], ids=["code", "mean"]
 )
 def test_repair_does_again_what_hangs_on_the_damaged_object(whole, tmp_path, damaged, redone):
     path = tmp_path / "store"
@@ -164,7 +165,7 @@ def test_another_teacher_is_added_with_means_of_its_own(whole, tmp_path):
     # Two groups of a block again, by what the third has kept.
     for views in ("00000-00002", "00002-00004"):
         (path / f"ledger/000001-{views}.other.json").unlink()
-    (path / "targets.zarr/teachers/other/logits/code/c/1/0/0").unlink()
+    (path / "targets.zarr/teachers/other/logits/codes/c/1/0/0").unlink()
     (path / "manifest.json").unlink()
     cache_teacher(other, manifest, [whole], path, CPU, add=True)
     assert torch.equal(all_logits(path, "other"), at_once)
@@ -207,16 +208,16 @@ def test_groups_of_other_images_than_those_of_the_means_are_refused(tmp_path, fi
         if count == 2:
             with contextlib.suppress(StoreMismatch):  # it cannot be finished when it is not known which image is bad
                 cache_teacher(recipe, manifest, [tmp_path], path, CPU)
-    means = files_of(path, "logits/mean/c/*/*")
+    means = files_of(path, "logits/means/c/*/*")
     with pytest.raises(StoreMismatch, match="are not those of which the store has other views already"):
         cache_teacher(recipe, manifest, [tmp_path], path, CPU)
-    assert files_of(path, "logits/mean/c/*/*") == means
+    assert files_of(path, "logits/means/c/*/*") == means
 
 
 def test_a_store_whose_rows_were_shifted_is_not_finished(whole, tmp_path):
     path = tmp_path / "store"
     subprocess.run(["cp", "-r", whole / "store", path], check=True)
-    rewrite(path, "logits/code", 1, 2, lambda code: np.roll(code, 1, axis=0))
+    rewrite(path, "logits/codes", 1, 2, lambda code: np.roll(code, 1, axis=0))
     (path / "manifest.json").unlink()
     recipe, manifest = recipe_of(whole)
     with pytest.raises(StoreCorrupt, match="the teacher run again differs from the store by up to"):
@@ -242,6 +243,24 @@ def test_tables_that_no_coder_has_are_refused_in_one_line(whole, tmp_path):
         vouch_for_ledger(path)
         with pytest.raises(StoreCorrupt, match=problem):
             all_logits(path)
+
+
+def test_a_store_of_the_first_form_of_the_codec_is_refused_in_one_line_and_never_decoded(whole, tmp_path):
+    """Its arrays were `mean` and `code`, of which every row was a code with zeros behind it."""
+    path = tmp_path / "store"
+    shutil.copytree(whole / "store", path)
+    for now, then in (("means", "mean"), ("codes", "code")):
+        (path / f"targets.zarr/logits/{now}").rename(path / f"targets.zarr/logits/{then}")
+        for entry in path.glob("ledger/0*.json"):
+            entry.write_text(entry.read_text().replace(f"logits/{now}/", f"logits/{then}/"))
+    vouch_for_ledger(path)
+    problem = "not for logits/(means|codes)/c/0/0.*: what this store holds is in a form .* Capture the store again"
+    with pytest.raises(StoreCorrupt, match=problem):
+        all_logits(path)
+    assert all(re.search(problem.replace("/0/0", "/./."), one.problem) for one in verify(Folder(path)).faults)
+    recipe, manifest = recipe_of(whole, count=8)
+    with pytest.raises(StoreError):
+        cache_teacher(recipe, manifest, [whole], path, CPU)
 
 
 def test_not_finite_logits_are_refused(recipe_file, where, tmp_path):

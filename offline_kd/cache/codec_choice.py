@@ -67,10 +67,12 @@ def pack_logits(codec: Codec, logits: Floats, tables: Tables) -> dict[str, tuple
 
 def pack_arrays(codec: Codec, arrays: Arrays) -> dict[str, tuple[ArraySpec, bytes]]:
     """The same for what the codec made of them."""
-    declared, packed = codec.arrays(), {}
+    packed = {}
     for name, array in arrays.items():
-        axes = tuple(f"axis {index}" for index in range(array.ndim))
-        spec = ArraySpec(name, declared[name].dtype, array.shape, array.shape, axes, declared[name].fill, "whole", "")
+        about, axes = codec.arrays()[name], tuple(f"axis {index}" for index in range(array.ndim))
+        spec = ArraySpec(
+            name, about.dtype, array.shape, array.shape, axes, about.fill, "whole", "", ragged=about.ragged
+        )
         packed[name] = (spec, encode_chunk(spec, array))
     return packed
 

@@ -30,14 +30,14 @@ def ideal_bytes(codec: Codec, arrays: Arrays, tables: Tables) -> dict[str, float
 
 def _of_klt_means(codec: KltMeans, arrays: Arrays, tables: Tables) -> dict[str, float]:
     coders = coders_of(tables)
-    means = row_coder.decode(_rows(arrays["mean"]).astype(np.uint8), coders.means)[0]
-    codes, places = _rows(arrays["code"]).astype(np.uint8), len(coders.views)
-    # The level of a row is one more number behind those of its axes.
+    means = row_coder.decode(_rows(arrays["means"]).astype(np.uint8), coders.means)[0]
+    codes, places = _rows(arrays["codes"]).astype(np.uint8), len(coders.views)
+    # The level of a row is read behind its axes, and these are read from the last one on.
     views, levels = tables["view_frequency"], tables["level_frequency"]
     beside = (views.shape[1] - levels.shape[1]) // 2
-    both = np.concatenate([views[:places], np.pad(levels, ((0, 0), (beside, beside)))])
+    both = np.concatenate([np.pad(levels, ((0, 0), (beside, beside))), views[:places]])
     values = row_coder.decode(codes, row_coder.tables_of(both))[0]
-    q, level = values[:, :places], values[:, places]
+    level, q = values[:, 0], values[:, 1:]
     counts = codec.counts(tables["mean"].shape[0])
     refine = tables["refine_frequency"].reshape(len(counts), -1, views.shape[1])
     differences = _rows(codec.unpack(arrays, tables)["differences"])

@@ -9,6 +9,7 @@ import numcodecs
 import numpy as np
 from numpy.typing import NDArray
 
+from offline_kd.store.codecs.rans import LENGTH_BYTES
 from offline_kd.store.layout import ArraySpec
 from offline_kd.support.errors import StoreCorrupt
 
@@ -19,7 +20,8 @@ ZSTD_MAGIC = bytes.fromhex("28b52ffd")
 
 def encode_chunk(spec: ArraySpec, chunk: NDArray[np.generic]) -> bytes:
     """The object for a whole chunk `[*spec.chunks]`; zarr reads it."""
-    packed = bytes(_packer(spec).encode(np.ascontiguousarray(chunk, dtype=spec.dtype)))
+    chunk = np.ascontiguousarray(chunk, dtype=spec.dtype)
+    packed = bytes(_packer(spec).encode(_closed_up(chunk) if spec.ragged else chunk))
     return packed + google_crc32c.value(packed).to_bytes(4, "little")
 
 
@@ -39,10 +41,42 @@ def decode_chunk(spec: ArraySpec, content: bytes, where: str) -> NDArray[np.gene
         try:
             chunk = np.empty(spec.chunks, dtype=spec.dtype)
             _packer(spec).decode(packed, chunk)
-            return chunk
+            return _spread(chunk) if spec.ragged else chunk
         except (RuntimeError, ValueError) as error:
             problem = f"it cannot be unpacked ({error})"
     raise StoreCorrupt(f"{where}: {problem}. Copy the store again, or `offline-kd store repair` it.")
+
+
+def _closed_up(chunk: NDArray[np.generic]) -> NDArray[np.generic]:
+    """A chunk of the same shape, in which rows `[..., b]` of a length, as many bytes, and zeros lie close together.
+
+    First are the lower bytes of all lengths, then the higher ones, then what the rows have, one after the other.
+    """
+    rows, closed_up = chunk.reshape(-1, chunk.shape[-1]), np.zeros(chunk.size, dtype=np.uint8)
+    lengths, content = np.split(closed_up, [LENGTH_BYTES * len(rows)])
+    lengths[...] = rows[:, :LENGTH_BYTES].T.ravel()
+    used = _used(rows)
+    content[: np.count_nonzero(used)] = rows[:, LENGTH_BYTES : LENGTH_BYTES + used.shape[1]][used]
+    return closed_up.reshape(chunk.shape)
+
+
+def _spread(chunk: NDArray[np.generic]) -> NDArray[np.generic]:
+    """What `_closed_up` was given; raises ValueError for what it never makes."""
+    rows = np.zeros((chunk.size // chunk.shape[-1], chunk.shape[-1]), dtype=np.uint8)
+    lengths, content = np.split(chunk.ravel(), [LENGTH_BYTES * len(rows)])
+    rows[:, :LENGTH_BYTES] = lengths.reshape(LENGTH_BYTES, -1).T
+    used = _used(rows)
+    rows[:, LENGTH_BYTES : LENGTH_BYTES + used.shape[1]][used] = content[: np.count_nonzero(used)]
+    return rows.reshape(chunk.shape)
+
+
+def _used(rows: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """`[n, longest]`: which bytes behind its length a row of `[n, b]` has; raises ValueError where it has no room."""
+    lengths = np.ascontiguousarray(rows[:, :LENGTH_BYTES]).view("<u2")
+    longest = int(lengths.max(initial=0))
+    if longest > rows.shape[1] - LENGTH_BYTES:
+        raise ValueError(f"{longest} bytes and their number do not fit into a row of {rows.shape[1]}")
+    return np.arange(longest, dtype=np.uint16) < lengths
 
 
 def _crc(content: bytes) -> int:

@@ -57,6 +57,7 @@ class ArraySpec:
     extent: Literal["block", "group", "whole"]
     description: str
     prefix: str = ""
+    ragged: bool = False  # rows of bytes that know their length: an object has no zeros between them
 
     @property
     def path(self) -> str:
@@ -165,7 +166,8 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
     for name, array in identity.codec.arrays().items():
         inner = [(array.axis[0], array.axis[1] or identity.num_classes)] if array.axis else []
         make = per_row if array.of_image else per_view
-        specs.append(make(f"logits/{name}", array.dtype, array.fill, array.description, *inner))
+        spec = make(f"logits/{name}", array.dtype, array.fill, array.description, *inner)
+        specs.append(replace(spec, ragged=array.ragged))
     for name, about in identity.decisions.items():
         of, places = f"decisions/{name}", [("height", about.height), ("width", about.width)]
         if isinstance(about.config, SubclassDecisions):
@@ -212,6 +214,11 @@ class Part:
     tables: dict[str, list[ArraySpec]]  # by name of the decisions
     codec: AnyCodec
     decisions: Mapping[str, DecisionsIdentity]
+
+    @property
+    def all_specs(self) -> list[ArraySpec]:
+        """Of blocks and of tables."""
+        return [*self.specs, *(spec for specs in self.tables.values() for spec in specs)]
 
 
 def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dict[str, Part]:
@@ -286,7 +293,7 @@ def zarr_metadata(parts: Mapping[str, Part]) -> dict[str, bytes]:
     store = MemoryStore()
     zarr.open_group(store, mode="a", zarr_format=3)
     for part in parts.values():
-        for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]:
+        for spec in part.all_specs:
             create_array(store, spec)
     return {f"targets.zarr/{name}": buffer.to_bytes() for name, buffer in sorted(store._store_dict.items())}
 

@@ -143,11 +143,7 @@ class Store:
 
     def at_once(self, most: int) -> int:
         """How many of the largest objects may be held at once, stored and decoded: `most`, if they are small."""
-        largest = max(
-            spec.chunk_bytes
-            for part in self.parts.values()
-            for spec in [*part.specs, *(spec for specs in part.tables.values() for spec in specs)]
-        )
+        largest = max(spec.chunk_bytes for part in self.parts.values() for spec in part.all_specs)
         return max(1, min(most, READ_BYTES // (2 * largest)))
 
     def side_by_side(self, work: Callable[[Item], Found], items: Iterable[Item]) -> list[Found]:
@@ -318,6 +314,12 @@ class Store:
         """What an entry says of an object; raises StoreCorrupt when it says nothing, or what cannot be."""
         expected = entry.objects.get(key)
         if expected is None:
+            known = tuple(f"{one.path}/c" for part in self.parts.values() for one in part.all_specs)
+            if strange := next((one for one in entry.objects if not one.startswith(known)), None):
+                raise StoreCorrupt(
+                    f"{self.place}/ledger/{entry.file_name}: vouches for {strange!r}, not for {key}: what this store "
+                    "holds is in a form that this version does not read. Capture the store again."
+                )
             raise StoreCorrupt(
                 f"{self.place}/targets.zarr/{key}: the ledger entry {entry.file_name} does not vouch for it: {REPAIR}"
             )

@@ -36,6 +36,7 @@ class CodecArray:
     axis: tuple[str, int | None] | None  # name and size; None for as many as classes
     description: str  # lies in the store's zarr metadata: changing it changes the bytes of new stores
     of_image: bool = False  # one for each image, kept with its first view group; else one for each view
+    ragged: bool = False  # bytes: how many there are, in rans.LENGTH_BYTES, these, and zeros, which are not stored
 
 
 @dataclass(frozen=True)

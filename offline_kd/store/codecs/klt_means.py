@@ -26,11 +26,11 @@ from torch import Tensor
 
 from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
 from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, step_of, whole_logits
+from offline_kd.store.codecs.likeliest import likeliest
 from offline_kd.store.codecs.rans import TOTAL, frequencies
-from offline_kd.store.codecs.row_coder import coders_of
+from offline_kd.store.codecs.row_coder import Coders, coders_of
 from offline_kd.store.codecs.row_coder import decode as decode_rows
 from offline_kd.store.codecs.row_coder import encode as encode_rows
-from offline_kd.support.constants import constant
 from offline_kd.support.errors import TeacherError
 
 MOST = 511  # |p|, |q| and |difference|
@@ -38,15 +38,10 @@ PARTS = 2**7  # of a unit that logits are rounded to, at least where they are no
 DEADZONE = 0.05  # sizes are rounded up from .55: shorter, and the error that matters is made finer
 GROWTH, LOG_GROWTH = 1.25, 0.22314355131420976  # a step of what is made finer is so many times the one before
 LEVELS = 8
-E_EIGHTH = 1.1331484530668263  # e**(1/8)
 RARE = 500
 # Candidates, the steps in standard deviations of the logits. The last four: for KD at high T only the step gains.
 STEPS, REFINE = (4, 3, 2, 1.2, 1.2, 0.7, 0.4, 0.2), (64, 96, 128, 160, 16, 16, 16, 16)
 REFINE_STEPS = 1 / 36, 1 / 44, 1 / 55, 1 / 76, 1 / 16, 1 / 32, 1 / 32, 1 / 32
-
-# 2**16 e**-(i / 8), and the sums of these from which on a logarithm is nearer to (j + 1) / 8 than to j / 8.
-EXP = tuple(round(2**16 * E_EIGHTH**-i) for i in range(100))
-LOG = tuple(round(2**16 * E_EIGHTH ** (j + 0.5)) for j in range(45))
 
 Whole = NDArray[np.int16]
 
@@ -72,14 +67,15 @@ class KltMeans(Codec):
     )
     axes: int = Field(1024, ge=1, le=2048, description="at most; there are no more than classes")
     fit_rows: int = Field(16384, ge=16, description="views that it learns from")
-    row_bytes: int = Field(384, ge=64, le=8192, description="most that a row may take; zeros behind it cost nothing")
+    row_bytes: int = Field(384, ge=64, le=8192, description="most that a view may take; it pays for what it needs")
     mean_bytes: int = Field(768, ge=64, le=8192, description="most that an image's mean may take")
 
     def arrays(self) -> dict[str, CodecArray]:
-        what = "rANS code of the {}: offline_kd/store/codecs/klt_means.py"
+        what = "rANS codes of {}, those of a chunk one after the other: offline_kd/store/codecs/klt_means.py"
+        means, views = ("byte", self.mean_bytes), ("byte", self.row_bytes)
         return {
-            "mean": CodecArray("|u1", 0, ("byte", self.mean_bytes), what.format("mean over views"), of_image=True),
-            "code": CodecArray("|u1", 0, ("byte", self.row_bytes), what.format("row")),
+            "means": CodecArray("|u1", 0, means, what.format("means over views"), of_image=True, ragged=True),
+            "codes": CodecArray("|u1", 0, views, what.format("views"), ragged=True),
         }
 
     @property
@@ -140,32 +136,32 @@ class KltMeans(Codec):
         """
         num_images, num_views, num_classes = logits.shape
         rows = np.ascontiguousarray(logits.reshape(-1, num_classes))
+        coders = coders_of(tables)
+        used = max(len(coders.means), len(coders.views))  # on other axes everything is 0
+        tables = {**tables, **{name: tables[name][:used] for name in ("axes", "share", "view_frequency")}}
         x = self._on_axes(rows, tables).reshape(num_images, num_views, -1)
         if of_images is None:
-            mean = self._encode_means(_rounded(x.mean(axis=1) * tables["share"]), tables)
+            means = self._encode_means(_rounded(x.mean(axis=1) * tables["share"]), tables, coders)
         else:
-            mean = np.ascontiguousarray(of_images["mean"], dtype=np.uint8)
-        coders = coders_of(tables)
-        p = np.zeros((num_images, 1, x.shape[2]), dtype=np.int16)
-        p[:, 0, : len(coders.means)] = decode_rows(mean, coders.means)[0]
+            means = np.ascontiguousarray(of_images["means"], dtype=np.uint8)
+        p = np.zeros((num_images, 1, used), dtype=np.int16)
+        p[:, 0, : len(coders.means)] = decode_rows(means, coders.means)[0]
         q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
-        code = self._encode_rows(
-            rows, q.reshape(len(rows), -1), p.repeat(num_views, axis=1).reshape(len(rows), -1), tables
-        )
-        return {"mean": mean, "code": code.reshape(num_images, num_views, -1)}
+        p, q = p.repeat(num_views, axis=1).reshape(len(rows), -1), q.reshape(len(rows), -1)
+        codes = self._encode_rows(rows, q, p, tables, coders)
+        return {"means": means, "codes": codes.reshape(num_images, num_views, -1)}
 
     def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
         """`t` `[n, v, k]` and `differences` `[n, v, m]` int16."""
-        code, mean = (arrays[name].astype(np.uint8, copy=False) for name in ("code", "mean"))
+        codes, means = (arrays[name].astype(np.uint8, copy=False) for name in ("codes", "means"))
         coders = coders_of(tables)
-        counts = self.counts(tables["mean"].shape[0])
-        more = coders.level, coders.refined, counts
-        q, differences = decode_rows(code.reshape(-1, code.shape[-1]), coders.views, more)
-        p, _ = decode_rows(mean.reshape(-1, mean.shape[-1]), coders.means)
-        t = np.zeros((*code.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
-        t[..., : p.shape[1]] = p.reshape(*mean.shape[:-1], 1, p.shape[1])
-        t[..., : q.shape[1]] += q.reshape(*code.shape[:-1], q.shape[1]) * np.int16(self.finer)
-        return {"t": t, "differences": differences.reshape(*code.shape[:-1], differences.shape[1])}
+        more = coders.level, coders.refined, self.counts(tables["mean"].shape[0])
+        q, differences = decode_rows(codes.reshape(-1, codes.shape[-1]), coders.views, more)
+        p, _ = decode_rows(means.reshape(-1, means.shape[-1]), coders.means)
+        t = np.zeros((*codes.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
+        t[..., : p.shape[1]] = p.reshape(*means.shape[:-1], 1, p.shape[1])
+        t[..., : q.shape[1]] += q.reshape(*codes.shape[:-1], q.shape[1]) * np.int16(self.finer)
+        return {"t": t, "differences": differences.reshape(*codes.shape[:-1], differences.shape[1])}
 
     def unpacked_arrays(self) -> list[str]:
         return ["t", "differences"]
@@ -230,10 +226,10 @@ class KltMeans(Codec):
         # longer ones are made coarser.
         length = np.sqrt(np.einsum("nc,nc->n", whole, whole, dtype=np.float64))
         shift = np.frexp(length * (1.02 * SCALE / 2**24))[1].clip(min=0)[:, None]
-        short = np.rint(np.ldexp(whole, -shift)).astype(np.float32)
+        short = np.rint(whole * np.ldexp(1.0, -shift)).astype(np.float32)
         axes = torch.from_numpy(tables["axes"].astype(np.float32))
         found = (torch.from_numpy(short) @ axes.T).numpy()
-        return np.ldexp(found, shift - (PARTS * SCALE).bit_length() + 1)
+        return found * np.ldexp(np.float32(1), shift - (PARTS * SCALE).bit_length() + 1)
 
     def _in_units(self, q: Whole, p: Whole, tables: Tables) -> Floats:
         """`[n, C]` what numbers of views and means `[n, k]` stand for, in 1/SCALE of a unit, exact."""
@@ -242,22 +238,13 @@ class KltMeans(Codec):
         return whole_logits(t, axes[: t.shape[1]], mean).numpy()
 
     def _steps(self, whole: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the `count` largest of `[n, C]`: which classes, their steps, and whether these are not the coarsest.
+        """Of the `count` largest of `[n, C]`: which classes, their steps, and whether these are fine: see `likeliest`.
 
-        `[n, count]` each. A step is `refine_step` at a probability of 1, and e times that at e**-refine_spread.
-        Logarithms are taken in eighths and by tables of whole numbers, which do not depend on the machine.
+        A step is `refine_step` at a probability of 1, and e times that at e**-refine_spread.
         """
-        largest, classes = ranked(whole, count)
         eighth = max(1, round(SCALE / self._unit / 8))
         width = max(1, round(self.refine_spread * LOG_GROWTH / self._unit * SCALE))
-        below = (largest[:, :1] - largest).int()
-        # Sums of damaged numbers need not fit into 32 bits, and a place in a table must.
-        shares = torch.div(below, eighth, rounding_mode="floor").clamp_(0, len(EXP) - 1)
-        total = constant(EXP, below)[shares].sum(dim=1)
-        below += eighth * torch.bucketize(total, constant(LOG, below), out_int32=True)[:, None]
-        bucket = torch.div(below, width, rounding_mode="floor")
-        steps = constant(self._table_of_steps(), whole)
-        return classes, steps[bucket.clamp(0, len(steps) - 1)], bucket < len(steps)
+        return likeliest(whole, count, eighth, width, self._table_of_steps())
 
     def _table_of_steps(self) -> tuple[float, ...]:
         steps = [self.refine_step]
@@ -286,10 +273,8 @@ class KltMeans(Codec):
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
-    def _encode_means(self, p: Whole, tables: Tables) -> NDArray[np.uint8]:
-        p = _within(p, tables["mean_frequency"], MOST_NORM / 2)
-        coders = coders_of(tables)
-        p = p[:, : len(coders.means)].copy()
+    def _encode_means(self, p: Whole, tables: Tables, coders: Coders) -> NDArray[np.uint8]:
+        p = _within(p[:, : len(coders.means)], tables["mean_frequency"][: len(coders.means)], MOST_NORM / 2)
         codes, too_long = encode_rows(p, coders.means, self.mean_bytes)
         kept = p.shape[1]
         while len(too_long):
@@ -299,31 +284,22 @@ class KltMeans(Codec):
             too_long = too_long[still]
         return codes
 
-    def _encode_rows(self, logits: Floats, q: Whole, p: Whole, tables: Tables) -> NDArray[np.uint8]:
-        codes, too_long = self._encode_some(logits, q, p, tables)
+    def _encode_rows(self, logits: Floats, q: Whole, p: Whole, tables: Tables, coders: Coders) -> NDArray[np.uint8]:
+        codes, too_long = self._encode_some(logits, q, p, tables, coders)
         kept = q.shape[1]
         while len(too_long):
             kept = _fewer(kept, "row_bytes", self.row_bytes)
             q[too_long, kept:] = 0
-            codes[too_long], still = self._encode_some(logits[too_long], q[too_long], p[too_long], tables)
+            codes[too_long], still = self._encode_some(logits[too_long], q[too_long], p[too_long], tables, coders)
             too_long = too_long[still]
         return codes
 
     def _encode_some(
-        self, logits: Floats, q: Whole, p: Whole, tables: Tables
+        self, logits: Floats, q: Whole, p: Whole, tables: Tables, coders: Coders
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        coders = coders_of(tables)
         level, differences = self._refined(logits, self._in_units(q, p, tables), tables)
         more = level, differences, coders.level, coders.refined, self.counts(logits.shape[1])
         return encode_rows(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
-
-
-def ranked(whole: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """`[n, count]` the largest of whole numbers `[n, C]` and their classes; of equal ones the first comes first."""
-    classes = whole.shape[1]
-    unique = whole.long() * classes + torch.arange(classes - 1, -1, -1, device=whole.device)
-    found = unique.topk(count, dim=1)
-    return torch.div(found.values, classes, rounding_mode="floor"), found.indices
 
 
 def _fewer(kept: int, setting: str, most: int) -> int:

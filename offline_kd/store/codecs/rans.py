@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 BITS = 12  # of the frequencies
 TOTAL = 1 << BITS
 LOW = 1 << 16  # the states are LOW to 2**32 - 1
-# Of row_coder.py and row_loops.py: what the code of a row begins with, and of how many parts of TOTAL each knows the
-# first symbol. Their states are LOW to 2**24 - 1.
-STATE_BYTES, BUCKET_BITS = 3, 6
+# Of row_coder.py and row_loops.py, whose states are less than 2**24: what a row begins with, what its code begins with,
+# and of how many parts of TOTAL each knows the first symbol.
+LENGTH_BYTES, STATE_BYTES, BUCKET_BITS = 2, 3, 6
 KEPT_CODERS = 4  # those of the few stores of a run
 
 

@@ -5,7 +5,7 @@ level, which says how many more numbers follow and by which frequencies. Every r
 of an image is read without the others. The loops are in `row_loops.py`.
 
 Frequencies come from a store, and compiled code checks no bounds: `tables_of` refuses any that do not sum to TOTAL, and
-what is read behind the end of a code is 0. So damaged codes give other numbers, and nothing else.
+nothing is read behind the end of a row. So damaged codes give other numbers, and nothing else.
 """
 
 import weakref
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.store.codecs.rans import BITS, BUCKET_BITS, STATE_BYTES, TOTAL
+from offline_kd.store.codecs.rans import BITS, BUCKET_BITS, TOTAL
 
 KEPT = 8  # tables, of the few stores of a run
 
@@ -71,7 +71,9 @@ def encode(
     row_bytes: int,
     more: tuple[NDArray[np.int16], NDArray[np.int16], Tables, Tables, NDArray[np.int64]] | None = None,
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Codes `[n, row_bytes]` of `[n, s]`, zeros behind each, and the rows whose code is longer than that.
+    """Codes `[n, row_bytes]` of `[n, s]`, and the rows whose code is longer than that, which have none.
+
+    A row of codes is how long its code is, in LENGTH_BYTES, the lowest first; the code; zeros.
 
     Args:
         more: what follows: levels `[n]`, numbers `[n, m]`, the tables of the level (of one place) and of the numbers
@@ -81,21 +83,9 @@ def encode(
 
     level, numbers, of_level, of_numbers, counts = more or _nothing(len(values))
     codes = np.zeros((len(values), row_bytes), dtype=np.uint8)
-    length = np.zeros(len(values), dtype=np.int64)
-    most = 2 * (values.shape[1] + numbers.shape[1] + 2) + STATE_BYTES  # a number has BITS bits at most
-    encode_rows(
-        np.ascontiguousarray(values),
-        *_parts(tables),
-        np.ascontiguousarray(level),
-        np.ascontiguousarray(numbers),
-        *_parts(of_level),
-        *_parts(of_numbers),
-        counts,
-        np.zeros(most, dtype=np.uint8),
-        codes,
-        length,
-    )
-    return codes, np.flatnonzero(length > row_bytes)
+    behind = np.ascontiguousarray(level), np.ascontiguousarray(numbers), _parts(of_level), _parts(of_numbers), counts
+    too_long = encode_rows(np.ascontiguousarray(values), _parts(tables), behind, codes)
+    return codes, np.flatnonzero(too_long)
 
 
 def decode(
@@ -115,10 +105,11 @@ def decode(
     values = np.empty((len(codes), len(tables)), dtype=np.int16)
     numbers = np.zeros((len(codes), width), dtype=np.int16)
     codes = np.ascontiguousarray(codes)
-    state, at = np.zeros(len(codes), dtype=np.uint32), np.zeros(len(codes), dtype=np.int64)
-    decode_rows(codes, *_parts(tables), values, state, at)
+    states = np.empty(len(codes), dtype=np.uint32)
+    ats, ends = np.empty(len(codes), dtype=np.int64), np.empty(len(codes), dtype=np.int64)
+    decode_rows(codes, _parts(tables), values, states, ats, ends)
     if width:
-        decode_more(codes, *_parts(of_level), *_parts(of_numbers), counts, numbers, state, at)
+        decode_more(codes, (_parts(of_level), _parts(of_numbers), counts), numbers, states, ats, ends)
     return values, numbers
 
 

@@ -1,9 +1,24 @@
-"""The loops of `row_coder.py`, compiled by numba when they are first called, and kept where that is possible.
+"""The loops of `row_coder.py` and `likeliest.py`, compiled by numba when first called, and kept where that is possible.
 
 Four rows are decoded side by side, for each has to wait for itself.
 
 Compiled code checks no bounds: a symbol is looked for below the TOTAL that the sums of its place end with, a state is
-always below 2**24, and of a code no more is read than there is. So damaged codes lead nowhere else.
+always below 2**24, and of a code no more is read than its row has. So damaged codes lead nowhere else.
+
+What a code begins and ends with. The encoder's first state is 0, not LOW as usual, which would cost two bytes a row.
+It gives bytes away while the state is frequency << 12 or more, puts the number into what is left, and writes the last
+state in as many bytes as that has. The decoder takes a byte while its state is below LOW and the code has one more. It
+takes those that were given away, and no other:
+
+- A number before which bytes were given away leaves a state of LOW or more, since of the state frequency << 4 or more
+  is left; and no number makes a state smaller. So all states from then on are LOW or more, three bytes, and what was
+  given away before a number is what lifts the decoder's state to LOW again: rANS as usual.
+- Before the first byte was given away, states may be below LOW. The decoder comes to these last, when it has taken all
+  bytes: there is none that it could take in error.
+- The first number for which bytes are given away may find a state below LOW. That is below 2**16, so one byte makes
+  room; it is the last one of the code, and the decoder stops for want of another, where the state is.
+
+The numbers that tell most go first into the encoder, for the first one costs 12 bits, whatever its frequency.
 """
 
 from functools import partial
@@ -12,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from offline_kd.store.codecs.rans import BITS, BUCKET_BITS, LOW, STATE_BYTES, TOTAL
+from offline_kd.store.codecs.rans import BITS, BUCKET_BITS, LENGTH_BYTES, LOW, STATE_BYTES, TOTAL
 
 
 def _compiled(function: Any, **options: Any) -> Any:
@@ -35,8 +50,9 @@ def _found(slot, place, base, sums, begin):
 
 
 @_inlined
-def _put(state, value, place, lowest, base, sums, buffer, at):
+def _put(state, value, place, tables, buffer, at):
     """The state with one more number; what it has no room for goes before `at`."""
+    lowest, base, sums, _ = tables
     symbol = base[place] + (value - lowest[place])
     start = np.int64(sums[symbol])
     frequency = np.int64(sums[symbol + 1]) - start
@@ -49,66 +65,69 @@ def _put(state, value, place, lowest, base, sums, buffer, at):
 
 
 @_compiled
-def encode_rows(
-    values,
-    lowest, base, sums, begin,
-    level, numbers,
-    level_lowest, level_base, level_sums, level_begin,
-    more_lowest, more_base, more_sums, more_begin,
-    counts,
-    buffer, codes, length,
-):  # fmt: skip
+def encode_rows(values, tables, more, codes):
+    """Fills `codes`, and says of which rows `[n]` the code was too long; of these nothing is written."""
+    level, numbers, of_level, of_numbers, counts = more
+    buffer = np.empty(2 * (values.shape[1] + numbers.shape[1] + 1) + STATE_BYTES, dtype=np.uint8)
+    too_long = np.zeros(values.shape[0], dtype=np.bool_)
     for row in range(values.shape[0]):
-        at, state = buffer.size, np.int64(LOW)
+        at, state = buffer.size, np.int64(0)
         if counts.size:  # what is read last is written first
             first = level[row] * numbers.shape[1]
-            for number in range(counts[level[row]] - 1, -1, -1):
-                value = numbers[row, number]
-                state, at = _put(state, value, first + number, more_lowest, more_base, more_sums, buffer, at)
-            state, at = _put(state, level[row], 0, level_lowest, level_base, level_sums, buffer, at)
-        for place in range(values.shape[1] - 1, -1, -1):
-            state, at = _put(state, values[row, place], place, lowest, base, sums, buffer, at)
-        for _ in range(STATE_BYTES):
+            for number in range(counts[level[row]]):
+                state, at = _put(state, numbers[row, number], first + number, of_numbers, buffer, at)
+            state, at = _put(state, level[row], 0, of_level, buffer, at)
+        for place in range(values.shape[1]):
+            state, at = _put(state, values[row, place], place, tables, buffer, at)
+        while state > 0:
             at -= 1
             buffer[at] = state & 255
             state >>= 8
-        length[row] = buffer.size - at
-        for index in range(min(length[row], codes.shape[1])):
-            codes[row, index] = buffer[at + index]
+        length = buffer.size - at
+        too_long[row] = length > codes.shape[1] - LENGTH_BYTES
+        if not too_long[row]:
+            codes[row, 0], codes[row, 1] = length & 255, length >> 8
+            for index in range(length):
+                codes[row, LENGTH_BYTES + index] = buffer[at + index]
+    return too_long
 
 
 @_inlined
-def _byte(codes, row, at):
-    return np.uint32(codes[row, at]) if at < codes.shape[1] else np.uint32(0)
+def _begin(code):
+    """The first state of a code, the place behind it, and where the code ends."""
+    end = min(code.size, LENGTH_BYTES + np.int64(code[0]) + (np.int64(code[1]) << 8))
+    at, state = np.int64(LENGTH_BYTES), np.uint32(0)
+    while at < end and at < LENGTH_BYTES + STATE_BYTES:
+        state = (state << np.uint32(8)) | np.uint32(code[at])
+        at += 1
+    return state, at, end
 
 
 @_inlined
-def _next(state, at, at_symbol, slot, sums, codes, row):
+def _next(state, at, end, at_symbol, slot, sums, code):
     """State and place in the code behind a number."""
     start = sums[at_symbol]
     state = (sums[at_symbol + 1] - start) * (state >> np.uint32(BITS)) + slot - start
-    while state < np.uint32(LOW) and at < codes.shape[1] + 4:  # a state of 0 would never grow
-        state = (state << np.uint32(8)) | _byte(codes, row, at)
+    while state < np.uint32(LOW) and at < end:
+        state = (state << np.uint32(8)) | np.uint32(code[at])
         at += 1
     return state, at
 
 
-@_inlined
-def _first_state(codes, row):
-    high, middle, low = _byte(codes, row, 0), _byte(codes, row, 1), _byte(codes, row, 2)
-    return (high << np.uint32(16)) | (middle << np.uint32(8)) | low
-
-
 @_compiled
-def decode_rows(codes, lowest, base, sums, begin, values, state, at):
+def decode_rows(codes, tables, values, states, ats, ends):
+    """Fills `values`; states, places in the codes and ends of these `[n]` are what `decode_more` goes on from."""
+    lowest, base, sums, begin = tables
     rows, mask = codes.shape[0], np.uint32(TOTAL - 1)
     for row in range(rows):
-        state[row], at[row] = _first_state(codes, row), STATE_BYTES
+        states[row], ats[row], ends[row] = _begin(codes[row])
     whole = rows - rows % 4
     for row in range(0, whole, 4):
-        a, b, c, d = state[row], state[row + 1], state[row + 2], state[row + 3]
-        at_a, at_b, at_c, at_d = at[row], at[row + 1], at[row + 2], at[row + 3]
-        for place in range(values.shape[1]):
+        code_a, code_b, code_c, code_d = codes[row], codes[row + 1], codes[row + 2], codes[row + 3]
+        a, b, c, d = states[row], states[row + 1], states[row + 2], states[row + 3]
+        at_a, at_b, at_c, at_d = ats[row], ats[row + 1], ats[row + 2], ats[row + 3]
+        end_a, end_b, end_c, end_d = ends[row], ends[row + 1], ends[row + 2], ends[row + 3]
+        for place in range(values.shape[1] - 1, -1, -1):
             slot_a, slot_b, slot_c, slot_d = a & mask, b & mask, c & mask, d & mask
             found_a = _found(slot_a, place, base, sums, begin)
             found_b = _found(slot_b, place, base, sums, begin)
@@ -119,37 +138,103 @@ def decode_rows(codes, lowest, base, sums, begin, values, state, at):
             values[row + 1, place] = found_b - first
             values[row + 2, place] = found_c - first
             values[row + 3, place] = found_d - first
-            a, at_a = _next(a, at_a, found_a, slot_a, sums, codes, row)
-            b, at_b = _next(b, at_b, found_b, slot_b, sums, codes, row + 1)
-            c, at_c = _next(c, at_c, found_c, slot_c, sums, codes, row + 2)
-            d, at_d = _next(d, at_d, found_d, slot_d, sums, codes, row + 3)
-        state[row], state[row + 1], state[row + 2], state[row + 3] = a, b, c, d
-        at[row], at[row + 1], at[row + 2], at[row + 3] = at_a, at_b, at_c, at_d
+            a, at_a = _next(a, at_a, end_a, found_a, slot_a, sums, code_a)
+            b, at_b = _next(b, at_b, end_b, found_b, slot_b, sums, code_b)
+            c, at_c = _next(c, at_c, end_c, found_c, slot_c, sums, code_c)
+            d, at_d = _next(d, at_d, end_d, found_d, slot_d, sums, code_d)
+        states[row], states[row + 1], states[row + 2], states[row + 3] = a, b, c, d
+        ats[row], ats[row + 1], ats[row + 2], ats[row + 3] = at_a, at_b, at_c, at_d
     for row in range(whole, rows):
-        for place in range(values.shape[1]):
-            slot = state[row] & mask
+        for place in range(values.shape[1] - 1, -1, -1):
+            slot = states[row] & mask
             found = _found(slot, place, base, sums, begin)
             values[row, place] = found - base[place] + lowest[place]
-            state[row], at[row] = _next(state[row], at[row], found, slot, sums, codes, row)
+            states[row], ats[row] = _next(states[row], ats[row], ends[row], found, slot, sums, codes[row])
 
 
 @_compiled
-def decode_more(
-    codes,
-    level_lowest, level_base, level_sums, level_begin,
-    lowest, base, sums, begin,
-    counts, numbers, states, ats,
-):  # fmt: skip
+def decode_more(codes, more, numbers, states, ats, ends):
+    """Fills `numbers` with what follows in codes of which `decode_rows` has read the beginning."""
+    of_level, (lowest, base, sums, begin), counts = more
+    level_lowest, level_base, level_sums, level_begin = of_level
     mask = np.uint32(TOTAL - 1)
     for row in range(codes.shape[0]):
-        state, at = states[row], ats[row]
+        code, state, at, end = codes[row], states[row], ats[row], ends[row]
         slot = state & mask
         found = _found(slot, 0, level_base, level_sums, level_begin)
         level = found - level_base[0] + level_lowest[0]
-        state, at = _next(state, at, found, slot, level_sums, codes, row)
-        for number in range(counts[level]):
+        state, at = _next(state, at, end, found, slot, level_sums, code)
+        for number in range(counts[level] - 1, -1, -1):
             place = level * numbers.shape[1] + number
             slot = state & mask
             found = _found(slot, place, base, sums, begin)
             numbers[row, number] = found - base[place] + lowest[place]
-            state, at = _next(state, at, found, slot, sums, codes, row)
+            state, at = _next(state, at, end, found, slot, sums, code)
+
+
+# ---- the likeliest classes -------------------------------------------------------------------------------------------
+
+BUCKETS, CLASS_BITS = 256, 32
+
+
+@_inlined
+def _ordered(values, most, count, below, buckets, keys):
+    """How far the `count` largest of whole numbers `[C]` lie below the first, shifted by CLASS_BITS, and their places.
+
+    Only the numbers of the first few of BUCKETS, which are enough, are sorted.
+    """
+    for one in range(values.size):
+        value = values[one] if values[one] < most else most
+        below[one] = np.int32(value if value > -most else -most)
+    highest = lowest = below[0]
+    for one in range(values.size):
+        highest, lowest = max(highest, below[one]), min(lowest, below[one])
+    shift = 0
+    while (np.int64(highest) - lowest) >> shift >= BUCKETS:
+        shift += 1
+    sizes = np.zeros(BUCKETS, dtype=np.int32)
+    for one in range(values.size):
+        below[one] = highest - below[one]
+        buckets[one] = below[one] >> shift
+    for one in range(values.size):
+        sizes[buckets[one]] += 1
+    last, there = 0, sizes[0]
+    while there < count:
+        last += 1
+        there += sizes[last]
+    found = 0
+    for one in range(values.size):
+        keys[found] = (np.int64(below[one]) << CLASS_BITS) | one
+        found += buckets[one] <= last
+    return np.sort(keys[:found])
+
+
+@_compiled
+def likeliest_rows(whole, most, count, scale, exp, log, steps):
+    """See `likeliest`: classes, steps and whether these are fine, `[n, count]` of `[n, C]`."""
+    eighth, width = scale
+    rows, num_classes = whole.shape
+    classes = np.empty((rows, count), dtype=np.int64)
+    sizes = np.empty((rows, count), dtype=np.float32)
+    is_fine = np.empty((rows, count), dtype=np.bool_)
+    below, buckets = np.empty(num_classes, dtype=np.int32), np.empty(num_classes, dtype=np.int32)
+    keys = np.empty(num_classes + 1, dtype=np.int64)
+    for row in range(rows):
+        ordered = _ordered(whole[row], np.float32(most), count, below, buckets, keys)
+        # Both sums and steps only grow with the rank: no division.
+        total, share, edge = 0, 0, eighth
+        for rank in range(count):
+            while share < exp.size - 1 and (ordered[rank] >> CLASS_BITS) >= edge:
+                share += 1
+                edge += eighth
+            total += exp[share]
+        lift = eighth * np.searchsorted(log, total)
+        step, edge = 0, width
+        for rank in range(count):
+            while step < steps.size and (ordered[rank] >> CLASS_BITS) + lift >= edge:
+                step += 1
+                edge += width
+            classes[row, rank] = ordered[rank] & ((1 << CLASS_BITS) - 1)
+            sizes[row, rank] = steps[min(step, steps.size - 1)]
+            is_fine[row, rank] = step < steps.size
+    return classes, sizes, is_fine
