@@ -1,7 +1,8 @@
 """Recipes: one YAML file per experiment, read into the frozen description below.
 
 `extends: other.yaml` starts from another recipe (relative to the file); mappings are merged, everything else replaced.
-`--set path.to.field=value` overrides any field last.
+`--set path.to.field=value` overrides any field last. Where no file has a name, it is that of a recipe that comes with
+the package (`digits`, `extends: cifar10/base`).
 """
 
 import os
@@ -21,6 +22,7 @@ from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
+from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
 from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
 from offline_kd.training_recipe import Training, is_unused
@@ -245,8 +247,12 @@ def parse_codec(text: str) -> AnyCodec:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError."""
-    content = _read(path, ())
+    """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError.
+
+    Args:
+        path: of a file; where there is none, the name of a packaged recipe.
+    """
+    content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
     return _recipe(content, str(path))
@@ -269,8 +275,6 @@ def _recipe(content: object, where: str) -> Recipe:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
-    if not os.path.isfile(path):  # False where a name is too long for a file, too
-        raise RecipeError(f"{shorten(str(path))}: no such recipe{f' (extended by {seen[-1]})' if seen else ''}.")
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself, through {' -> '.join(str(step) for step in seen)}.")
     content = read_yaml(path)
@@ -280,7 +284,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     parent = content.pop("extends", None)
     if parent is None:
         return content
-    return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
+    base = recipe_file(path.parent / str(parent), str(parent), path)
+    return _merge(_read(base, (*seen, path.resolve())), content)
 
 
 def _keys_beside(path: Path, content: dict[str, object]) -> None:
