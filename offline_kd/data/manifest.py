@@ -125,8 +125,8 @@ class Dataset(Strict):
 class Normalisation(Strict):
     """What a network expects of `[3, H, W]` pixels in 0..1: `(pixels - mean) / std` per channel."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = Field(description="of red, green and blue")
+    std: tuple[float, float, float] = Field(description="of red, green and blue")
 
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -135,9 +135,9 @@ Interpolation = Literal["bilinear", "bicubic"]
 class EvaluationCrop(Strict):
     """An image of any size as a network takes it: the short side to `resize`, the middle `size` x `size` cut out."""
 
-    size: int = Field(ge=1, le=4096)
-    resize: int = Field(ge=1, le=8192)
-    interpolation: Interpolation = "bilinear"
+    size: int = Field(ge=1, le=4096, description="height and width that the network gets")
+    resize: int = Field(ge=1, le=8192, description="of the image's short side, before the middle is cut out")
+    interpolation: Interpolation = Field("bilinear", description="how pixels are resampled")
 
 
 class Weights(Strict):
@@ -148,9 +148,9 @@ class Weights(Strict):
 class ExpectedAccuracy(Strict):
     """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
 
-    dataset: str
-    split: str
-    top1: float = Field(ge=0, le=100)
+    dataset: str = Field(description="name in the manifest")
+    split: str = Field(description="of that dataset")
+    top1: float = Field(ge=0, le=100, description="percent")
     tolerance: float = Field(gt=0, description="percentage points")
 
 

@@ -35,14 +35,19 @@ def recipe_file(path: Path, name: str = "", extended_by: Path | None = None) -> 
     """
     if os.path.isfile(path):  # False where a name is too long for a file, too
         return path
-    name = name or path.as_posix()
-    if name in recipe_names():
-        return packaged("pipelines") / f"{name}.yaml"
-    by = f" (extended by {extended_by})" if extended_by else ""
-    raise RecipeError(f"{shorten(str(path))}: no such recipe{by}.{_recipes_like(name)}")
+    found = packaged_recipe(name or path.as_posix())
+    if found is None:
+        by = f" (extended by {extended_by})" if extended_by else ""
+        raise RecipeError(f"{shorten(str(path))}: no such recipe{by}.{recipes_like(name or path.as_posix())}")
+    return found
 
 
-def _recipes_like(name: str) -> str:
+def packaged_recipe(name: str) -> Path | None:
+    """The packaged recipe of that name; None where there is none."""
+    return packaged("pipelines") / f"{name}.yaml" if name in recipe_names() else None
+
+
+def recipes_like(name: str) -> str:
     """Which packaged recipes are near to a name, and where all are listed."""
     wanted, known = name.removeprefix("pipelines/").removesuffix(".yaml")[:100], recipe_names()
     near = [one for one in known if wanted in one] if len(wanted) > 2 else []
