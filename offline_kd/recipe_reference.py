@@ -18,9 +18,9 @@ Node = dict[str, Any]  # a part of a JSON Schema
 COLUMNS = ["field", "type", "default", "meaning"]
 PAGE = """# Fields of recipes
 
-Made by `offline-kd recipe fields --markdown > docs/recipe.md`, from the descriptions that read recipes; do not edit it.
-`offline-kd recipe fields training.optimizer` shows one section. How recipes are named, extended, overridden, and checked
-by editors: [command line](command-line.md#recipes).
+Made by `offline-kd recipe fields --markdown > docs/recipe.md`, from the descriptions that read recipes: do not edit it.
+`offline-kd recipe fields training.optimizer` shows one section. How recipes are named, extended, overridden and
+checked by editors: [command line](command-line.md#recipes).
 """
 
 
