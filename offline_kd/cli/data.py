@@ -29,7 +29,7 @@ def command() -> None:
     """Make, list and prove datasets.
 
     \b
-    offline-kd data check cifar10
+    offline-kd data check digits
     """
 
 

@@ -71,7 +71,7 @@ def copy_command(name: str, to: Path | None) -> None:
     What it extends stays packaged: `extends: base.yaml` becomes `extends: cifar10/base`. Nothing is overwritten.
 
     \b
-    offline-kd recipe copy imagefolder recipe.yaml
+    offline-kd recipe copy imagefolder photos.yaml
     """
     from offline_kd.support.console import say
     from offline_kd.support.packaged import packaged, packaged_recipe, recipes_like
