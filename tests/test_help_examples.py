@@ -29,7 +29,9 @@ FIRST = [
     "offline-kd store sign stores/cifar10 --key key.pem",
 ]
 # Seconds each, or in need of a server or another program: run by the long test.
-LONG = re.compile(r"s3://team|^openssl|store sign|--signed-by|^offline-kd bench|store plan|--teacher 1000|run digits$")
+LONG = re.compile(
+    r"s3://team|^openssl|store sign|--signed-by|^offline-kd bench|data index|store plan|--teacher 1000|run digits$"
+)
 NOT_RUN = {
     "--engine ray": "a Ray cluster: tests/test_ray.py",
     "torchrun --nproc-per-node 8": "eight GPUs: tests/test_ranks.py has two processes",
@@ -62,10 +64,10 @@ SHORT = [line for line in RUN if not LONG.search(line)]
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch) -> Path:
-    """A folder where the names that examples use are small: a recipe of digits by each, photographs, the team's store."""
-    pack, data = tmp_path / "photos", {"tars": [0]}
+    """A folder where the names that examples use are small: recipes of digits, four photographs, the team's store."""
+    photos = tmp_path / "photos"
     changes = {
-        "data": data,
+        "data": {"tars": [0]},
         "views": {"count": 2},
         "capture": {"codec": {"name": "f16"}, "views_per_group": 1, "fidelity_rows": 20},
         "training": {"epochs": 1},
@@ -73,16 +75,16 @@ def workspace(tmp_path, monkeypatch) -> Path:
     }
     small = merged(RECIPE, changes)
     small["objectives"] = {name: small["objectives"][name] for name in ("kd", "wttm")}
-    (tmp_path / "digits").write_text(yaml.safe_dump(small | {"name": "digits"}))
+    (tmp_path / "digits").write_text(yaml.safe_dump(small | {"objectives": {"kd": small["objectives"]["kd"]}}))
     untrained = {**small["teacher"], "training": None, "weights": "runs/digits/teacher/student.safetensors"}
     for name in ("recipe.yaml", "cifar10/resnet56_resnet20_cpu"):  # files win over packaged recipes
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(yaml.safe_dump(small | {"teacher": untrained}))
     for picture in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
-        (pack / picture).parent.mkdir(parents=True)
-        shutil.copy(ROOT / "pipelines/cifar10/resnet56_resnet20_letkd.png", pack / f"{picture}.png")
+        (photos / picture).parent.mkdir(parents=True)
+        shutil.copy(ROOT / "pipelines/cifar10/resnet56_resnet20_letkd.png", photos / f"{picture}.png")
     (tmp_path / "imagenet_classes.txt").write_text("a\nb\n")
-    assert invoke("data", "pack", "imagefolder", "--source", pack, "--out", tmp_path / "laion").exit_code == 0
+    assert invoke("data", "pack", "imagefolder", "--source", photos, "--out", tmp_path / "laion").exit_code == 0
     (tmp_path / "stores").mkdir()
     (tmp_path / "stores/cifar10").symlink_to("cifar10-resnet56")
     monkeypatch.chdir(tmp_path)

@@ -251,9 +251,9 @@ def test_the_sdist_builds_the_same_wheel(tree, wheel, tmp_path):
 def test_pip_installs_the_wheel_and_the_checkout_as_it_stands(tree, wheel, tmp_path, empty):
     """The wheel, and an editable install, which copies nothing: each in an environment that has no other copy."""
     for number, what in enumerate([[str(wheel)], ["--no-build-isolation", "--editable", str(tree)]]):
-        subprocess.run([sys.executable, "-m", "venv", str(tmp_path / f"venv{number}")], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / f"venv{number}")], check=True)
         python = tmp_path / f"venv{number}/bin/python"
-        # The dependencies are those of this environment, behind everything that is installed in the new one.
+        # Pip and the dependencies are those of this environment, behind everything that is installed in the new one.
         here = next(path for path in sys.path if path.endswith("site-packages"))
         (site,) = (tmp_path / f"venv{number}").glob("lib/python*/site-packages")
         (site / "zz_dependencies.pth").write_text(f"{here}\n")
