@@ -218,9 +218,8 @@ def cache_teacher(
 
 
 def manifest_here() -> Manifest:
-    """The manifest of the current folder; an empty one where there is none."""
-    file = Path(MANIFEST_NAME)
-    return load_manifest(file) if file.is_file() else Manifest(manifest_version=1)
+    """The manifest of the current folder, and what comes with the package."""
+    return load_manifest(Path(MANIFEST_NAME))
 
 
 def _normalisation(given: AnyNormalisation) -> Normalisation:

@@ -1,7 +1,8 @@
 """Recipes: one YAML file per experiment, read into the frozen description below.
 
 `extends: other.yaml` starts from another recipe (relative to the file); mappings are merged, everything else replaced.
-`--set path.to.field=value` overrides any field last.
+`--set path.to.field=value` overrides any field last. Where no file has a name, it is that of a recipe that comes with
+the package (`digits`, `extends: cifar10/base`).
 """
 
 import os
@@ -10,29 +11,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import yaml
-from pydantic import Discriminator, Field, Tag, field_validator, model_serializer, model_validator
+from pydantic import (
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
-from offline_kd.objectives import OBJECTIVES
+from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
+from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
 from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
 from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
+WHICH_NETWORK = "`cifar:NAME`, `torchvision:NAME`, `timm:NAME` or `package.module:function`"
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of files and folders, too
 
 
 class Data(Strict):
+    """Which images there are, and how they are read."""
+
     dataset: str = Field(description="name in the manifest")
-    train: str = "train"
+    train: str = Field("train", description="split of which the teacher is asked, and on which students are trained")
     evaluation: str = Field("test", description="a split of the dataset, or DATASET/SPLIT of one with the same classes")
     tars: list[int] | None = Field(None, min_length=1, description="numbers of the training tars to use; all if absent")
     labelled_fraction: float = Field(
@@ -56,6 +70,7 @@ if TYPE_CHECKING:
 else:
     AnyTerm = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="term")]  # noqa: UP007
 Objective = Annotated[list[AnyTerm], Field(min_length=1)]
+LOOK_AT_LOGITS = {name for name, term in example_terms().items() if term.needs.logits}
 
 
 def _is_false(value: object) -> bool:
@@ -66,17 +81,19 @@ def _is_false(value: object) -> bool:
 class TeacherNetwork(Strict):
     """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
 
-    model: str | None = None
+    model: str | None = Field(None, description=f"{WHICH_NETWORK}; by default the manifest's")
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
     weights: str | None = Field(None, description="manifest name, path, or torchvision weights name")
     normalisation: Normalisation | None = Field(None, description="by default the manifest's, or timm's of the model")
     crop: EvaluationCrop | None = Field(None, description="the same; its size is that of the views the teacher sees")
-    expected: ExpectedAccuracy | None = None
+    expected: ExpectedAccuracy | None = Field(
+        None, description="what it must reach before it is asked; by default what the manifest says of it"
+    )
     training: Training | None = Field(None, description="how `run` and `train --teacher` make the weights")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of autocast; logits are float32")
     compile: bool = Field(False, exclude_if=_is_false, description="by torch.compile: faster, after a minute or more")
     tf32: bool = Field(False, exclude_if=_is_false, description="let a GPU make float32 products of 10 bits: faster")
-    licence: str = ""
+    licence: str = Field("", description="of the weights, for the store's card; by default the manifest's")
 
 
 class GradientBudget(Strict):
@@ -85,7 +102,11 @@ class GradientBudget(Strict):
     Recipes write the objective's fields beside it: `{objective: kd, temperature: 4, change: .1}`.
     """
 
-    objective: AnyTerm
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})  # as recipes write it
+
+    objective: Annotated[AnyTerm, WithJsonSchema({"enum": sorted(LOOK_AT_LOGITS)})] = Field(
+        description="a term that looks at the teacher's logits, whose fields stand beside it"
+    )
     change: float = Field(gt=0, lt=1, description="length of the difference, relative to the gradient")
 
     @model_validator(mode="before")
@@ -126,7 +147,7 @@ class AutoCodec(Strict):
     error_budget: Annotated[
         Annotated[float, Field(gt=0, lt=1), Tag("number")] | Annotated[GradientBudget, Tag("gradient")],
         Discriminator(_kind_of_budget),
-    ] = 0.01
+    ] = Field(0.01, description="largest total variation, or how much an objective's gradient may change")
 
 
 class Capture(Strict):
@@ -139,7 +160,9 @@ class Capture(Strict):
             raise ValueError(f"'{CODEC_TABLES}' is what the tables of codecs are called: use another name")
         return decisions
 
-    codec: Annotated[AnyCodec | AutoCodec, Field(discriminator="name")] = Float16(name="f16")
+    codec: Annotated[AnyCodec | AutoCodec, Field(discriminator="name")] = Field(
+        Float16(name="f16"), description="how logits are stored"
+    )
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
     views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")
     batch_size: Count | Literal["auto"] = Field(
@@ -153,7 +176,9 @@ class Capture(Strict):
 
 
 class StudentNetwork(Strict):
-    model: str
+    """The network that learns."""
+
+    model: str = Field(description=WHICH_NETWORK)
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
     weights: str | None = Field(
         None,
@@ -166,18 +191,18 @@ class TeacherStore(Strict):
     """One of several stores, or of several teachers of one store, that a student learns from."""
 
     store: str = Field(description="folder, URL or manifest name; `#TARGETS` and `@sha256:DIGEST` may follow")
-    weight: Positive = 1.0
+    weight: Positive = Field(1.0, description="how much it counts beside the others; their sum is made 1")
     signed_by: str | None = Field(None, description="public key whose signature it must have; beside the recipe")
 
 
 class CaptureRecipe(Strict):
     """What stage 1 needs to know: which teacher sees which views of which images, and what is stored of its answers."""
 
-    name: Name
-    data: Data
-    teacher: TeacherNetwork
-    views: Views = NoAugmentation()
-    capture: Capture = Capture()
+    name: Name = Field(description="of the experiment; `run` writes runs/NAME")
+    data: Data = Field(description="which images")
+    teacher: TeacherNetwork = Field(description="who is asked")
+    views: Views = Field(NoAugmentation(), description="which augmented views teacher and students see")
+    capture: Capture = Field(Capture(), description="what is stored of the teacher's answers")
 
     @property
     def evaluation_crop(self) -> EvaluationCrop | None:
@@ -192,10 +217,12 @@ class Recipe(CaptureRecipe):
         None, description="where stage 2 finds targets, unless --store says so; several are mixed by weight"
     )
     mix: Literal["probability", "logit"] = Field("probability", description="what is averaged over several teachers")
-    student: StudentNetwork
-    training: Training
-    objectives: dict[Name, Objective] = Field(min_length=1)
-    seeds: list[Seed] = Field([0], min_length=1)
+    student: StudentNetwork = Field(description="who learns")
+    training: Training = Field(description="how students are trained")
+    objectives: dict[Name, Objective] = Field(
+        min_length=1, description="what students minimise: sums of terms, each by a name of your own"
+    )
+    seeds: list[Seed] = Field([0], min_length=1, description="a student of every objective for each")
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""
@@ -245,8 +272,12 @@ def parse_codec(text: str) -> AnyCodec:
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError."""
-    content = _read(path, ())
+    """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError.
+
+    Args:
+        path: of a file; where there is none, the name of a packaged recipe.
+    """
+    content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
     return _recipe(content, str(path))
@@ -269,8 +300,6 @@ def _recipe(content: object, where: str) -> Recipe:
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
-    if not os.path.isfile(path):  # False where a name is too long for a file, too
-        raise RecipeError(f"{shorten(str(path))}: no such recipe{f' (extended by {seen[-1]})' if seen else ''}.")
     if path.resolve() in seen:
         raise RecipeError(f"{path}: extends itself, through {' -> '.join(str(step) for step in seen)}.")
     content = read_yaml(path)
@@ -280,7 +309,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     parent = content.pop("extends", None)
     if parent is None:
         return content
-    return _merge(_read(path.parent / str(parent), (*seen, path.resolve())), content)
+    base = recipe_file(path.parent / str(parent), str(parent), path)
+    return _merge(_read(base, (*seen, path.resolve())), content)
 
 
 def _keys_beside(path: Path, content: dict[str, object]) -> None:

@@ -32,49 +32,58 @@ class ParameterGroups(Strict):
 
 
 class SGD(ParameterGroups):
+    """Stochastic gradient descent with momentum."""
+
     name: Literal["sgd"]
-    lr: Positive
-    momentum: float = Field(0.9, ge=0, lt=1)
-    nesterov: bool = False
-    weight_decay: float = Field(5e-4, ge=0)
+    lr: Positive = Field(description="the whole rate, which the schedule changes")
+    momentum: float = Field(0.9, ge=0, lt=1, description="share of the last step that is kept")
+    nesterov: bool = Field(False, description="Nesterov's momentum")
+    weight_decay: float = Field(5e-4, ge=0, description="added to the gradient, times the weight")
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamW(ParameterGroups):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101)."""
+
     name: Literal["adamw"]
-    lr: Positive
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: float = Field(1e-8, ge=0, exclude_if=lambda eps: eps == 1e-8)
-    weight_decay: float = Field(0.05, ge=0)
+    lr: Positive = Field(description="the whole rate, which the schedule changes")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="decay of the averages of gradients, and of squares")
+    eps: float = Field(1e-8, ge=0, exclude_if=lambda eps: eps == 1e-8, description="added to the root of the squares")
+    weight_decay: float = Field(0.05, ge=0, description="of the weight itself, times the rate")
+
+
+WARMUP = "epochs in which the rate grows from 0"
 
 
 class Step(Strict):
     """Multiply the rate by `gamma` after each milestone (epochs that are over)."""
 
     name: Literal["step"]
-    milestones: list[int]
-    gamma: Positive = 0.1
-    warmup_epochs: float = Field(0, ge=0)
+    milestones: list[int] = Field(description="epochs")
+    gamma: Positive = Field(0.1, description="what the rate is multiplied by")
+    warmup_epochs: float = Field(0, ge=0, description=WARMUP)
 
 
 class Cosine(Strict):
     """From the full rate to `final_fraction` of it along half a cosine."""
 
     name: Literal["cosine"]
-    final_fraction: float = Field(0, ge=0, le=1)
-    warmup_epochs: float = Field(0, ge=0)
+    final_fraction: float = Field(0, ge=0, le=1, description="of the rate, at the end")
+    warmup_epochs: float = Field(0, ge=0, description=WARMUP)
 
 
 class EMA(Strict):
     """Exponential moving average of the weights, evaluated and saved beside them."""
 
-    decay: float = Field(0.9999, ge=0, lt=1)
+    decay: float = Field(0.9999, ge=0, lt=1, description="share of the average that a step keeps")
     warmup: bool = Field(True, description="the decay of step n is at most (1 + n) / (10 + n)")
 
 
 class Every(Strict):
+    """Weights of every n-th epoch."""
+
     every: Count = Field(description="epochs")
 
 
@@ -82,11 +91,13 @@ Residence = Literal["auto", "always", "never"]
 
 
 class Training(Strict):
-    epochs: Count
+    """How a network is trained."""
+
+    epochs: Count = Field(description="each shows every sample once, in one of its views")
     batch_size: int = Field(64, ge=2, lt=2**31, description="of all ranks together, where torchrun starts several")
-    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")]
-    schedule: Annotated[Step | Cosine, Field(discriminator="name")]
-    label_smoothing: float = Field(0, ge=0, lt=1)
+    optimizer: Annotated[SGD | AdamW, Field(discriminator="name")] = Field(description="what makes a step of gradients")
+    schedule: Annotated[Step | Cosine, Field(discriminator="name")] = Field(description="of the rate")
+    label_smoothing: float = Field(0, ge=0, lt=1, description="of cross-entropy on labels, the term `ce`")
     views_per_decode: Count = Field(
         1, description="views shown of an image once it is decoded; so many epochs pass at once"
     )
@@ -113,7 +124,7 @@ class Training(Strict):
         description="parts of a batch that pass one after the other, to save memory",
     )
     clip_norm: Positive | None = Field(None, exclude_if=is_unused, description="largest norm of all gradients together")
-    ema: EMA | None = Field(None, exclude_if=is_unused)
+    ema: EMA | None = Field(None, exclude_if=is_unused, description="a moving average of the weights, beside them")
     compile: Literal[False, True, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         False, exclude_if=is_unused, description="torch.compile of the student's steps, or the mode of that"
     )

@@ -25,6 +25,7 @@ def extended(page: str, folder: Path) -> Path:
     assert len(re.findall(r"^\+", body, flags=re.MULTILINE)) == 1, f"{page}: more than one line elsewhere"
     assert not re.findall(r"^-", body, flags=re.MULTILINE), f"{page}: a line is taken away"
     shutil.copytree(ROOT / "offline_kd", folder / "offline_kd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "data_manifest.yaml", folder)
     subprocess.run(["git", "apply", "--whitespace=nowarn", "-"], input=diff, text=True, cwd=folder, check=True)
     return folder
 

@@ -33,7 +33,7 @@ def command() -> None:
     """Measure: the parts of a recipe against each other, or codecs on a store's logits. The first needs no name.
 
     \b
-    offline-kd bench pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    offline-kd bench cifar10/resnet56_resnet20_cpu
     offline-kd bench codecs runs/digits/store
     """
 
@@ -178,7 +178,7 @@ def bench_steps_command(
     With --drift: how far students trained from each codec end from the one trained with the live teacher.
 
     \b
-    offline-kd bench steps pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective kd --codec '{name: int}'
+    offline-kd bench steps cifar10/resnet56_resnet20_cpu --objective kd --codec '{name: int}'
     offline-kd bench runs/digits/recipe.yaml --drift 200
     """
     from offline_kd.cli.bench_drift import measure_drift

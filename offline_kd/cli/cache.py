@@ -34,7 +34,7 @@ def command(
     and taken over when it dies. A recipe with more views, or more decisions, adds them to the store.
 
     \b
-    offline-kd cache-teacher pipelines/cifar10/resnet56_resnet20_cpu.yaml --store stores/cifar10-resnet56
+    offline-kd cache-teacher cifar10/resnet56_resnet20_cpu --store stores/cifar10-resnet56
     offline-kd cache-teacher recipe.yaml --store s3://team/stores/cifar10 --worker 3/16
     torchrun --nproc-per-node 8 -m offline_kd cache-teacher recipe.yaml --store stores/cifar10
     offline-kd cache-teacher recipe.yaml --store s3://team/stores/cifar10 --engine ray --ray-address auto

@@ -29,7 +29,7 @@ def command() -> None:
     """Make, list and prove datasets.
 
     \b
-    offline-kd data check cifar10
+    offline-kd data check digits
     """
 
 
@@ -152,7 +152,7 @@ def index_command(tars: tuple[str, ...], **options: Unpack[IndexOptions]) -> Non
 @command.command("list")
 @common_options
 def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
-    """The datasets and teachers of the manifest, and whether they are here.
+    """The datasets and teachers of the manifest and of the package, and whether they are here.
 
     \b
     offline-kd data list
@@ -175,7 +175,8 @@ def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
         expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
         rows.append([name, "teacher", f"{teacher.model}{expected}", here(teacher.weights.file)])
     rows += [[name, "file", weights.file, here(weights.file)] for name, weights in manifest.files.items()]
-    show_table(str(manifest_path), ["name", "kind", "what", "here"], rows)
+    where = f"{manifest_path} and the package" if os.path.isfile(manifest_path) else "the package"
+    show_table(f"in {where}", ["name", "kind", "what", "here"], rows)
 
 
 @command.command("check")

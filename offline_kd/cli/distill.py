@@ -77,7 +77,7 @@ def command(
 
     \b
     offline-kd distill recipe.yaml --store s3://team/stores/cifar10 --out runs/kd --objective kd
-    offline-kd distill pipelines/cifar10/resnet56_resnet20_cpu.yaml --objective wttm \\
+    offline-kd distill cifar10/resnet56_resnet20_cpu --objective wttm \\
         --store stores/cifar10-resnet56 --out runs/wttm
     torchrun --nproc-per-node 8 -m offline_kd distill recipe.yaml --store stores/imagenet --out s3://team/runs/kd
     """

@@ -23,6 +23,7 @@ COMMANDS = {  # name -> the file of this room that has it as `command`, and one 
     "report": ("report", "Compare finished run directories: a table, and a self-contained page with the curves."),
     "store": ("store", "Look at teacher stores, prove them, share them."),
     "data": ("data", "Make, list and prove datasets."),
+    "recipe": ("recipe", "Packaged recipes, and what every field of a recipe means."),
     "taps": ("taps", "The modules of MODEL whose feature maps can be tapped."),
     "bench": ("bench", "Measure: the parts of a recipe against each other, or codecs on a store's logits."),
 }
@@ -152,6 +153,6 @@ def main() -> None:
     """Run a teacher over an image dataset once, store what it says, train any number of students from the store.
 
     \b
-    offline-kd run pipelines/digits.yaml --out runs/digits
+    offline-kd run digits
     """
     keep_freed_memory()

@@ -40,7 +40,7 @@ def common_options(command: Callable[..., None]) -> Callable[..., None]:
                 type=click.Path(path_type=Path),
                 default=MANIFEST_NAME,
                 show_default=True,
-                help="Datasets and teachers that names refer to.",
+                help="Datasets and teachers that names refer to, beside those of the package.",
             ),
             click.option(
                 "--data-root",
@@ -173,10 +173,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def known_stores(manifest_path: Path) -> Manifest:
-    """The manifest that may name stores; an empty one where there is none."""
-    from offline_kd.data.manifest import Manifest, load_manifest
+    """The manifest that may name stores; the packaged one where there is none, whatever was said."""
+    from offline_kd.data.manifest import load_manifest, packaged_manifest
 
-    return load_manifest(manifest_path) if os.path.isfile(manifest_path) else Manifest(manifest_version=1)
+    return load_manifest(manifest_path) if os.path.isfile(manifest_path) else packaged_manifest()
 
 
 def open_named(reference: str, manifest_path: Path) -> Store:

@@ -25,7 +25,7 @@ def command(
     With `--engine ray` stage 1 is done by actors of a Ray cluster, and all students are trained at once, as its tasks.
 
     \b
-    offline-kd run pipelines/digits.yaml --out runs/digits
+    offline-kd run digits --out runs/digits
     offline-kd run recipe.yaml --out /shared/runs/cifar10 --engine ray --gpus-per-run 0.25
     """
     from offline_kd.distill.run import run

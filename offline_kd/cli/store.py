@@ -107,7 +107,7 @@ def verify_command(
     offline-kd store verify runs/digits/store
     offline-kd store verify s3://team/stores/cifar10 --quick --signed-by public.pem
     offline-kd store verify stores/cifar10@sha256:0123...
-    offline-kd store verify stores/cifar10 --teacher 1000 --recipe pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    offline-kd store verify stores/cifar10 --teacher 1000 --recipe cifar10/resnet56_resnet20_cpu
     """
     from offline_kd.cache.fidelity import ask_again
     from offline_kd.data.manifest import data_roots, load_manifest
@@ -196,7 +196,7 @@ def plan_command(recipe_path: Path, as_json: bool, **inputs: Unpack[Inputs]) -> 
     """What capturing RECIPE would cost, from a warm-up of some seconds, and from how many students on it pays.
 
     \b
-    offline-kd store plan pipelines/cifar10/resnet56_resnet20_cpu.yaml
+    offline-kd store plan cifar10/resnet56_resnet20_cpu
     """
     from offline_kd.cache.estimate import plan
     from offline_kd.support.console import show_table

@@ -20,7 +20,7 @@ def command(recipe_path: Path, out: str, teacher: bool, seed: int | None, **inpu
     """Plain supervised training: cross-entropy on labels only, for teachers and baselines.
 
     \b
-    offline-kd train pipelines/cifar10/resnet56_resnet20_cpu.yaml --out runs/ce
+    offline-kd train cifar10/resnet56_resnet20_cpu --out runs/ce
     torchrun --nproc-per-node 8 -m offline_kd train recipe.yaml --teacher --out runs/teacher
     """
     from offline_kd.distill.training import distill, train_teacher

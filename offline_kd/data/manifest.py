@@ -1,5 +1,7 @@
 """`data_manifest.yaml`: the datasets and teachers that recipes may name, and what proves a local copy of them.
 
+That of the current folder, or of `--manifest`, adds to the one that comes with the package.
+
 A file is named relative to a data root, a folder or a URL. The roots are, in this order: those given explicitly
 (`--data-root`, or `data.root` of a recipe), those of the environment variable `OFFLINE_KD_DATA` (separated as in PATH),
 `./data`. The tars of a dataset are looked for in its `location` at last, if it has one.
@@ -8,12 +10,12 @@ A file is named relative to a data root, a folder or a URL. The roots are, in th
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -22,9 +24,11 @@ from offline_kd.data.labels import LabelRule
 from offline_kd.support.downloads import Downloads
 from offline_kd.support.errors import DataError, ModelError, RecipeError, did_you_mean, shorten
 from offline_kd.support.files import file_sha256
+from offline_kd.support.packaged import packaged
 from offline_kd.support.strict import Sha256, Strict, parse
 from offline_kd.support.strict_yaml import read_yaml
 
+E = TypeVar("E")
 MANIFEST_NAME = "data_manifest.yaml"
 # In OFFLINE_KD_DATA, where ':' separates: a URL reaches to the next ':', and a port behind its host belongs to it.
 ONE_ROOT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://[^:/]*(?::[0-9]+(?=[:/]|$))?[^:]*|[^:]+")
@@ -121,8 +125,8 @@ class Dataset(Strict):
 class Normalisation(Strict):
     """What a network expects of `[3, H, W]` pixels in 0..1: `(pixels - mean) / std` per channel."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, float, float] = Field(description="of red, green and blue")
+    std: tuple[float, float, float] = Field(description="of red, green and blue")
 
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -131,9 +135,9 @@ Interpolation = Literal["bilinear", "bicubic"]
 class EvaluationCrop(Strict):
     """An image of any size as a network takes it: the short side to `resize`, the middle `size` x `size` cut out."""
 
-    size: int = Field(ge=1, le=4096)
-    resize: int = Field(ge=1, le=8192)
-    interpolation: Interpolation = "bilinear"
+    size: int = Field(ge=1, le=4096, description="height and width that the network gets")
+    resize: int = Field(ge=1, le=8192, description="of the image's short side, before the middle is cut out")
+    interpolation: Interpolation = Field("bilinear", description="how pixels are resampled")
 
 
 class Weights(Strict):
@@ -144,9 +148,9 @@ class Weights(Strict):
 class ExpectedAccuracy(Strict):
     """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
 
-    dataset: str
-    split: str
-    top1: float = Field(ge=0, le=100)
+    dataset: str = Field(description="name in the manifest")
+    split: str = Field(description="of that dataset")
+    top1: float = Field(ge=0, le=100, description="percent")
     tolerance: float = Field(gt=0, description="percentage points")
 
 
@@ -240,14 +244,45 @@ class Manifest(Strict):
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and check a manifest; raises RecipeError naming the field that is wrong.
+    """What a manifest names, and what the packaged one names beside that; raises RecipeError as `read_manifest` does.
+
+    An entry of the file hides the packaged one of its name. Where the current folder has no `data_manifest.yaml`, and
+    that is the path, there is the packaged one only.
+    """
+    known = packaged_manifest()
+    if path == Path(MANIFEST_NAME) and not os.path.lexists(path):
+        return known
+    own = read_manifest(path)
+    weights = own.teachers.keys() | own.files.keys()  # one name for both, wherever it stands
+    return own.model_copy(
+        update={
+            "datasets": {**known.datasets, **own.datasets},
+            "teachers": {**_without(known.teachers, weights), **own.teachers},
+            "files": {**_without(known.files, weights), **own.files},
+            "stores": {**known.stores, **own.stores},
+        }
+    )
+
+
+def _without(entries: dict[str, E], names: Set[str]) -> dict[str, E]:
+    return {name: entry for name, entry in entries.items() if name not in names}
+
+
+@cache
+def packaged_manifest() -> Manifest:
+    """The datasets and teachers that the packaged recipes are about."""
+    return read_manifest(packaged(MANIFEST_NAME))
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check one manifest; raises RecipeError naming the field that is wrong.
 
     The keys that stores must be signed by, where datasets lie, and indexes of tars are named relative to the manifest.
     """
     if not os.path.isfile(path):  # False where a name is too long for a file, too
         raise RecipeError(
-            f"{shorten(str(path))}: no such manifest. Run in the folder that holds {MANIFEST_NAME}, "
-            "or pass --manifest FILE."
+            f"{shorten(str(path))}: no such manifest. Correct --manifest, or leave it out: {MANIFEST_NAME} of this "
+            "folder is read, and what comes with offline-kd."
         )
     manifest = parse(Manifest, read_yaml(path), where=str(path))
     stores = {

@@ -7,7 +7,7 @@ from typing import NotRequired, TypedDict
 
 import yaml
 
-from offline_kd.data.manifest import Dataset, Manifest, Tar, load_manifest
+from offline_kd.data.manifest import Dataset, Manifest, Tar, read_manifest
 from offline_kd.support.errors import DataError, RecipeError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.strict import parse
@@ -41,7 +41,7 @@ def entry_yaml(content: Mapping[str, object]) -> str:
 
 def known_dataset(file: Path, name: str) -> Dataset | None:
     """What a manifest, if there is one, says of a dataset, if it has it."""
-    return load_manifest(file).datasets.get(name) if os.path.lexists(file) else None
+    return read_manifest(file).datasets.get(name) if os.path.lexists(file) else None
 
 
 def check_same_place(file: Path, name: str, location: str | None) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
@@ -24,9 +25,9 @@ MAX_PREFIX_TOKENS = 8
 class TapPoint(Strict):
     """Where a map is read, and the grid `[height, width]` it is averaged to (a student's, if that is coarser)."""
 
-    module: str
-    at: Literal["input", "output"] = "output"
-    grid: tuple[int, int] | None = None
+    module: str = Field(description="of the teacher; `offline-kd taps MODEL` lists them")
+    at: Literal["input", "output"] = Field("output", description="which map of the module: what comes in, or goes out")
+    grid: tuple[int, int] | None = Field(None, description="height and width that the map is averaged to")
 
 
 @contextmanager

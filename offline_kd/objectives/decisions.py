@@ -65,7 +65,7 @@ class KDLayerTerm(Term):
     term: str
     decisions: str = Field(description="name in capture.decisions")
     after: str = Field(description="module of the student behind which the KD layer stands")
-    value_ratio: float = 1.0
+    value_ratio: float = Field(1.0, description="weight of what the KD layer adds to the map; 0 leaves it as it is")
 
     @property
     def needs(self) -> Needs:
@@ -90,7 +90,7 @@ class Decisions(KDLayerTerm):
 
     term: Literal["decisions"]
     after: str = Field("penultimate", description="module of the student behind which the KD layer stands")
-    assignment: Literal["soft", "hard"] = "soft"
+    assignment: Literal["soft", "hard"] = Field("soft", description="hard: the likeliest template only")
 
     def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
         """As `decisions` says. Teacher's arrays: `id` `[B, H, W, m]`, and `prob` of the same shape unless m is 1."""

@@ -47,9 +47,9 @@ class DIST(Term):
     example: ClassVar = {"beta": 1.0, "gamma": 1.0, "temperature": 4.0}
 
     term: Literal["dist"]
-    beta: float = Field(ge=0)
-    gamma: float = Field(ge=0)
-    temperature: Positive
+    beta: float = Field(ge=0, description="how much correlation over the classes of a sample counts")
+    gamma: float = Field(ge=0, description="how much correlation over the samples of a class counts")
+    temperature: Positive = Field(description="of both softmaxes; the value is times its square")
 
     @property
     def needs(self) -> Needs:

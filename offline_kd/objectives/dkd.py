@@ -63,9 +63,9 @@ class DKD(Term):
     example: ClassVar = {"alpha": 1.0, "beta": 2.0, "temperature": 4.0}
 
     term: Literal["dkd"]
-    alpha: float = Field(ge=0)
-    beta: float = Field(ge=0)
-    temperature: Positive
+    alpha: float = Field(ge=0, description="how much (label, rest) counts")
+    beta: float = Field(ge=0, description="how much the other classes among themselves count")
+    temperature: Positive = Field(description="of both softmaxes; the value is times its square")
 
     @property
     def needs(self) -> Needs:

@@ -3,6 +3,7 @@
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -105,9 +106,9 @@ class DTKD(Term):
     example: ClassVar = {"temperature": 4.0}
 
     term: Literal["dtkd"]
-    temperature: Positive
-    sharpness: Sharpness = "max"
-    detach_temperatures: bool = False
+    temperature: Positive = Field(description="the middle of the teacher's and the student's")
+    sharpness: Sharpness = Field("max", description="what is made equal: max as the authors' code, or logsumexp")
+    detach_temperatures: bool = Field(False, description="no gradient through the temperatures: another method")
 
     @property
     def needs(self) -> Needs:

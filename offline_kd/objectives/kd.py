@@ -2,6 +2,7 @@
 
 from typing import ClassVar, Literal
 
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -35,7 +36,7 @@ class KD(Term):
     example: ClassVar = {"temperature": 4.0}
 
     term: Literal["kd"]
-    temperature: Positive
+    temperature: Positive = Field(description="of both softmaxes; the value is times its square")
 
     @property
     def needs(self) -> Needs:

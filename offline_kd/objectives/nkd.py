@@ -45,8 +45,8 @@ class NKD(Term):
     example: ClassVar = {"gamma": 1.5, "temperature": 1.0}
 
     term: Literal["nkd"]
-    gamma: float = Field(ge=0)
-    temperature: Positive
+    gamma: float = Field(ge=0, description="how much the other classes count beside the label")
+    temperature: Positive = Field(description="of the other classes' softmaxes; their part is times its square")
 
     @property
     def needs(self) -> Needs:

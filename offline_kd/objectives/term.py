@@ -49,7 +49,7 @@ class Term(Strict):
     paper: ClassVar[str] = ""
     example: ClassVar[Mapping[str, object]] = {}  # a usual setting of the fields, which `bench codecs` measures
 
-    weight: float = Field(1.0, ge=0)
+    weight: float = Field(1.0, ge=0, description="what its value is multiplied by")
     warmup_epochs: int = Field(0, ge=0, description="weight grows as epoch / warmup_epochs, epochs counted from 1")
     term: str
 

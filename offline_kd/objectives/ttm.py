@@ -7,6 +7,7 @@ every class that lies more than about 103 nats below the best one.
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,6 +55,9 @@ def _divergence(student_logits: Tensor, teacher_logits: Tensor, gamma: float) ->
     return F.kl_div(log_p_s, log_p_t, reduction="none", log_target=True).sum(dim=1)
 
 
+POWER = "power that the teacher's probabilities are raised to, 1 / temperature"
+
+
 class TTM(Term):
     """Match the student, untempered, to the teacher's probabilities raised to the power gamma = 1 / T."""
 
@@ -61,7 +65,7 @@ class TTM(Term):
     example: ClassVar = {"gamma": 0.5}
 
     term: Literal["ttm"]
-    gamma: Positive
+    gamma: Positive = Field(description=POWER)
 
     @property
     def needs(self) -> Needs:
@@ -78,7 +82,7 @@ class WTTM(Term):
     example: ClassVar = {"gamma": 0.5}
 
     term: Literal["wttm"]
-    gamma: Positive
+    gamma: Positive = Field(description=POWER)
 
     @property
     def needs(self) -> Needs:

@@ -26,12 +26,12 @@ class TemplateDecisions(TapPoint):
     """letKD-1: K templates of a tap, and the `top` likeliest at every location (1: hard ids)."""
 
     kind: Literal["templates"]
-    templates: int = Field(4096, ge=2, le=8192)
-    top: int = Field(4, ge=1, le=16)
+    templates: int = Field(4096, ge=2, le=8192, description="K, of K-means over the feature vectors of training images")
+    top: int = Field(4, ge=1, le=16, description="likeliest templates that are kept of a location; 1: ids alone")
     temperature: float = Field(1.0, gt=0, description="of softmax(-temperature * squared distance)")
-    iterations: int = Field(20, ge=1)
-    init: Literal["k-means++", "random"] = "k-means++"
-    seed: Seed = 0
+    iterations: int = Field(20, ge=1, description="of K-means")
+    init: Literal["k-means++", "random"] = Field("k-means++", description="where K-means begins")
+    seed: Seed = Field(0, description="of where K-means begins")
     max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that K-means sees; images are sampled")
 
     @model_validator(mode="after")
@@ -48,11 +48,11 @@ class SubclassDecisions(TapPoint):
     """letKD-2: sub-classes of every class on the LDA coordinates of a tap, one id at every location."""
 
     kind: Literal["subclasses"]
-    per_class: int = Field(8, ge=1, le=255)
-    components: int = Field(60, ge=1)
-    iterations: int = Field(20, ge=1)
-    seed: Seed = 0
-    max_vectors: int = Field(4_000_000, ge=1)
+    per_class: int = Field(8, ge=1, le=255, description="sub-classes of a class")
+    components: int = Field(60, ge=1, description="directions of LDA that are used")
+    iterations: int = Field(20, ge=1, description="of K-means")
+    seed: Seed = Field(0, description="of where K-means begins")
+    max_vectors: int = Field(4_000_000, ge=1, description="feature vectors that are seen; images are sampled")
 
     def num_templates(self, num_classes: int) -> int:
         return num_classes * self.per_class

@@ -61,11 +61,11 @@ def say(message: str) -> None:
     console.print(printable(message), highlight=False, soft_wrap=True, markup=False)
 
 
-def show_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """A result, on standard output."""
+def show_table(title: str, columns: list[str], rows: list[list[str]], *, words: bool = False) -> None:
+    """A result, on standard output; `words`: the cells are no numbers."""
     table = Table()
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if words or index == 0 else "right")
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))  # not as markup
     width = None if sys.stdout.isatty() else 140

@@ -45,9 +45,9 @@ class RandAugment(Strict):
     """
 
     kind: Literal["randaugment"]
-    num_ops: int = Field(2, ge=1, le=8)
-    magnitude: float = Field(0.3, ge=0, le=1)
-    magnitude_std: float = Field(0, ge=0, le=1)
+    num_ops: int = Field(2, ge=1, le=8, description="operations of a view")
+    magnitude: float = Field(0.3, ge=0, le=1, description="share of each operation's full strength")
+    magnitude_std: float = Field(0, ge=0, le=1, description="standard deviation of the magnitude, from view to view")
     probability: float = Field(1, ge=0, le=1, description="that an operation is applied")
     operations: Operations = None
 
@@ -122,10 +122,10 @@ class ThreeAugment(Strict):
 class ColorJitter(Strict):
     """Factors from 1 - x to 1 + x (hue: shifts from -x to x of the circle), applied in random order."""
 
-    brightness: float = Field(0, ge=0, le=1)
-    contrast: float = Field(0, ge=0, le=1)
-    saturation: float = Field(0, ge=0, le=1)
-    hue: float = Field(0, ge=0, le=0.5)
+    brightness: float = Field(0, ge=0, le=1, description="x of the factor")
+    contrast: float = Field(0, ge=0, le=1, description="x of the factor")
+    saturation: float = Field(0, ge=0, le=1, description="x of the factor")
+    hue: float = Field(0, ge=0, le=0.5, description="x of the shift")
 
     @property
     def num_places(self) -> int:

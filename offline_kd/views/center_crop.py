@@ -16,8 +16,8 @@ class CenterCrop(ViewSpec):
 
     kind: Literal["center_crop"]
     size: int = Field(224, ge=1, le=4096, description="of the student's image; the teacher may have another")
-    resize: int = Field(256, ge=1, le=8192)
-    interpolation: Interpolation = "bilinear"
+    resize: int = Field(256, ge=1, le=8192, description="of the image's short side, before the middle is cut out")
+    interpolation: Interpolation = Field("bilinear", description="how pixels are resampled")
     decoding: Decoding = "full"
 
     @property

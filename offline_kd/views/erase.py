@@ -14,10 +14,10 @@ GREY = (124, 116, 104)  # ImageNet's mean colour: what erasing and rotating leav
 class Erase(Strict):
     """A box of the image is replaced by one colour or by noise (Zhong et al. 2017, arXiv:1708.04896)."""
 
-    probability: float = Field(0.25, ge=0, le=1)
-    area: tuple[float, float] = (0.02, 0.33)
-    ratio: tuple[float, float] = (0.3, 3.3)
-    fill: Erased = "mean"
+    probability: float = Field(0.25, ge=0, le=1, description="that a view has an erased box")
+    area: tuple[float, float] = Field((0.02, 0.33), description="of the box, as a share of the image: from, to")
+    ratio: tuple[float, float] = Field((0.3, 3.3), description="height / width of the box: from, to")
+    fill: Erased = Field("mean", description="what lies in the box: ImageNet's mean colour, or noise")
 
     def arrays(self) -> dict[str, ViewArray]:
         """The array of erased boxes."""

@@ -23,8 +23,8 @@ class Mixing(Strict):
 
     mixup: float = Field(0, ge=0, description="alpha; 0: none")
     cutmix: float = Field(0, ge=0, description="alpha; 0: none")
-    probability: float = Field(1, ge=0, le=1)
-    switch: float = Field(0.5, ge=0, le=1)
+    probability: float = Field(1, ge=0, le=1, description="that another image is mixed in")
+    switch: float = Field(0.5, ge=0, le=1, description="chance of cutmix where both have an alpha")
 
     def arrays(self) -> dict[str, ViewArray]:
         """Who is mixed in, how much of the image itself stays, and the box that the other one covers."""

@@ -20,11 +20,11 @@ class PadCropFlip(ViewSpec):
     """
 
     kind: Literal["pad_crop_flip"]
-    padding: int = Field(4, ge=0, le=64)
-    fill: Outside = "zeros"
-    flip: bool = True
-    count: Annotated[int, Field(ge=1)] | Literal["all"] = "all"
-    seed: Seed = 0
+    padding: int = Field(4, ge=0, le=64, description="pixels on every side")
+    fill: Outside = Field("zeros", description="what lies outside the image: black, or its mirror image")
+    flip: bool = Field(True, description="half of all views are mirrored left-right")
+    count: Annotated[int, Field(ge=1)] | Literal["all"] = Field("all", description="views of every image")
+    seed: Seed = Field(0, description="of the order in which each sample has its views")
 
     @property
     def num_distinct(self) -> int:

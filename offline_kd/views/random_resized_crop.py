@@ -31,17 +31,21 @@ class RandomCrop(ViewSpec):
 
     kind: Literal["random_resized_crop"]
     size: int = Field(224, ge=1, le=4096, description="of the student's image; the teacher may have another")
-    scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.08, 1.0)
-    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (3 / 4, 4 / 3)
-    interpolation: Interpolation = "bilinear"
+    scale: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = Field(
+        (0.08, 1.0), description="of the box, as a share of the image: from, to"
+    )
+    ratio: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (3 / 4, 4 / 3), description="width / height of the box: from, to"
+    )
+    interpolation: Interpolation = Field("bilinear", description="how pixels are resampled")
     decoding: Decoding = "full"
-    flip: float = Field(0.5, ge=0, le=1, description="probability")
-    augment: Augment | None = None
-    jitter: ColorJitter | None = None
-    erase: Erase | None = None
-    mixing: Mixing | None = None
-    count: int = Field(ge=1, le=MOST_VIEWS)
-    seed: Seed = 0
+    flip: float = Field(0.5, ge=0, le=1, description="probability that a view is mirrored left-right")
+    augment: Augment | None = Field(None, description="operations on the view's colours and geometry")
+    jitter: ColorJitter | None = Field(None, description="of colours")
+    erase: Erase | None = Field(None, description="of a box of the view")
+    mixing: Mixing | None = Field(None, description="another image of the same tar, mixed into the view")
+    count: int = Field(ge=1, le=MOST_VIEWS, description="views of every image")
+    seed: Seed = Field(0, description="of everything that is drawn")
 
     @property
     def num_distinct(self) -> int:

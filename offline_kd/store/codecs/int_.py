@@ -24,8 +24,8 @@ class Int(Codec):
     """
 
     name: Literal["int"]
-    bits: int = Field(8, ge=3, le=8)
-    exact_top: int = Field(0, ge=0, le=64)
+    bits: int = Field(8, ge=3, le=8, description="of a code")
+    exact_top: int = Field(0, ge=0, le=64, description="largest logits that are kept apart, as f16")
 
     @property
     def levels(self) -> int:

@@ -39,7 +39,7 @@ class Klt(Codec):
     """
 
     name: Literal["klt"]
-    step: float = Field(1.5, gt=0, le=100)
+    step: float = Field(1.5, gt=0, le=100, description="that coordinates on the axes are rounded to")
     refine: int = Field(64, ge=1, le=256, description="classes, the likeliest first, that are made finer")
     refine_step: float = Field(1 / 32, gt=0, le=10, description="of the likeliest class; it grows with the rank")
     axes: int = Field(1024, ge=1, le=2048, description="at most; there are no more than classes")

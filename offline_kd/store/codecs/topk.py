@@ -26,8 +26,8 @@ class TopK(Codec):
     """
 
     name: Literal["topk"]
-    k: int = Field(16, ge=1, le=1024)
-    tail_temperature: Literal[1, 2, 4] = 1
+    k: int = Field(16, ge=1, le=1024, description="largest logits that are kept; fewer than classes")
+    tail_temperature: Literal[1, 2, 4] = Field(1, description="at which the mass of all others is right")
 
     def arrays(self) -> dict[str, CodecArray]:
         rest = "log of the sum of exp(logit / T) over all other classes, for T = 1, 2, 4"
