@@ -173,7 +173,7 @@ def read_answers(store: Store) -> Answers:
     for index in range(count):
         number = blocks[index * len(blocks) // count]
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays])
-        _refuse_wild(store, number, arrays)
+        refuse_wild(store, number, arrays)
         # Of many classes a few rows are enough, and all that fit into memory.
         some = max(1, MAX_FLOATS // (identity.views_per_group * identity.num_classes))
         encoded = {name.removeprefix("logits/"): arrays[name][:some] for name in logit_arrays}
@@ -201,7 +201,7 @@ def read_answers(store: Store) -> Answers:
     return Answers(np.concatenate(confidences), np.concatenate(corrects), np.concatenate(labels), examples)
 
 
-def _refuse_wild(store: Store, number: int, arrays: Arrays) -> None:
+def refuse_wild(store: Store, number: int, arrays: Arrays) -> None:
     """Raise StoreCorrupt for labels and probes that name no class, row or view: the store may be anybody's."""
     rows, identity = len(arrays["label"]), store.identity
     unlabelled = identity.dataset.labels == "none"
