@@ -16,7 +16,7 @@ from offline_kd.cache.job import Capture, current_manifest
 from offline_kd.cache.unique_keys import prove_unique_keys
 from offline_kd.store.card import write_card
 from offline_kd.store.inventory import committed, whole_views
-from offline_kd.store.layout import ArraySpec, Part, entry_names, num_entries, parts_of, small_files
+from offline_kd.store.layout import RECIPE_FILE, ArraySpec, Part, entry_names, num_entries, parts_of, small_files
 from offline_kd.store.leases import Leases
 from offline_kd.store.leftovers import sweep
 from offline_kd.store.objects import read_metadata
@@ -212,7 +212,7 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
         return None  # this writer slept while another one declared what may be more
     for name, content in card.items():
         place.put(name, content)
-    files = {name: stored_object(read_metadata(place, name)) for name in small_files(additions, parts)}
+    files = {name: stored_object(read_metadata(place, name)) for name in (*small_files(additions, parts), RECIPE_FILE)}
     manifest = manifest.model_copy(update={"files": files})
     write_manifest(place, manifest)
     return current_manifest(place)

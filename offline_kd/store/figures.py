@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.tars import unpack_keys
-from offline_kd.store.card import refuse_wild
+from offline_kd.store.answers import BINS, refuse_wild
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.layout import NO_LABEL
@@ -25,7 +25,6 @@ from offline_kd.views.mixing import WHOLE
 
 MAX_MEANS = 2**25  # rows times classes whose mean probabilities are held
 MAX_FLOATS = 2**22  # of logits that are decoded at once
-BINS = 15  # of confidence, as `models.evaluation` has them
 LOGITS = "logits"  # what the codec dropped, beside names of decisions
 
 Floats = NDArray[np.float64]

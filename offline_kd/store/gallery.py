@@ -169,7 +169,7 @@ def _class_rows(summary: Summary, identity: StoreIdentity) -> list[dict[str, obj
     )
     rows = []
     for index in np.argsort(share, kind="stable").tolist():
-        top1, count = likeliest.get(index, (None, 0))
+        most, count = likeliest.get(index, (None, 0))
         rows.append(
             {
                 "class": index,
@@ -177,8 +177,8 @@ def _class_rows(summary: Summary, identity: StoreIdentity) -> list[dict[str, obj
                 "samples": int(summary.of_class[index]),
                 "agreement": None if np.isnan(share[index]) else round(float(share[index]), 6),
                 "otherwise": int(summary.otherwise[index]),
-                "most_often": top1,
-                "most_often_name": None if top1 is None else identity.dataset.classes[top1],
+                "most_often": most,
+                "most_often_name": None if most is None else identity.dataset.classes[most],
                 "most_often_samples": count,
                 "views_named": int(summary.named[index]),
             }

@@ -8,7 +8,7 @@
                                     BLOCK-FROM-TO.NAME.json of an addition; templates-DECISIONS.json (`TablesEntry`)
       hashes/BLOCK-FROM-TO.bin      by `finish`: sha256 of the ledger entries of PAGE_BLOCKS blocks from BLOCK on
       manifest.json                 by `finish`: sha256 of every page of hashes, store digest, measured fidelity
-      README.md, index.html         the card people read
+      README.md, index.html         the card people read; recipe.yaml, which trains from the store as it is
       signatures/DIGEST/            who signed that digest, if anybody did (signing.py)
       leases/                       who is working on what, while a capture runs
 
