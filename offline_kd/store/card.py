@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from offline_kd.store.answers import BINS, Answers, calibration, read_answers, warnings_of
+from offline_kd.store.info import measured
 from offline_kd.store.layout import RECIPE_FILE
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Fidelity, StoreIdentity, StoreManifest
@@ -76,7 +77,7 @@ def _section(store: Store, targets: str, fidelity: Fidelity | None) -> Section:
         _title(store, targets),
         warnings_of(store, answers, fidelity),
         _facts(store, fidelity),
-        _measured(fidelity),
+        measured(fidelity),
         [(caption, _png(pixels)) for pixels, caption in answers.examples] if answers else [],
         _plots(store.identity, answers) if answers else [],
     )
@@ -153,29 +154,6 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
             f"{about.width}; " + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
         )
     return facts
-
-
-def _measured(fidelity: Fidelity | None) -> dict[str, str]:
-    if fidelity is None:
-        return {"rows asked again": "0: `offline-kd store verify STORE --teacher 1000` asks this teacher"}
-    return {
-        "rows asked again": fidelity.looked_at,
-        "teacher top-1 on them, augmented": "there are no labels"
-        if fidelity.teacher_top1 is None
-        else f"{fidelity.teacher_top1:.2f} %",
-        "mean top-1 probability": f"{fidelity.mean_top1_probability:.3f}",
-        "same top-1 as the teacher": f"{100 * fidelity.top1_agreement:.2f} %",
-        "logit error, mean / largest": f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g} "
-        f"(allowed: {fidelity.max_error_allowed:.2g})",
-        "KL(teacher, store) in nats at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.kl.values()),
-        "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
-        "WTTM weight / DTKD temperature error": f"{_error(fidelity.wttm_weight_error)} / "
-        f"{_error(fidelity.dtkd_temperature_error)}",
-    }
-
-
-def _error(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2g}"
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def _tiles(summary: Summary, classes: list[dict[str, object]], has_labels: bool)
         never = sum(1 for row in classes if row["samples"] and not row["views_named"])
         tiles += [
             (f"{summary.top1:.1f} %", "of views whose label the teacher names"),
-            (f"{summary.suspects:,}", "likely label errors"),
+            (f"{summary.suspects:,}", "samples named otherwise in most views"),
             (f"{summary.ece:.1f} %", "calibration error"),
             (f"{never:,}", "classes that it never names"),
         ]
