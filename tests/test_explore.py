@@ -1,6 +1,7 @@
 """What the teacher knows: the figures of every sample, the worst ones first, and pages that people look at."""
 
 import csv
+import io
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import yaml
 from chromium import Chromium
 from conftest import CPU, ROOT, invoke, refused
 from pictures import make_samples, photographs
+from PIL import Image
 
 import offline_kd as okd
 from offline_kd.cache.pipeline import cache_teacher
@@ -112,7 +114,7 @@ def test_planted_label_errors_are_found_first(planted, gallery):
     assert len(first & at) >= len(PLANTED) - 2  # a few images are hard for this teacher whatever their label
 
 
-def test_mixed_views_count_with_their_share_and_excuse_the_other_name(tmp_path):
+def test_mixed_views_count_with_their_share_and_excuse_the_other_name_and_sizes_are_a_range(tmp_path):
     recipe, manifest = photographs(tmp_path, make_samples())
     cache_teacher(recipe, manifest, [tmp_path], tmp_path / "store", CPU)
     (tmp_path / "manifest.yaml").write_text(yaml.safe_dump(manifest.model_dump(mode="json", exclude_none=True)))
@@ -120,6 +122,10 @@ def test_mixed_views_count_with_their_share_and_excuse_the_other_name(tmp_path):
     page = (tmp_path / "out/index.html").read_text()
     assert "Images are mixed with others" in page
     store = open_store(tmp_path / "store")
+    sizes = np.array([Image.open(io.BytesIO(sample.encoded)).size for sample in make_samples()])
+    narrow, low, wide, high = *sizes.min(0), *sizes.max(0)
+    said = f"90 images of {narrow} to {wide} pixels wide and {low} to {high} high"
+    assert said in (tmp_path / "store/README.md").read_text()
     by_key = {row["key"]: row for row in rows_of(tmp_path / "out/samples.csv")}
     mixed = 0
     for block in store.blocks:

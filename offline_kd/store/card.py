@@ -125,8 +125,8 @@ def _common(identity: StoreIdentity, manifest: StoreManifest) -> dict[str, str]:
     rows = sum(tar.count for tar in dataset.tars)
     return {
         "dataset": f"{dataset.name}/{dataset.split}: {rows:,} images of "
-        f"{f'{dataset.width}x{dataset.height}' if dataset.width else 'different sizes'} in "
-        f"{len(dataset.tars)} tars, {len(dataset.classes)} classes; licence: {dataset.licence or 'not stated'}",
+        f"{f'{dataset.width}x{dataset.height}' if dataset.width else manifest.image_sizes or 'different sizes'} in "
+        f"{len(dataset.tars):,} tars, {len(dataset.classes):,} classes; licence: {dataset.licence or 'not stated'}",
         "views": f"{identity.views.num_views} of {identity.views.num_distinct} per image: "
         f"{in_words(identity.views.model_dump(mode='json', exclude={'count'}))}",
         "size": f"{manifest.total_bytes:,} bytes, {manifest.total_bytes / (rows * manifest.views['']):.1f} per row",

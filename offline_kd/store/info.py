@@ -31,6 +31,7 @@ def store_info(store: Store) -> dict[str, object]:
         | {"samples": sum(tar.count for tar in identity.dataset.tars), "classes": len(identity.dataset.classes)},
         "licences": {"dataset": identity.dataset.licence, "teacher": identity.teacher.licence},
         "left out": manifest.left_out,
+        "image sizes": manifest.image_sizes.model_dump(mode="json") if manifest.image_sizes else None,
         "serves": served_terms(store),
         "fidelity": fidelity.model_dump(mode="json") if fidelity else None,
         "schema version": manifest.schema_version,
@@ -59,6 +60,9 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
         },
         "Images": {
             "dataset": f"{dataset.name}/{dataset.split}, {len(dataset.classes):,} classes",
+            "sizes": f"{dataset.width} x {dataset.height} pixels"
+            if dataset.width
+            else str(manifest.image_sizes or "different; nobody wrote down which"),
             "left out": f"{manifest.left_out:,} bad images",
             "views": in_words(identity.views.model_dump(mode="json", exclude={"count"})),
             "proof": proof_of_images(store.created),
