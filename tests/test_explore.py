@@ -169,7 +169,7 @@ def test_images_that_were_changed_are_said_and_the_others_shown(planted, tmp_pat
     out = tmp_path / "out"
     result = invoke("store", "explore", planted / "store", "--data", tmp_path / "data", "--out", out, "--samples", 8)
     assert result.exit_code == 0, result.output
-    assert "no pictures of block 1" in result.stderr
+    assert "No pictures of block 1" in result.stderr
     assert "sha256" in result.stderr
     assert any((out / "samples").iterdir())
 

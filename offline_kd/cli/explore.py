@@ -38,8 +38,8 @@ def explore_command(
 
     store = open_named(reference, manifest_path)
     found = write_gallery(store, _folders_of_images(store, data, manifest_path, data_root), out, samples)
-    for problem in found.problems:
-        say(f"no pictures of {problem}")
+    for problem in found.in_words:
+        say(problem)
     say(
         f"{out / 'index.html'}: {found.shown:,} of {found.samples:,} samples, {found.pictured:,} with pictures; "
         f"{out / 'samples.csv'} has all of them"

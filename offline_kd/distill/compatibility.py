@@ -11,7 +11,7 @@ from offline_kd.recipe import AnyTerm, Recipe
 from offline_kd.store.reader import Store
 from offline_kd.support.console import say
 from offline_kd.support.errors import ModelError, StoreMismatch
-from offline_kd.support.strict import Strict, differences
+from offline_kd.support.strict import Absent, Strict, differences
 
 MOST_MEASURED_ERROR = 0.05  # of WTTM's weight and DTKD's temperature, relative
 
@@ -154,7 +154,7 @@ def difference(store: Store, known: Mapping[str, object]) -> str | None:
 
 def _plain(value: object) -> str:
     """As YAML has it, if it is short: text as it is."""
-    return value if isinstance(value, str) else json.dumps(value, default=repr)
+    return str(value) if isinstance(value, str | Absent) else json.dumps(value)
 
 
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:

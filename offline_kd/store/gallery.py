@@ -26,7 +26,7 @@ from offline_kd.support.errors import OfflineKDError, RecipeError
 from offline_kd.support.pages import render_page, script_of
 
 THUMBNAIL, PIXELATED = 160, 64  # sides in pixels: of a thumbnail; up to here images are shown as they are
-MAX_MATRIX, MAX_PAIRS, MAX_CLASSES = 25, 100, 200  # that a page shows
+MAX_MATRIX, MAX_PAIRS, MAX_CLASSES, MAX_PROBLEMS = 25, 100, 200, 5  # that a page shows
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,14 @@ class Gallery:
     samples: int = 0  # in samples.csv
     shown: int = 0
     pictured: int = 0
-    problems: list[str] = field(default_factory=list)  # why samples have no picture
+    problems: list[str] = field(default_factory=list)  # why the samples of a block have no picture
+
+    @property
+    def in_words(self) -> list[str]:
+        """The first problems, a sentence each."""
+        more = len(self.problems) - MAX_PROBLEMS
+        said = [f"No pictures of {problem}" for problem in self.problems[:MAX_PROBLEMS]]
+        return said + ([f"No pictures of the samples of {more:,} more blocks."] if more > 0 else [])
 
 
 def write_gallery(store: Store, folders: Sequence[Root], out: Path, most: int) -> Gallery:
@@ -309,7 +316,7 @@ def _notes(store: Store, summary: Summary, gallery: Gallery) -> list[str]:
         notes.append("This store has no keys, but hashes of them; pages of samples have the keys.")
     if not gallery.pictured:
         notes.append("There are no pictures: the images were not at hand.")
-    return notes + [f"No pictures of {problem}" for problem in gallery.problems]
+    return notes + gallery.in_words
 
 
 def _cards(
