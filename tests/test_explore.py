@@ -24,7 +24,7 @@ from offline_kd.store.opening import open_store
 from offline_kd.store.sync import copy_store
 
 PLANTED = [5, 35, 66, 97, 128, 150, 181, 212, 233, 254, 285, 316]
-SHOWN = 60
+SHOWN = 32
 
 
 @pytest.fixture(scope="module")

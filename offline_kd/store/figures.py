@@ -143,7 +143,7 @@ def read_figures(store: Store, summary: Summary) -> Iterator[Figures]:
             "logits. Pull those too: `offline-kd store pull` without --only."
         )
     for number in store.blocks:
-        arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "key_hash"])
+        arrays = store.read(number, 0, ["label", "probe/row", "probe/view"])
         refuse_wild(store, number, arrays)
         rows, step = len(arrays["label"]), max(1, MAX_MEANS // store.identity.num_classes)
         for start in range(0, rows, step):
