@@ -23,8 +23,8 @@ from offline_kd.distill.compatibility import check_teachers, refuse_bias
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.objectives.dtkd import DTKD
 from offline_kd.objectives.ttm import WTTM
-from offline_kd.store.card import _measured
 from offline_kd.store.codecs.int_ import Int
+from offline_kd.store.info import measured
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import StoreMismatch, TrainingError
 from offline_kd.support.files import file_sha256
@@ -342,7 +342,7 @@ def test_an_error_that_was_not_measured_is_not_taken_for_none(store_path):
         with pytest.raises(StoreMismatch, match="error was not measured"):
             refuse_bias(replace(store, identity=lossy, manifest=manifest.model_copy(update={"fidelity": {}})), [term])
         refuse_bias(replace(store, manifest=manifest), [term])  # f32 keeps the logits whole
-    assert _measured(fidelity)["WTTM weight / DTKD temperature error"] == "not measured / not measured"
+    assert measured(fidelity)["WTTM weight / DTKD temperature error"] == "not measured / not measured"
 
 
 def test_only_a_loss_that_falls_back_counts_fallbacks():

@@ -279,7 +279,7 @@ def test_a_student_trains_from_scaled_views_and_a_recipe_that_decodes_otherwise_
     assert (tmp_path / "run" / "result.json").is_file()
 
     message = refused("distill", file, "--out", tmp_path / "other", "--set", "views.decoding=full", *store)
-    assert "'decoding': 'scaled'" in message
+    assert "views.decoding: scaled in the store, not there in the recipe" in message
     assert "Correct the recipe's views, or capture another store." in message
     wrong = refused("distill", file, "--out", tmp_path / "wrong", "--set", "views.decoding=half", *store)
     assert "views" in wrong

@@ -80,6 +80,8 @@ def test_the_card_and_the_manifest_tell_what_was_measured(store_path):
     card = (store_path / "README.md").read_text()
     assert manifest.digest in card
     assert "digits/train: 1,438 images of 8x8 in 3 tars, 10 classes" in card
+    assert "9 of 9 per image: pad_crop_flip, padding 1, fill zeros, flip no, seed 0" in card
+    assert "{'" not in card
 
 
 def logits_of(path: Path) -> dict[str, np.ndarray]:
@@ -444,12 +446,17 @@ def test_a_full_disk_is_a_message_and_nothing_is_half_committed(recipe_file, whe
         subprocess.run(["umount", str(small_disk)], check=True)
 
 
-def test_store_info_is_a_table_and_json(store_path):
+def test_store_info_is_in_groups_for_people_and_whole_as_json(store_path):
     facts = json.loads(invoke("store", "info", store_path, "--json").stdout)
     assert {"digest", "blocks", "rows", "views", "bytes", "codecs", "teacher", "dataset", "fidelity"} <= set(facts)
     assert facts["rows"] == 1438 * 9
     assert facts["digest"] == f"sha256:{open_store(store_path).digest}"
-    assert "fidelity top1_agreement" in invoke("store", "info", store_path).stdout
+    said = invoke("store", "info", store_path).stdout
+    titles = [line for line in said.splitlines() if not line.startswith(" ")]
+    assert titles == ["Store", "Images", "Teacher", "Targets", "Fidelity", "Largest arrays", "Made with"]
+    assert "12,942: 1,438 samples, 9 views of each" in said
+    assert "pad_crop_flip, padding 1, fill zeros, flip no, seed 0" in said
+    assert "{" not in said
 
 
 def test_the_digest_speaks_of_content_only(store_path):

@@ -150,13 +150,13 @@ def test_the_page_of_a_stranger_is_not_copied(stranger, tmp_path):
     vouch(stranger)
     assert verify(Folder(stranger)).faults == []
     assert invoke("store", "pull", stranger, tmp_path / "pulled").exit_code == 0
-    copies = {name: (tmp_path / "pulled" / name).read_bytes() for name in ("index.html", "README.md")}
+    copies = {name: (tmp_path / "pulled" / name).read_bytes() for name in ("index.html", "README.md", "recipe.yaml")}
     assert all(b"alert(1)" not in content and b"networks:small" in content for content in copies.values())
     assert copies["index.html"].count(b"data:image/png") > 4
     assert (tmp_path / "pulled/manifest.json").read_bytes() == (stranger / "manifest.json").read_bytes()
     found = verify(Folder(tmp_path / "pulled"))
     assert found.faults == []
-    assert [note.split(":")[0] for note in found.notes] == ["README.md", "index.html"]
+    assert [note.split(":")[0] for note in found.notes] == ["README.md", "index.html", "recipe.yaml"]
     assert "index.html: was made by a copy" in invoke("store", "verify", tmp_path / "pulled").stderr
     # A copy's card is not vouched for, but a flipped bit in it shows.
     for name, content in copies.items():

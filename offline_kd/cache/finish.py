@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offline_kd.cache.fidelity import measure_fidelity
 from offline_kd.cache.job import Capture, current_manifest
 from offline_kd.cache.unique_keys import prove_unique_keys
+from offline_kd.data.blocks import ImageBlock
 from offline_kd.store.card import write_card
 from offline_kd.store.inventory import committed, whole_views
-from offline_kd.store.layout import ArraySpec, Part, entry_names, num_entries, parts_of, small_files
+from offline_kd.store.layout import RECIPE_FILE, ArraySpec, Part, entry_names, num_entries, parts_of, small_files
 from offline_kd.store.leases import Leases
 from offline_kd.store.leftovers import sweep
 from offline_kd.store.objects import read_metadata
@@ -24,6 +26,7 @@ from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, page_bytes, stored_object
 from offline_kd.store.schema import (
     Fidelity,
+    ImageSizes,
     LedgerEntry,
     StoreManifest,
     TablesEntry,
@@ -193,7 +196,7 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
 
     targets = parts[capture.own_parts[0]].targets
     prove_unique_keys(store_with(targets))
-    fidelity = _measure(capture, store_with(targets))
+    fidelity, sizes = _measure(capture, store_with(targets))
     manifest = StoreManifest(
         schema_version=created.schema_version,
         digest=digest,
@@ -204,6 +207,7 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
         files={},
         fidelity={**(old.fidelity if old else {}), targets: fidelity},
         left_out=found.left_out,
+        image_sizes=sizes,
         total_bytes=found.bytes_by_array.total(),
         bytes_by_array=dict(sorted(found.bytes_by_array.items())),
     )
@@ -212,18 +216,32 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
         return None  # this writer slept while another one declared what may be more
     for name, content in card.items():
         place.put(name, content)
-    files = {name: stored_object(read_metadata(place, name)) for name in small_files(additions, parts)}
+    files = {name: stored_object(read_metadata(place, name)) for name in (*small_files(additions, parts), RECIPE_FILE)}
     manifest = manifest.model_copy(update={"files": files})
     write_manifest(place, manifest)
     return current_manifest(place)
 
 
-def _measure(capture: Capture, store: Store) -> Fidelity:
-    """Ask the teacher about as many rows as the recipe says, and no block is believed unseen."""
+def _measure(capture: Capture, store: Store) -> tuple[Fidelity, ImageSizes | None]:
+    """Ask the teacher about as many rows as the recipe says, and no block is believed unseen.
+
+    And between which sizes the images of those blocks lie, where they differ.
+    """
     num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))
     images = capture.loader
-    found = measure_fidelity(
-        store, images.__getitem__, capture.teacher, num_rows, capture.device, fetch_ahead=images.fetch_ahead
-    )
+    seen: list[NDArray[np.int64]] = []  # the smallest and the largest height and width so far, `[2, 2]`
+
+    def look_at(number: int) -> ImageBlock:
+        block = images[number]
+        if capture.created.dataset.height is None:
+            sides = np.concatenate([*seen, block.sizes()])
+            sides = sides[sides.max(axis=1) > 1]  # the others are no images
+            seen[:] = [np.stack([sides.min(axis=0), sides.max(axis=0)])] if len(sides) else []
+        return block
+
+    found = measure_fidelity(store, look_at, capture.teacher, num_rows, capture.device, fetch_ahead=images.fetch_ahead)
     say(f"{capture.place}: the teacher was asked again about {found.looked_at}")
-    return found
+    if not seen:
+        return found, None
+    (low, narrow), (high, wide) = seen[0].tolist()
+    return found, ImageSizes(width=(narrow, wide), height=(low, high))

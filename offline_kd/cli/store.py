@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
+from offline_kd.cli.explore import explore_command
 from offline_kd.cli.options import (
     TARGET_KINDS,
     Inputs,
@@ -39,6 +40,7 @@ def command() -> None:
 
 
 command.add_command(sign_command)
+command.add_command(explore_command)
 
 
 @command.command("info")
@@ -52,23 +54,19 @@ def info_command(reference: str, as_json: bool, manifest_path: Path, data_root: 
     offline-kd store info runs/digits/store
     offline-kd store info s3://team/stores/cifar10 --json
     """
-    from offline_kd.store.info import store_info
-    from offline_kd.support.console import show_table
+    from offline_kd.store.info import info_groups, store_info
+    from offline_kd.support.console import printable
 
     store = open_named(reference, manifest_path)
-    facts = store_info(store)
     if as_json:
-        click.echo(json.dumps(facts, indent=2))
+        click.echo(json.dumps(store_info(store), indent=2))
         return
-    rows = []
-    for name, value in facts.items():
-        if name == "group digests":
-            continue  # as many as there are groups: for programs
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        for part, text in parts:
-            shown = "not measured" if name == "fidelity" and text is None else f"{text}"
-            rows.append([f"{name} {part}".strip(), ", ".join(map(str, text)) if isinstance(text, list) else shown])
-    show_table(reference, ["", "value"], rows)
+    groups = info_groups(store)
+    width = max(len(name) for facts in groups.values() for name in facts)
+    for title, facts in groups.items():
+        click.echo(title)
+        for name, value in facts.items():
+            click.echo(printable(f"  {name:<{width}}  {value}"))
 
 
 @command.command("verify")

@@ -1,5 +1,6 @@
 """Is a store one for this recipe? Asked before training; samples are compared later, by the join."""
 
+import json
 from collections.abc import Mapping, Sequence
 
 from offline_kd.cache.teacher import teacher_args, teacher_input
@@ -10,7 +11,7 @@ from offline_kd.recipe import AnyTerm, Recipe
 from offline_kd.store.reader import Store
 from offline_kd.support.console import say
 from offline_kd.support.errors import ModelError, StoreMismatch
-from offline_kd.support.strict import Strict
+from offline_kd.support.strict import Absent, Strict, differences
 
 MOST_MEASURED_ERROR = 0.05  # of WTTM's weight and DTKD's temperature, relative
 
@@ -49,11 +50,10 @@ def check_store(store: Store, recipe: Recipe, loader: BlockLoader) -> None:
             f"{store.place}: class {index} is '{classes[index]}', in dataset '{recipe.data.dataset}' it is "
             f"'{known[index]}'. The class order differs: correct the manifest, or capture it again."
         )
-    here, wanted_views = identity.views.model_dump(mode="json"), recipe.views.model_dump(mode="json")
-    if {**here, "count": 0} != {**wanted_views, "count": 0}:
+    here, wanted_views = (views.with_count(identity.views.num_views) for views in (identity.views, recipe.views))
+    if different := _in_words(here, wanted_views, "views"):
         raise StoreMismatch(
-            f"{store.place}: holds the views {here}, the recipe says {wanted_views}. "
-            "Correct the recipe's views, or capture another store."
+            f"{store.place}: holds other views: {different}. Correct the recipe's views, or capture another store."
         )
     if recipe.views.num_views > identity.views.num_views or recipe.views.num_views % identity.views_per_group:
         raise StoreMismatch(
@@ -63,11 +63,19 @@ def check_store(store: Store, recipe: Recipe, loader: BlockLoader) -> None:
         )
     for name, about in identity.decisions.items():
         wanted = recipe.capture.decisions.get(name)
-        if wanted is not None and wanted != about.config:
+        if wanted is not None and (different := _in_words(about.config, wanted, f"capture.decisions.{name}")):
             raise StoreMismatch(
-                f"{store.place}: decisions '{name}' were made with {about.config.model_dump(mode='json')}, the recipe "
-                f"says {wanted.model_dump(mode='json')}. Correct capture.decisions, or capture another store."
+                f"{store.place}: decisions '{name}' were made in another way: {different}. Correct capture.decisions, "
+                "or capture another store."
             )
+
+
+def _in_words(here: Strict, wanted: Strict, where: str) -> str:
+    """The fields in which a store and a recipe differ, with both values; '' if none does."""
+    found = differences(here.model_dump(mode="json"), wanted.model_dump(mode="json"), where)
+    return "; ".join(
+        f"{field}: {_plain(one)} in the store, {_plain(other)} in the recipe" for field, one, other in found
+    )
 
 
 def check_groups(stores: Sequence[Store]) -> None:
@@ -136,12 +144,17 @@ def difference(store: Store, known: Mapping[str, object]) -> str | None:
         return f"with weights {teacher.weights_sha256}, the recipe's teacher has {weights}."
     for name, wanted in known.items():
         if name != "weights" and (here := getattr(teacher, name)) != wanted:
-            return f"with {name.replace('_', ' ')} {_plain(here)}, the recipe's teacher has {_plain(wanted)}."
+            one, other = (
+                value.model_dump(mode="json") if isinstance(value, Strict) else value for value in (here, wanted)
+            )
+            field, one, other = next(differences(one, other, name))
+            return f"with {field.replace('_', ' ')} {_plain(one)}, the recipe's teacher has {_plain(other)}."
     return None
 
 
-def _plain(value: object) -> object:
-    return value.model_dump(mode="json") if isinstance(value, Strict) else value
+def _plain(value: object) -> str:
+    """As YAML has it, if it is short: text as it is."""
+    return str(value) if isinstance(value, str | Absent) else json.dumps(value)
 
 
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.store.codecs import CODEC_TABLES
-from offline_kd.store.layout import ArraySpec, Part, small_files
+from offline_kd.store.layout import RECIPE_FILE, ArraySpec, Part, small_files
 from offline_kd.store.reader import Store, page_bytes
 from offline_kd.store.schema import PAGE_BLOCKS, Held, StoreIdentity, ledger_name, page_name, tables_ledger_name
 from offline_kd.support.errors import StoreError
@@ -97,6 +97,7 @@ def few_files(store: Store, held: Held | None) -> set[str]:
     tables = [(name, part.name, specs) for part in store.parts.values() for name, specs in part.tables.items()]
     return {
         "manifest.json",
+        RECIPE_FILE,
         *small_files(store.additions, store.parts),
         *(f"hashes/{name}" for name in promised_pages(store, held)),
         *(f"ledger/{tables_ledger_name(name, part)}" for name, part, _ in tables),

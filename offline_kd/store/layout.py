@@ -33,6 +33,7 @@ from offline_kd.support.errors import RecipeError, StoreCorrupt
 from offline_kd.views.epochs import view_groups
 from offline_kd.views.kind import ViewSpec
 
+RECIPE_FILE = "recipe.yaml"  # of the card; stores of earlier versions have none
 PROBES_PER_GROUP = 4
 NO_KEY = 2**64 - 1
 NO_LABEL = -2  # of a row whose sample has none: -1 marks a label that was never written
@@ -322,7 +323,10 @@ def plan_views_per_group(views: ViewSpec, *, rows_per_block: int, num_classes: i
 
 
 def small_files(additions: Iterable[Addition], parts: Mapping[str, Part]) -> list[str]:
-    """Everything but manifest.json, ledger and objects: identity, additions, card, zarr's metadata."""
+    """Everything but manifest.json, ledger and objects: identity, additions, card, zarr's metadata.
+
+    Not RECIPE_FILE, which a store need not have.
+    """
     return [
         "store.json",
         *(f"additions/{one.name}.json" for one in additions),

@@ -1,14 +1,17 @@
 """A page about one sample of a store: its views, what the teacher said, and the template map over the image."""
 
 import colorsys
-from collections.abc import Sequence
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
-from offline_kd.data.blocks import ImageBlock, OnBadImage, load_block
+from offline_kd.data.blocks import Decoder, ImageBlock, OnBadImage, load_block
 from offline_kd.data.fetching import Root
 from offline_kd.data.labels import UNLABELLED, labels_of
 from offline_kd.data.manifest import locate
@@ -17,14 +20,17 @@ from offline_kd.data.tars import hash_key
 from offline_kd.store.decisions import TemplateDecisions, unpack_probs
 from offline_kd.store.join import as_stored, codec_tables_on, join
 from offline_kd.store.reader import Arrays, Store
+from offline_kd.store.rows import Rows
+from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.errors import DataError
 from offline_kd.support.pages import data_url, render_page
-from offline_kd.views.choice import Choice
+from offline_kd.views.choice import Choice, side_by_side
 from offline_kd.views.mixing import WHOLE
 from offline_kd.views.operations import operation_name
 from offline_kd.views.render import plain_images, render_some
 
 MAX_VIEWS, MAX_TEMPLATES = 8, 12
+MAX_EXACT = 64  # side in pixels of pictures that are shown pixel by pixel
 CELLS_ACROSS_PATCH = 3
 
 
@@ -38,29 +44,47 @@ def write_inspect_page(store: Store, key: str, folders: Sequence[Root], file: Pa
     place = int(np.searchsorted(hashes, np.uint64(hash_key(key))))
     if place == len(hashes) or hashes[place] != hash_key(key):
         raise DataError(f"{store.place}: holds no sample '{key}'. Keys look like '{_some_key(store, folders)}'.")
-    identity = store.identity
-    number, row = divmod(int(rows[place]), identity.rows_per_block)
-    images = _Images(store, folders)
-    block = images.block(number)
-    classes = identity.dataset.classes
-    maps = [name for name, one in identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
-    used: dict[str, list[int]] = {name: [] for name in maps}
-    shown = [(group, view) for group, stored in enumerate(identity.groups) for view in stored][:MAX_VIEWS]
-    views = [_view(images, number, row, group, view, used) for group, view in shown]
-    page = render_page(
-        "sample",
-        title=key if block.labels[row] == UNLABELLED else f"{key}: {classes[block.labels[row]]}",
-        about=f"Sample {key} of {identity.dataset.name}/{identity.dataset.split}, block {number}, row {row}; "
-        f"teacher {identity.teacher.name}; store {identity.name}",
-        digest=f"sha256:{store.digest[:16]}",
-        views=views,
-        maps=[_templates(store, name, used[name], images) for name in maps],
-    )
+    number, row = divmod(int(rows[place]), store.identity.rows_per_block)
+    pages = sample_pages(SampleImages(store, folders), number, [row])
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    file.write_text(next(pages)[1], encoding="utf-8")
 
 
-class _Images:
+def sample_pages(images: "SampleImages", number: int, rows: Sequence[int], back: str = "") -> Iterator[tuple[int, str]]:
+    """Rows of a block and the page of each, one after the other: the block is joined once for all of them.
+
+    Args:
+        back: the page that these belong to. Those have no training patches of templates, which lie in many tars.
+
+    Raises what `join` does, and DataError when the images of the block are not there.
+    """
+    identity, block = images.store.identity, images.block(number)
+    maps = [name for name, one in identity.decisions.items() if isinstance(one.config, TemplateDecisions)]
+    held = images.store.manifest.held if images.store.manifest else None
+    maps = [name for name in maps if held is None or held.has("decisions/")]
+    shown = [(group, view) for group, stored in enumerate(identity.groups) for view in stored][:MAX_VIEWS]
+    views = [_read_view(images, number, np.array(rows), group, view, maps) for group, view in shown]
+    for index, row in enumerate(rows):
+        used: dict[str, list[int]] = {name: [] for name in maps}
+        choice = side_by_side([view.joined.view.take(np.array([index])) for view in views])
+        pixels = render_some(block, choice, identity.views, images.store.created.seen_size[0]).transpose(0, 2, 3, 1)
+        label = int(block.labels[row])
+        yield (
+            row,
+            render_page(
+                "sample",
+                title=block.keys[row] + ("" if label == UNLABELLED else f": {identity.dataset.classes[label]}"),
+                about=f"Sample {block.keys[row]} of {identity.dataset.name}/{identity.dataset.split}, block {number}, "
+                f"row {row}; teacher {identity.teacher.name}; store {identity.name}",
+                digest=f"sha256:{images.store.digest[:16]}",
+                back=back,
+                views=[_shown(images, block, view, index, pixels[at], used) for at, view in enumerate(views)],
+                maps=[] if back else [_templates(images.store, name, used[name], images) for name in maps],
+            ),
+        )
+
+
+class SampleImages:
     """The tars that the store was made from, decoded when needed."""
 
     def __init__(self, store: Store, folders: Sequence[Root]) -> None:
@@ -68,6 +92,7 @@ class _Images:
         self.blocks: dict[int, ImageBlock] = {}
 
     def block(self, number: int) -> ImageBlock:
+        """Of the store's rows; raises DataError when the tar is not there, or another one."""
         if number not in self.blocks:
             tar = self.store.identity.dataset.tars[number]
             path = locate(tar.file, self.folders)
@@ -84,37 +109,62 @@ class _Images:
             self.blocks[number] = as_stored(self.store, block)
         return self.blocks[number]
 
+    def plain(self, number: int, row: int) -> NDArray[np.uint8]:
+        """The image of a row of a block, `[H, W, 3]`; raises DataError for one that cannot be decoded."""
+        block = self.block(number)
+        if block.pixels is not None:
+            return block.pixels[row].permute(1, 2, 0).numpy()
+        pixels = Decoder(replace(block, on_bad="fail"))(row)
+        assert pixels is not None, "it raises"
+        return pixels
+
 
 def _some_key(store: Store, folders: Sequence[Root]) -> str:
-    return _Images(store, folders).block(0).keys[0]
+    return SampleImages(store, folders).block(0).keys[0]
 
 
-def _view(
-    images: _Images, number: int, row: int, group: int, view: int, used: dict[str, list[int]]
-) -> dict[str, object]:
-    """What the page shows of a view; adds the templates in its maps to `used`, by name of the decisions."""
+@dataclass(frozen=True)
+class _View:
+    """One view of some rows of a block."""
+
+    view: int
+    joined: Rows
+    arrays: Arrays  # of the template maps, of the same rows
+
+
+def _read_view(
+    images: SampleImages, number: int, rows: NDArray[np.int64], group: int, view: int, maps: Sequence[str]
+) -> _View:
     store, block = images.store, images.block(number)
-    identity = store.identity
-    position = view - identity.groups[group].start
-    wanted = [f"decisions/{name}/id" for name in used]
-    wanted += [f"decisions/{name}/prob" for name in used if _top(store, name) > 1]
-    arrays: Arrays = {name: array[row, position] for name, array in store.read(number, group, wanted).items()}
-    at = np.zeros(len(block), dtype=np.int64) + position
-    joined = join(store, block, group, at)
-    choice = joined.view.take(np.array([row]))
-    pixels = render_some(block, choice, identity.views, store.created.seen_size[0])[0].transpose(1, 2, 0)
-    pictures = [_img(pixels, f"view {view}")]
+    position = view - store.identity.groups[group].start
+    wanted = [f"decisions/{name}/id" for name in maps]
+    wanted += [f"decisions/{name}/prob" for name in maps if _top(store, name) > 1]
+    arrays: Arrays = {name: array[rows, position] for name, array in store.read(number, group, wanted).items()}
+    joined = join(store, block, group, np.zeros(len(block), dtype=np.int64) + position)
+    return _View(view, joined.take(rows), arrays)
+
+
+def _shown(
+    images: SampleImages,
+    block: ImageBlock,
+    view: _View,
+    index: int,
+    pixels: NDArray[np.uint8],
+    used: dict[str, list[int]],
+) -> dict[str, object]:
+    """What the page shows of a view of a row; adds the templates in its maps to `used`, by name of the decisions."""
+    store, identity = images.store, images.store.identity
+    pictures = [_img(pixels, f"view {view.view}")]
     for name, templates in used.items():
-        ids = arrays[f"decisions/{name}/id"][..., 0].astype(np.int64)
+        ids = view.arrays[f"decisions/{name}/id"][index][..., 0].astype(np.int64)
         templates += ids.flatten().tolist()
         certainty = np.ones(ids.shape)
         if _top(store, name) > 1:
-            certainty = unpack_probs(
-                torch.from_numpy(arrays[f"decisions/{name}/prob"][..., 0].astype(np.int64))
-            ).numpy()
-        pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view}"))
+            prob = view.arrays[f"decisions/{name}/prob"][index][..., 0].astype(np.int64)
+            certainty = unpack_probs(torch.from_numpy(prob)).numpy()
+        pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view.view}"))
     logits = identity.codec.decode(
-        {name: array[row] for name, array in (joined.signal[0].logits or {}).items()},
+        {name: array[index] for name, array in (view.joined.signal[0].logits or {}).items()},
         identity.num_classes,
         codec_tables_on(store, torch.device("cpu")),
     )
@@ -122,7 +172,7 @@ def _view(
     values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
     return {
         "pictures": pictures,
-        "caption": f"view {view}: {_describe(choice, block)}",
+        "caption": f"view {view.view}: {_describe(view.joined.view.take(np.array([index])), block, identity)}",
         "likeliest": [
             (identity.dataset.classes[index], f"{100 * probability:.1f}")
             for probability, index in zip(values, indices, strict=True)
@@ -130,7 +180,7 @@ def _view(
     }
 
 
-def _describe(choice: Choice, block: ImageBlock) -> str:
+def _describe(choice: Choice, block: ImageBlock, identity: StoreIdentity) -> str:
     own = {name: array[0] for name, array in choice.own.items()}
     top, left, height, width = own["box"].tolist()
     said = [f"{width} x {height} at {left}, {top}", *(["mirrored"] if own["flip"] else [])]
@@ -140,8 +190,13 @@ def _describe(choice: Choice, block: ImageBlock) -> str:
     if "erase" in own and own["erase"][2]:
         said.append("erased")
     if choice.partner_row[0] >= 0:
-        how = "covered by" if own["mix_box"][2] else "blended with"
-        said.append(f"{1 - own['share'] / WHOLE:.0%} {how} {block.keys[choice.partner_row[0]]}")
+        how, share = "covered by" if own["mix_box"][2] else "blended with", own["share"] / WHOLE
+        row, other = int(choice.row[0]), int(choice.partner_row[0])
+        if block.labels[row] != UNLABELLED:
+            names = [identity.dataset.classes[block.labels[one]] for one in (row, other)]
+            said.append(f"{share:.0%} {names[0]}, {1 - share:.0%} {names[1]}: {how} {block.keys[other]}")
+        else:
+            said.append(f"{1 - share:.0%} {how} {block.keys[other]}")
     return ", ".join(said)
 
 
@@ -151,7 +206,7 @@ def _top(store: Store, name: str) -> int:
     return config.top
 
 
-def _templates(store: Store, name: str, used: list[int], images: _Images) -> dict[str, object]:
+def _templates(store: Store, name: str, used: list[int], images: SampleImages) -> dict[str, object]:
     """The templates that these views show most, with the training patches nearest to each."""
     tables = store.read_tables(name)
     about = store.identity.decisions[name]
@@ -210,4 +265,9 @@ def _colour(template: int) -> tuple[int, int, int]:
 
 def _img(pixels: NDArray[np.uint8], alt: str) -> tuple[str, str]:
     """What the picture shows, and its address."""
-    return alt, data_url(encode_png(np.ascontiguousarray(pixels)), "image/png")
+    pixels = np.ascontiguousarray(pixels)
+    if max(pixels.shape[:2]) <= MAX_EXACT:
+        return alt, data_url(encode_png(pixels), "image/png")
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=88)  # a tenth of the bytes
+    return alt, data_url(buffer.getvalue(), "image/jpeg")

@@ -8,7 +8,7 @@
                                     BLOCK-FROM-TO.NAME.json of an addition; templates-DECISIONS.json (`TablesEntry`)
       hashes/BLOCK-FROM-TO.bin      by `finish`: sha256 of the ledger entries of PAGE_BLOCKS blocks from BLOCK on
       manifest.json                 by `finish`: sha256 of every page of hashes, store digest, measured fidelity
-      README.md, index.html         the card people read
+      README.md, index.html         the card people read; recipe.yaml, which trains from the store as it is
       signatures/DIGEST/            who signed that digest, if anybody did (signing.py)
       leases/                       who is working on what, while a capture runs
 
@@ -255,6 +255,17 @@ class Fidelity(Strict):
         return f"{self.rows:,} of {self.of_rows:,} rows ({share}), in {self.blocks:,} of {self.of_blocks:,} blocks"
 
 
+class ImageSizes(Strict):
+    """The smallest and the largest sides of images that differ in size, in pixels, upright."""
+
+    width: tuple[Side, Side]
+    height: tuple[Side, Side]
+
+    def __str__(self) -> str:
+        (narrow, wide), (low, high) = self.width, self.height
+        return f"{narrow} to {wide} pixels wide and {low} to {high} high"
+
+
 class Held(Strict):
     """What a partial copy has of the store whose digest it bears."""
 
@@ -283,6 +294,9 @@ class StoreManifest(Strict):
     files: dict[str, StoredObject] = Field(description="identity, card and zarr metadata")
     fidelity: dict[str, Fidelity] = Field(description="by targets; '' are the first ones")
     left_out: int = Field(0, description="samples without a row, because their images are bad")
+    image_sizes: ImageSizes | None = Field(
+        None, exclude_if=_is_none, description="None: all have one size, or nobody wrote it down"
+    )
     total_bytes: int
     bytes_by_array: dict[str, int]
     held: Held | None = Field(None, description="of a partial copy")

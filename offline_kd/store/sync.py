@@ -198,7 +198,7 @@ def _send_blocks(way: Way, held: Held | None) -> Sent:
 
 
 def _card_of_copy(way: Way, manifest: StoreManifest) -> dict[str, bytes]:
-    """README.md and index.html, made of what has just been checked, on the side that is nearer."""
+    """The card, made of what has just been checked, on the side that is nearer."""
     near, stores = way.store.place if way.target.is_remote else way.target, dict[str, Store]()
     for targets in sorted({part.targets for part in way.store.parts.values()}):
         store = way.store if targets == way.store.targets else open_store(way.store.place, targets=targets)

@@ -17,7 +17,7 @@ from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.comparison import compare_block, view_problem
 from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
 from offline_kd.store.inventory import Listing, PromisedEntry, few_files, num_promised, promised_entries, promised_pages
-from offline_kd.store.layout import NO_KEY, NO_LABEL, ArraySpec, small_files
+from offline_kd.store.layout import NO_KEY, NO_LABEL, RECIPE_FILE, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
 from offline_kd.store.lookup import problem_of_keys
 from offline_kd.store.objects import metadata_limit, read_metadata
@@ -164,11 +164,13 @@ def _check_files(store: Store, result: Verification) -> None:
     content = read_metadata(place, "manifest.json")
     if manifest_bytes(manifest) != content:
         result.faults.append(Fault("manifest.json", "is not what `finish` wrote: a byte of it was changed"))
-    expected = [name for name in small_files(store.additions, store.parts) if name in manifest.files]
-    absent = [name for name in small_files(store.additions, store.parts) if name not in manifest.files]
-    result.faults += [Fault("manifest.json", f"does not list {name}") for name in absent]
-    for name in expected:
-        problem = _problem_of_file(place, name, manifest.files[name])
+    small = small_files(store.additions, store.parts)
+    result.faults += [Fault("manifest.json", f"does not list {name}") for name in small if name not in manifest.files]
+    expected = [name for name in (*small, RECIPE_FILE) if name in manifest.files]
+    # A store of an earlier version has no recipe; a copy of it may.
+    unlisted = [RECIPE_FILE] if RECIPE_FILE not in manifest.files and place.size(RECIPE_FILE) is not None else []
+    for name in [*expected, *unlisted]:
+        problem = "is not vouched for" if name in unlisted else _problem_of_file(place, name, manifest.files[name])
         if problem and name in CARD_FILES and _is_card_of_a_copy(place, name):
             result.notes.append(
                 f"{name}: was made by a copy, from checked metadata; manifest.json does not vouch for it"

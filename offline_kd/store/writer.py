@@ -35,6 +35,7 @@ from offline_kd.store.schema import (
 from offline_kd.support.errors import LeaseLost, StoreCorrupt, StoreMismatch
 from offline_kd.support.places import Place
 from offline_kd.support.proven import read_proven
+from offline_kd.support.strict import differences
 
 IN_PART = 256  # ledger entries that are asked for before the first of them is looked at
 GROWS_SINCE = 2  # the schema version from which a store may be added to
@@ -84,22 +85,13 @@ def write_zarr_metadata(place: Place, parts: Mapping[str, Part]) -> None:
 
 def first_difference(existing: StoreIdentity | Addition, wanted: StoreIdentity | Addition) -> str:
     """The first field that differs, with both values; '' if only versions, number of views or rounding do."""
-    return _difference(existing.model_dump(mode="json"), wanted.model_dump(mode="json"))
-
-
-def _difference(existing: object, wanted: object, where: str = "") -> str:
-    if isinstance(existing, dict) and isinstance(wanted, dict):
-        for name in sorted({*existing, *wanted}):
-            field = f"{where}.{name}".lstrip(".")
-            if field in ("versions", "schema_version", "views.count"):
-                continue
-            difference = _difference(existing.get(name), wanted.get(name), field)
-            if difference:
-                return difference
-        return ""
-    if where == "teacher.measured_top1" and isinstance(existing, float) and isinstance(wanted, float):
-        return ""  # rounding differs between machines; weights_sha256 says which teacher it is
-    return "" if existing == wanted else f"its {where} is {existing!r:.200}, this run's is {wanted!r:.200}"
+    for field, here, this in differences(existing.model_dump(mode="json"), wanted.model_dump(mode="json")):
+        if field in ("schema_version", "views.count") or field.startswith("versions."):
+            continue
+        if field == "teacher.measured_top1":
+            continue  # rounding differs between machines; weights_sha256 says which teacher it is
+        return f"its {field} is {here!r:.200}, this run's is {this!r:.200}"
+    return ""
 
 
 def create_addition(place: Place, identity: StoreIdentity, addition: Addition) -> Addition:

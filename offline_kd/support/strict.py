@@ -3,6 +3,7 @@
 import hashlib
 import json
 import reprlib
+from collections.abc import Iterator
 from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -61,6 +62,47 @@ def _field_names(schema: object) -> set[str]:
     properties = schema.get("properties", {})
     own = set(properties) if isinstance(properties, dict) else set()
     return own | {name for value in schema.values() for name in _field_names(value)}
+
+
+class Absent:
+    """The value of a field that a description does not have."""
+
+    def __repr__(self) -> str:
+        return "not there"
+
+
+def differences(one: object, other: object, where: str = "") -> Iterator[tuple[str, object, object]]:
+    """The fields in which two descriptions differ, as `views.scale`, with both values; in the order of their names.
+
+    Args:
+        one, other: as JSON. Where mappings differ in `kind` or `name`, their other fields say nothing.
+        where: the field that both are.
+    """
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        if one != other:
+            yield where, one, other
+        return
+    tags = [tag for tag in ("kind", "name") if tag in one and tag in other and one[tag] != other[tag]]
+    for name in tags or sorted({*one, *other}):
+        field = f"{where}.{name}".lstrip(".")
+        yield from differences(one.get(name, Absent()), other.get(name, Absent()), field)
+
+
+def in_words(value: object) -> str:
+    """A description, as JSON, for people: `randaugment, num ops 2, flip no`. What is null is left out."""
+    if isinstance(value, dict):
+        tags = [str(value[name]) for name in ("kind", "name") if name in value]
+        fields = [
+            f"{name.replace('_', ' ')} " + (f"({in_words(one)})" if isinstance(one, dict) else in_words(one))
+            for name, one in value.items()
+            if name not in ("kind", "name") and one is not None
+        ]
+        return ", ".join([*tags, *fields])
+    if isinstance(value, list):
+        return f"[{', '.join(f'({in_words(one)})' if isinstance(one, dict) else in_words(one) for one in value)}]"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def fingerprint(content: object) -> str:

@@ -1,7 +1,7 @@
 """Pages by themselves: Jinja2 templates and one style sheet for the report, the card of a store and one sample.
 
-A page loads nothing from elsewhere, has no script and no style but its style sheet, which its policy names by hash.
-Every name in it is escaped: stores are shared.
+A page loads nothing from elsewhere, and has no style but its style sheet and no script but the one of its template, if
+there is one: its policy names both by hash. Every name in it is escaped: stores are shared.
 """
 
 import base64
@@ -21,11 +21,26 @@ def _environment() -> Environment:
 def render_page(template: str, **content: object) -> str:
     """The page of `TEMPLATE.html.j2`; raises jinja2.UndefinedError when a name that it uses is missing."""
     environment = _environment()
-    assert environment.loader is not None
-    style, _, _ = environment.loader.get_source(environment, "style.css")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    style = _source("style.css")
     page = environment.get_template(f"{template}.html.j2")
-    return page.render(style=Markup(style), style_hash=Markup(f"sha256-{digest}"), **content)
+    return page.render(style=Markup(style), style_hash=_hash(style), **content)
+
+
+def script_of(template: str) -> dict[str, Markup]:
+    """What the page of `TEMPLATE.html.j2` needs to have `TEMPLATE.js` in it and in its policy."""
+    script = _source(f"{template}.js")
+    return {"script": Markup(script), "script_hash": _hash(script)}
+
+
+def _source(name: str) -> str:
+    environment = _environment()
+    assert environment.loader is not None
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _hash(text: str) -> Markup:
+    """As a policy names it."""
+    return Markup(f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}")
 
 
 def data_url(content: bytes, media_type: str) -> str:
