@@ -41,14 +41,6 @@ LETKD = {
         "views_per_group": 1,
         "decisions": {
             "last": {"kind": "templates", "module": "body.5", "templates": 8, "iterations": 2, "grid": [2, 2]},
-            "block": {
-                "kind": "subclasses",
-                "module": "body.5",
-                "per_class": 2,
-                "components": 4,
-                "iterations": 2,
-                "grid": [2, 2],
-            },
         },
     },
     "training": {"keep": ["best"], "ema": {"decay": 0.5}},
@@ -56,7 +48,7 @@ LETKD = {
         "letkd": [
             {"term": "ce"},
             {"term": "decisions", "decisions": "last"},
-            {"term": "subclass_decisions", "decisions": "block", "after": "layer3.0"},
+            {"term": "decisions", "decisions": "last", "after": "layer3.0"},
         ]
     },
 }
@@ -181,7 +173,7 @@ def test_a_loaded_student_has_its_kd_layers_and_takes_pictures(letkd):
     assert not student.network.training
     assert student.classes[3] == "3"
     inside = student.network.get_submodule("layer3.module.0.kd_layer.templates")
-    assert inside.weight.shape == (20, 64)
+    assert inside.weight.shape == (8, 64)
     sample = digits_samples()["test"][0]
     image = Image.open(io.BytesIO(sample.encoded))
     ready = student.preprocess(image)
@@ -287,6 +279,13 @@ def test_code_that_a_file_names_is_imported_only_when_asked_for(tmp_path, monkey
     named = okd.load_student(ours, network="networks:small")
     noise = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(own.logits(noise), named.logits(noise))
+
+
+def test_a_file_cannot_make_a_network_fetch_or_read_other_weights(tmp_path):
+    file = written(tmp_path, "torchvision:mobilenet_v3_small", 64)
+    asks = changed(file, tmp_path / "asks.safetensors", model_args={"weights": "DEFAULT", "pretrained": True})
+    noise = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    assert torch.equal(okd.load_student(asks).logits(noise), okd.load_student(file).logits(noise))
 
 
 @pytest.mark.parametrize(
@@ -467,7 +466,8 @@ def test_a_student_with_kd_layers_is_exported_to_torch_export(letkd, where, tmp_
         )
 
 
-def test_timm_loads_what_is_exported_for_it(tmp_path, letkd):
+@pytest.mark.slow
+def test_timm_loads_what_is_exported_for_it(tmp_path):
     timm = pytest.importorskip("timm")
     file = written(tmp_path, "timm:resnet10t", 64)
     photos, images = some_photographs(tmp_path, 64)
@@ -486,10 +486,14 @@ def test_timm_loads_what_is_exported_for_it(tmp_path, letkd):
     theirs = {"pretrained": True, "checkpoint_path": str(tmp_path / "none.pth"), "cache_dir": str(tmp_path / "cache")}
     asks = okd.load_student(changed(file, tmp_path / "asks.safetensors", model_args=theirs))
     assert torch.equal(asks.logits(images), student.logits(images))
-    message = refused("export", letkd / "run", "--format", "timm", "--out", tmp_path / "no")
-    assert "has KD layers inside, which timm does not know" in message
-    message = refused("export", file, "--format", "timm", "--out", tmp_path / "no", "--input", "uint8")
-    assert "--input uint8: timm's models take normalised images" in message
+
+
+def test_what_timm_does_not_know_is_not_exported_for_it(tmp_path, letkd, where):
+    command = ("export", letkd / "run", "--format", "timm", "--out", tmp_path / "no", *where)
+    assert "has KD layers inside, which timm does not know" in refused(*command)
+    assert "--input uint8: timm's models take normalised images" in refused(*command, "--input", "uint8")
+    file = written(tmp_path, "cifar:resnet8")
+    assert "the student is 'cifar:resnet8': timm loads its own models only" in refused(*command[:1], file, *command[2:])
     assert not (tmp_path / "no").exists()
 
 

@@ -94,7 +94,8 @@ def images_to_compare(
         try:
             name, split = evaluation_split(student.about, None, load_manifest(manifest_path), data_roots(data_root))
             found, _ = plain_images(split[0], student.about.crop, 0, COMPARED)
-            return found, f"images of {name}"
+            if len(found):
+                return found, f"images of {name}"
         except (DataError, RecipeError) as error:
             say(f"{error}")
     say("no image of the student's dataset is here: compared on noise. Name some with --images.")
