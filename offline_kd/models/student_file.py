@@ -162,7 +162,8 @@ def _read(location: str | Path) -> Fetched:
         else:
             content = Path(where).read_bytes()
     except OSError as error:
-        why = "no such file" if isinstance(error, FileNotFoundError) else error.strerror or type(error).__name__
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        why = "no such file" if absent else error.strerror or type(error).__name__
         raise ModelError(
             f"{shorten(where)}: {why}. Name a finished run directory, or a .safetensors file that a run wrote."
         ) from error
