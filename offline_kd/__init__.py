@@ -20,17 +20,29 @@ from offline_kd.support.lazy import lazy
 if TYPE_CHECKING:
     from offline_kd import objectives
     from offline_kd.api import TeacherStore, cache_teacher, open_store
+    from offline_kd.models.student_file import TrainedStudent, load_student
     from offline_kd.support.version import __version__
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
             "TeacherStore": "offline_kd.api",
+            "TrainedStudent": "offline_kd.models.student_file",
             "__version__": "offline_kd.support.version",
             "cache_teacher": "offline_kd.api",
+            "load_student": "offline_kd.models.student_file",
             "objectives": "offline_kd.objectives",
             "open_store": "offline_kd.api",
         },
     )
 
-__all__ = ["OfflineKDError", "TeacherStore", "__version__", "cache_teacher", "objectives", "open_store"]
+__all__ = [
+    "OfflineKDError",
+    "TeacherStore",
+    "TrainedStudent",
+    "__version__",
+    "cache_teacher",
+    "load_student",
+    "objectives",
+    "open_store",
+]

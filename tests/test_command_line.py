@@ -27,10 +27,13 @@ RECIPE_FIELDS = {"recipe_path": "recipe.yaml", "manifest_path": "manifest.yaml",
 # What a command that succeeds is given, by the name of the parameter. What is not named here is left out, or made up.
 USUAL = RECIPE_FIELDS | {
     "device": "cpu",
+    "form": "torch-export",
+    "images": "photo.png",
     "key": "0000",
     "kind": "digits",
     "model": "networks:small",
     "name": "tiny",
+    "network": "networks:small",
     "objective": "kd",
     "out": "made/new",
     "reference": "store",
@@ -38,6 +41,7 @@ USUAL = RECIPE_FIELDS | {
     "source": "store",
     "store": "store",
     "stores": "store",
+    "student": "run",
     "target": "made/copy",
 }
 
@@ -159,6 +163,7 @@ def template(tmp_path_factory) -> Path:
     recipe = merged(RECIPE, changes) | {"teacher": {"model": "networks:small", "weights": "teacher.safetensors"}}
     recipe["objectives"] = {name: recipe["objectives"][name] for name in ("ce", "kd")}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "photo.png").write_bytes(samples["test"][0].encoded)
     (folder / "loop").symlink_to("loop")
     (folder / "nowhere").symlink_to("missing")
     with contextlib.chdir(folder):
@@ -252,6 +257,12 @@ TRIED = {
     "9 of 4 templates": ["cache-teacher", "recipe.yaml", "--store", "new", *DISTILL[4:], "--set", TOO_FEW],
     "a plot of no kind": ["bench", "codecs", "store", "--out", "plot.xyz"],
     "images too small": ["taps", "networks:small", "--size", "5"],
+    "a long student": ["predict", LONG, "photo.png"],
+    "a long picture": ["predict", "run", "--network", "networks:small", LONG],
+    "a student that is a recipe": ["evaluate", "recipe.yaml"],
+    "a student to be written over a folder": [
+        *("export", "run", "--network", "networks:small", "--format", "torch-export", "--out", "data"),
+    ],
     **{f"device {name}": [*DISTILL, "--out", "new", "--device", name] for name in ("meta", "mps", "xpu:0", "cuda:99")},
 }
 

@@ -1,7 +1,5 @@
 """The loader as other people's loops use it: a plain loop trains the student that `distill` trains, bit by bit."""
 
-import hashlib
-
 import pytest
 import safetensors.torch
 import torch
@@ -25,7 +23,7 @@ from offline_kd.support.places import Folder
 
 
 def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots, store_path, data_root, tmp_path):
-    expected = distill(recipe, manifest, roots, tmp_path, CPU, objective="kd", seed=3, stores=[str(store_path)])
+    distill(recipe, manifest, roots, tmp_path, CPU, objective="kd", seed=3, stores=[str(store_path)])
     normalisation, terms = recipe.data.normalisation, recipe.objectives["kd"]
     loader = open_loader(
         open_store(store_path), data_root / "digits", Options(batch_size=64, seed=3), normalisation=normalisation
@@ -39,8 +37,9 @@ def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots
         for batch in loader:
             set_learning_rate(optimizer, learning_rate(recipe.training, epoch + batch.step / len(loader)))
             train_step(run, student, optimizer, batch, TeacherSignal(batch.teacher_logits), weights)
-    weights = {name: tensor.contiguous() for name, tensor in student.network.state_dict().items()}
-    assert hashlib.sha256(safetensors.torch.save(weights)).hexdigest() == expected.student_sha256
+    trained = safetensors.torch.load_file(tmp_path / "student.safetensors")
+    for name, tensor in student.network.state_dict().items():
+        assert torch.equal(tensor, trained[name]), name
 
 
 def test_a_loader_goes_on_with_exactly_the_batches_that_are_left(store_path, data_root):

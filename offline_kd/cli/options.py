@@ -81,6 +81,19 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     return common_options(command)
 
 
+network_option = click.option(
+    "--network",
+    metavar="PACKAGE.MODULE:NAME",
+    help="Code of your own that the network is, which may then be imported.",
+)
+
+
+def student_options(command: Callable[..., None]) -> Callable[..., None]:
+    """STUDENT, --network and --device."""
+    device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
+    return click.argument("student", metavar="STUDENT")(network_option(device(command)))
+
+
 class EngineChoice(TypedDict):
     """Who does the blocks of stage 1."""
 

@@ -80,7 +80,11 @@ def is_scalable(encoded: bytes) -> bool:
 
 def decode_image(encoded: bytes) -> Image.Image:
     """The RGB image that an image file means, by the rules above; raises one of UNDECODABLE."""
-    image = _open_image(encoded)
+    return upright_rgb(_open_image(encoded))
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The same of an image that Pillow has opened, in any mode."""
     return _upright_rgb(image, _orientation(image))
 
 

@@ -56,11 +56,11 @@ def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask
             return result
         done = done or Progress(sums=[0.0] * len(run.terms))
         if not done.steps_done:
-            keep_weights(run, student, done.history)
+            keep_weights(run, student, evaluation, done.history)
         with compiling(training):
             trained = among_ranks(compiled(student, training), training, run.device)
             _train(run, trained, optimizer, loader, evaluation, ask, done)
-        return from_first(lambda: finish(run, trained, loader, done.history))
+        return from_first(lambda: finish(run, trained, loader, evaluation, done.history))
 
 
 def _refuse_different_ranks(run: Run) -> None:
@@ -119,7 +119,7 @@ def _train(
             done.history.append({"epoch": epochs_done, **line, **_evaluate(run, student, evaluation), **about})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)
-            keep_weights(run, student, done.history)
+            keep_weights(run, student, evaluation, done.history)
             if rank() == 0:
                 write_metrics(run, done.history)
 

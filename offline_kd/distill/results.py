@@ -8,21 +8,23 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import nn
 
+from offline_kd.data.blocks import BlockLoader
 from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.sampler import ORDER_VERSION
 from offline_kd.distill.student import Student
 from offline_kd.models.networks import parameter_count
-from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
+from offline_kd.models.student_file import StudentFile, describe_kd_layers, student_bytes
+from offline_kd.recipe import AnyTerm, Recipe, StudentNetwork, dump_recipe
 from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.places import WritablePlace
 from offline_kd.support.ranks import rank
 from offline_kd.support.strict import fingerprint
+from offline_kd.support.version import __version__
 from offline_kd.training_recipe import Every
 
 MAX_STUDENT_BYTES = 2**40
@@ -41,6 +43,12 @@ class Run:
     source: str = "none"  # of the teacher signal: "store", "online" or "none"
     store_digest: str = ""
     initial_sha256: str = ""  # of the weights that the student begins from
+    trained: StudentNetwork | None = None  # where it is not the recipe's student that is trained
+
+    @property
+    def student(self) -> StudentNetwork:
+        """The network that is trained."""
+        return self.trained or self.recipe.student
 
     @cached_property
     def identity(self) -> str:
@@ -55,6 +63,23 @@ class Run:
             del one["signed_by"]  # where a key lies; what is read is in the digest
         about = [content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION]
         return fingerprint(about + [self.initial_sha256] * bool(self.initial_sha256))
+
+    @cached_property
+    def recipe_sha256(self) -> str:
+        """Fingerprint of what of the recipe makes the student: the same for all seeds, wherever files lie."""
+        recipe = self.recipe
+        content = recipe.model_dump(mode="json", include={"data", "views", "training"})
+        content["student"] = {"model": self.student.model, "model_args": self.student.model_args}
+        for field_name in ("workers", "keep_bytes", "root"):
+            del content["data"][field_name]
+        for field_name in ("checkpoint_steps", "resident", "keep"):
+            content["training"].pop(field_name, None)
+        if self.source == "online":
+            content["teacher"] = recipe.teacher.model_dump(mode="json", exclude={"weights"})
+        elif isinstance(recipe.store, list):
+            content["mix"] = [recipe.mix, *(one.weight for one in recipe.store)]
+        terms = [term.model_dump(mode="json") for term in self.terms]
+        return fingerprint([content, terms, self.source, self.initial_sha256])
 
 
 @dataclass(frozen=True)
@@ -145,9 +170,11 @@ def _read_result(run: Run) -> Result:
     return result
 
 
-def finish(run: Run, student: Student, loader: Loader, history: list[dict[str, Any]]) -> Result:
+def finish(
+    run: Run, student: Student, loader: Loader, evaluation: BlockLoader, history: list[dict[str, Any]]
+) -> Result:
     """Write `student.safetensors` and `result.json`."""
-    sha256 = {end: put_weights(run, f"student{end}", network) for end, network in student.networks.items()}
+    sha256 = {end: put_weights(run, f"student{end}", network, evaluation) for end, network in student.networks.items()}
     best = {end: _best_epoch(history, end) for end in student.networks if "best" in run.recipe.training.keep}
     per_pass = statistics.median(line["seconds"] for line in history)
     result = Result(
@@ -183,7 +210,7 @@ def finish(run: Run, student: Student, loader: Loader, history: list[dict[str, A
 # ---- weights -------------------------------------------------------------------------------------------------------
 
 
-def keep_weights(run: Run, student: Student, history: list[dict[str, Any]]) -> None:
+def keep_weights(run: Run, student: Student, evaluation: BlockLoader, history: list[dict[str, Any]]) -> None:
     """Write what `training.keep` names of the pass that ended last, the one that the checkpoint is of.
 
     Done again when a run goes on, in case it was killed between the two.
@@ -194,9 +221,9 @@ def keep_weights(run: Run, student: Student, history: list[dict[str, Any]]) -> N
     for end, network in student.networks.items():
         for kept in run.recipe.training.keep:
             if isinstance(kept, Every) and epoch % kept.every == 0:
-                put_weights(run, f"epoch-{epoch:03d}{end}", network)
+                put_weights(run, f"epoch-{epoch:03d}{end}", network, evaluation)
             elif kept == "best" and epoch == _best_epoch(history, end):
-                put_weights(run, f"best{end}", network)
+                put_weights(run, f"best{end}", network, evaluation)
 
 
 def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
@@ -204,12 +231,34 @@ def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
     return max(history, key=lambda line: line[f"top1{end}"])["epoch"]
 
 
-def put_weights(run: Run, name: str, network: nn.Module) -> str:
-    """Write `NAME.safetensors`; returns its sha256."""
-    tensors = {key: tensor.contiguous().cpu() for key, tensor in network.state_dict().items()}
-    content = safetensors.torch.save(tensors)
+def put_weights(run: Run, name: str, network: nn.Module, evaluation: BlockLoader) -> str:
+    """Write `NAME.safetensors`, which says of itself what it is; returns its sha256."""
+    content = student_bytes(network, _described(run, network, evaluation))
     run.out.put(f"{name}.safetensors", content)
     return hashlib.sha256(content).hexdigest()
+
+
+def _described(run: Run, network: nn.Module, evaluation: BlockLoader) -> StudentFile:
+    """The same whoever trains, and wherever files lie: no time, no path."""
+    data, crop = run.recipe.data, run.recipe.evaluation_crop
+    height, width = (crop.size, crop.size) if crop else evaluation[0].images.shape[2:]
+    return StudentFile(
+        model=run.student.model,
+        model_args=run.student.model_args,
+        kd_layers=describe_kd_layers(network),
+        classes=evaluation.dataset.classes,
+        normalisation=data.normalisation,
+        input_size=(height, width),
+        crop=crop,
+        dataset=data.dataset,
+        evaluation=data.evaluation,
+        recipe=run.recipe.name,
+        recipe_sha256=run.recipe_sha256,
+        objective=run.objective,
+        seed=run.seed,
+        stores=run.store_digest.split("+") if run.store_digest else [],
+        version=__version__,
+    )
 
 
 def _weight_files(run: Run) -> list[str]:

@@ -31,6 +31,7 @@ from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
     Recipe,
+    StudentNetwork,
     TeacherStore,
     needs_teacher,
 )
@@ -202,7 +203,8 @@ def train_teacher(
         data = recipe.data.model_copy(update={"labelled_fraction": 1.0, "normalisation": normalisation})
         plain = recipe.model_copy(update={"training": recipe.teacher.training, "data": data})
         loader = make_loader(plain, source_of(plain, images), seed, device)
-        run = Run(plain, "teacher", [CE(term="ce")], seed, run_place(out), device)
+        trained = StudentNetwork(model=recipe.teacher.model, model_args=recipe.teacher.model_args)
+        run = Run(plain, "teacher", [CE(term="ce")], seed, run_place(out), device, trained=trained)
         return fit(run, Student(network, {}), loader, evaluation_images(recipe, manifest, roots), no_signal)
 
 

@@ -27,7 +27,6 @@ class Evaluation:
     ece: float  # expected calibration error over 15 bins of confidence, Guo et al. 2017, arXiv:1706.04599
 
 
-@torch.inference_mode()
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     loader: BlockLoader,
@@ -45,6 +44,19 @@ def evaluate(
 
     Raises ModelError when there is not one finite logit for every class of the dataset.
     """
+    return measure(*answers(predict, loader, batch_size, device, title, crop))
+
+
+@torch.inference_mode()
+def answers(
+    predict: Callable[[Tensor], Tensor],
+    loader: BlockLoader,
+    batch_size: int,
+    device: torch.device,
+    title: str,
+    crop: EvaluationCrop | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same before it is measured: logits `[N, C]` float32, labels `[N]` int64 of this rank's images, on the CPU."""
     classes = len(loader.dataset.classes)
     logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
     with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -61,10 +73,16 @@ def evaluate(
                     raise ModelError(
                         f"{title}: the network gives {logits[-1].shape[1]} logits, the dataset has {classes} classes."
                     )
-    z, y = torch.cat(logits), torch.cat(labels)
+    z = torch.cat(logits)
     if not z.isfinite().all():
         row, column = (~z.isfinite()).nonzero()[0].tolist()
         raise ModelError(f"{title}: logit {column} of image {row} is {z[row, column].item()}. Check the weights.")
+    return z, torch.cat(labels)
+
+
+@torch.inference_mode()
+def measure(z: Tensor, y: Tensor) -> Evaluation:
+    """The figures of logits `[N, C]` on labels `[N]`, of all ranks together."""
     confidence, predicted = z.softmax(dim=1).max(dim=1)
     correct = (predicted == y).double()
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
@@ -78,6 +96,44 @@ def evaluate(
         nll=sums[2].item() / samples,
         ece=sums[3:].abs().sum().item() / samples,
     )
+
+
+@dataclass(frozen=True)
+class ClassAccuracy:
+    """How good a classifier is on the images of one class. Of a class without images there are no figures."""
+
+    name: str
+    images: int
+    top1: float | None  # percent
+    top5: float | None  # percent
+    predicted: int  # how many images of the split are said to be of it
+    mistaken_for: str | None  # the class that its wrongly classified images are most often said to be of
+
+
+def top_k(z: Tensor, y: Tensor, k: int = 5) -> Tensor:
+    """`[N]` bool: whether the label is among the k largest logits; k is at most the number of classes."""
+    return (z.topk(min(k, z.shape[1]), dim=1).indices == y[:, None]).any(dim=1)
+
+
+def by_class(z: Tensor, y: Tensor, classes: Sequence[str]) -> list[ClassAccuracy]:
+    """The accuracy on the images of every class, of logits `[N, C]` and labels `[N]`."""
+    predicted, among5 = z.argmax(dim=1), top_k(z, y)
+    said = torch.bincount(predicted, minlength=len(classes)).tolist()
+    found = []
+    for index, name in enumerate(classes):
+        own = y == index
+        images, wrong = int(own.sum()), torch.bincount(predicted[own & (predicted != index)], minlength=len(classes))
+        found.append(
+            ClassAccuracy(
+                name=name,
+                images=images,
+                top1=100 * (predicted[own] == index).sum().item() / images if images else None,
+                top5=100 * among5[own].sum().item() / images if images else None,
+                predicted=said[index],
+                mistaken_for=classes[int(wrong.argmax())] if wrong.any() else None,
+            )
+        )
+    return found
 
 
 def own_batches(counts: Sequence[int], batch_size: int) -> dict[int, list[int]]:

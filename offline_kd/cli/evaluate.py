@@ -1,0 +1,113 @@
+"""`offline-kd evaluate`: how good a trained student is on a split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from offline_kd.cli.options import common_options, student_options
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from offline_kd.data.blocks import BlockLoader
+    from offline_kd.data.fetching import Root
+    from offline_kd.data.manifest import Manifest
+    from offline_kd.models.evaluation import ClassAccuracy
+    from offline_kd.models.student_file import StudentFile
+
+SHOWN = 20  # classes of the table
+
+
+@click.command("evaluate")
+@student_options
+@click.option("--data", metavar="DATASET[/SPLIT]", help="Of the manifest.  [default: what the run was evaluated on]")
+@click.option("--json", "as_json", is_flag=True, help="Everything, as JSON.")
+@common_options
+def command(
+    student: str,
+    network: str | None,
+    device: str,
+    data: str | None,
+    as_json: bool,
+    manifest_path: Path,
+    data_root: tuple[str, ...],
+) -> None:
+    """How good a trained STUDENT is on a split: top-1, top-5, calibration, classes. A run directory or a weight file.
+
+    On the split that the run was evaluated on, these are its own figures.
+
+    \b
+    offline-kd evaluate runs/wttm
+    offline-kd evaluate runs/wttm/best.safetensors --data digits/test --json
+    """
+    import json
+    from dataclasses import asdict
+
+    from offline_kd.cli.options import choose_device
+    from offline_kd.data.manifest import data_roots, load_manifest
+    from offline_kd.models.evaluation import answers, by_class, measure, top_k
+    from offline_kd.models.student_file import load_student
+
+    on = choose_device(device)
+    loaded = load_student(student, network=network)
+    name, split = evaluation_split(loaded.about, data, load_manifest(manifest_path), data_roots(data_root))
+    loaded.network.to(on)
+    z, y = answers(loaded.logits, split, 256, on, f"{student} on {name}", loaded.about.crop)
+    found, classes = measure(z, y), by_class(z, y, loaded.about.classes)
+    left_out = split.split.count - found.samples
+    top5 = 100 * top_k(z, y).double().mean().item()
+    figures = {"student": student, "data": name, **asdict(found), "top5": top5, "left_out": left_out}
+    if as_json:
+        click.echo(json.dumps({**figures, "classes": [asdict(one) for one in classes]}, indent=2))
+    else:
+        show(figures, classes)
+
+
+def evaluation_split(
+    about: StudentFile, data: str | None, manifest: Manifest, roots: Sequence[Root]
+) -> tuple[str, BlockLoader]:
+    """The split that is meant, DATASET/SPLIT, and its images; raises DataError for other classes than the student's."""
+    from offline_kd.data.blocks import BlockLoader
+    from offline_kd.data.labels import need_labels
+    from offline_kd.support.errors import DataError
+
+    if data is None:
+        name, part = manifest.evaluation(about.dataset, about.evaluation)
+    elif data in manifest.datasets or "/" not in data:
+        name, part = manifest.evaluation(data, about.evaluation if data == about.dataset else "test")
+    else:
+        name, _, part = data.rpartition("/")
+    dataset, split = manifest.dataset(name), manifest.split(name, part)
+    need_labels(split.labels, f"{name}/{part}", "evaluation")
+    if dataset.classes != about.classes:
+        pairs = zip(dataset.classes, about.classes, strict=False)
+        first = next((f"class {n} is '{a}', the student's '{b}'" for n, (a, b) in enumerate(pairs) if a != b), "")
+        raise DataError(
+            f"{name}: has {len(dataset.classes)} classes, the student {len(about.classes)}"
+            f"{f': {first}' if first else ''}. Evaluate on images of the same classes, in the same order."
+        )
+    return f"{name}/{part}", BlockLoader(dataset, split, roots, decode=about.crop is None, on_bad="skip")
+
+
+def show(figures: dict[str, object], classes: Sequence[ClassAccuracy]) -> None:
+    """Two tables: all images, and the classes that are worst."""
+    from offline_kd.support.console import say, show_table
+
+    def percent(value: object) -> str:
+        return f"{value:.2f}" if isinstance(value, float) else "-"
+
+    row = [f"{figures['samples']:,}", percent(figures["top1"]), percent(figures["top5"])]
+    row += [f"{figures['nll']:.4f}", f"{figures['ece']:.4f}"]
+    title = f"{figures['student']} on {figures['data']}"
+    show_table(title, ["images", "top-1 %", "top-5 %", "nats per image", "ECE"], [row])
+    worst = sorted(classes, key=lambda one: 101.0 if one.top1 is None else one.top1)[:SHOWN]
+    rows = [
+        [one.name, f"{one.images:,}", percent(one.top1), percent(one.top5), one.mistaken_for or "-"] for one in worst
+    ]
+    about = f"the {len(worst)} worst of {len(classes)} classes" if len(worst) < len(classes) else "classes, worst first"
+    show_table(about, ["class", "images", "top-1 %", "top-5 %", "mostly mistaken for"], rows)
+    if figures["left_out"]:
+        say(f"{figures['left_out']} images that cannot be decoded were left out")
