@@ -28,6 +28,7 @@ MANIFEST_NAME = "data_manifest.yaml"
 SEED = click.IntRange(0, 2**64 - 1)
 DOWNLOAD_BYTES = 10 * 2**30
 TARGET_KINDS = ("logits", "decisions")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -79,6 +80,13 @@ def recipe_options(command: Callable[..., None]) -> Callable[..., None]:
     ):
         command = option(command)
     return common_options(command)
+
+
+def log_option(command: Callable[..., None]) -> Callable[..., None]:
+    """--log: the tracker that is told every epoch."""
+    return click.option(
+        "--log", type=click.Choice(TRACKERS), help="Tell a tracker of experiments every epoch, too (docs/training.md)."
+    )(command)
 
 
 class EngineChoice(TypedDict):

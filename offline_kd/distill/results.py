@@ -41,6 +41,7 @@ class Run:
     source: str = "none"  # of the teacher signal: "store", "online" or "none"
     store_digest: str = ""
     initial_sha256: str = ""  # of the weights that the student begins from
+    log: str | None = None  # which tracker is told, beside `metrics.jsonl`
 
     @cached_property
     def identity(self) -> str:
