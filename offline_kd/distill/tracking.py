@@ -35,11 +35,12 @@ ID_FILE = "tracking.id"  # what the run is called by trackers, however often it 
 def epoch_line(run: Run, line: Line, seconds_left: float) -> str:
     """What the epoch has measured, as one readable line; losses are means of every term, without its weight."""
     losses = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in line.items() if name.startswith("loss_")]
+    left = f", {duration_text(seconds_left)} left" if seconds_left else ""
     average = f" (average of weights {line['top1_ema']:.2f} %)" if "top1_ema" in line else ""
     return (
         f"{run.objective}, seed {run.seed}: epoch {line['epoch']} of {run.recipe.training.epochs}, "
         f"loss {', '.join(losses)}, top-1 {line['top1']:.2f} %{average}, lr {line['lr']:.3g}, "
-        f"{rate_text(line['images_per_second'], 'images')}, {duration_text(seconds_left)} left"
+        f"{rate_text(line['images_per_second'], 'images')}{left}"
     )
 
 
