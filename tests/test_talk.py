@@ -17,8 +17,8 @@ import pytest
 import torch
 import yaml
 from conftest import CPU, RECIPE, ROOT, invoke, make_recipe, merged, refused
-from test_ranks import torchrun
 from rich.console import Console
+from test_ranks import torchrun
 from torch import Tensor
 
 from offline_kd.cli.options import read_inputs
