@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     WithJsonSchema,
     field_validator,
@@ -223,6 +224,16 @@ class Recipe(CaptureRecipe):
         min_length=1, description="what students minimise: sums of terms, each by a name of your own"
     )
     seeds: list[Seed] = Field([0], min_length=1, description="a student of every objective for each")
+    sweep: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
+        {},
+        exclude_if=lambda sweep: not sweep,
+        description="values by path of a field: `run` trains students with every combination of them; "
+        "`{training.optimizer.lr: [0.05, 0.1]}`",
+    )
+
+    def without_sweep(self) -> "Recipe":
+        """As one network is trained of it, which is the same run whatever `run` sweeps."""
+        return self.model_copy(update={"sweep": {}})
 
     def decisions_of(self, term: KDLayerTerm) -> AnyDecisions:
         """The decisions that a term is about; raises RecipeError when there are none of that name or kind."""
@@ -280,18 +291,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
-    return _recipe(content, str(path))
+    return recipe_of(content, str(path))
 
 
 def read_recipe(content: bytes, where: str) -> Recipe:
     """What `dump_recipe` wrote, wherever it lies; raises RecipeError."""
     try:
-        return _recipe(parse_yaml(content.decode(), where=where), where)
+        return recipe_of(parse_yaml(content.decode(), where=where), where)
     except UnicodeDecodeError as error:
         raise RecipeError(f"{where}: not readable as YAML: {error}") from error
 
 
-def _recipe(content: object, where: str) -> Recipe:
+def recipe_of(content: object, where: str) -> Recipe:
+    """What was read at `where`, checked as a whole; raises RecipeError."""
     recipe = parse(Recipe, content, where=where)
     for terms in recipe.objectives.values():
         for term in kd_layer_terms(terms):
@@ -335,15 +347,25 @@ def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object
 
 
 def _overridden(content: dict[str, object], override: str) -> dict[str, object]:
-    """`content` with one `path.to.field=value`; nothing in it is changed, for YAML aliases may share parts of it."""
+    """`content` with one `path.to.field=value`."""
     path, equals, text = override.partition("=")
     about = f"--set {shorten(override, 100)}"
+    if not equals:
+        raise RecipeError(f"{about}: write path.to.field=value")
+    return with_value(content, path, parse_yaml(text, where=about), about)
+
+
+def with_value(content: dict[str, object], path: str, value: object, about: str) -> dict[str, object]:
+    """`content` with another value at `path.to.field`. Positions in lists are numbers from 0: `objectives.kd.1.gamma`.
+
+    Nothing in `content` is changed, for YAML aliases may share parts of it. Raises RecipeError, beginning with `about`,
+    where no such place can be.
+    """
     steps = path.split(".")
-    if not equals or "" in steps:
+    if "" in steps:
         raise RecipeError(f"{about}: write path.to.field=value")
     if len(steps) > MAX_DEPTH:
         raise RecipeError(f"{about}: the path has {len(steps):,} parts, no recipe is deeper than {MAX_DEPTH}")
-    value = parse_yaml(text, where=about)
 
     def replaced(node: object, at: int) -> object:
         if at == len(steps):

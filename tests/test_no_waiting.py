@@ -20,14 +20,15 @@ from torch.profiler import ProfilerActivity, profile
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Dataset, Normalisation, Split
 from offline_kd.data.packing import pack
+from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader, one_ahead
-from offline_kd.distill.loop import Run, train_step
+from offline_kd.distill.loop import Run, _Tally, train_step
 from offline_kd.distill.loss import own_parts, term_weights
 from offline_kd.distill.optimisation import make_optimizer
 from offline_kd.distill.reader import Options, Reader, Source
 from offline_kd.distill.sampler import Order, home_workers
 from offline_kd.distill.student import Student, new_student
-from offline_kd.distill.teacher_signal import Ensemble, TeacherSignal, ensemble_logits, stored_signal
+from offline_kd.distill.teacher_signal import Ensemble, TeacherSignal, ensemble_logits, said_of, stored_signal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
 from offline_kd.models.kd_layer import insert_kd_layer
 from offline_kd.models.networks import build, normalise
@@ -203,6 +204,7 @@ def step_of(term: Term, optimizer: str):
         pixels = render(rows.images, rows.box, rows.flip, (8, 8), "zeros")
         logits, _ = train_step(run, student, made, replace(rows, pixels=pixels), signal, weights)
         term.fallbacks(logits, signal)
+        said_of(signal.logits, rows)
 
     return step, student
 
@@ -321,10 +323,13 @@ def test_on_a_real_gpu_batches_are_those_of_the_cpu_and_steps_do_not_wait(recipe
     for one, other in zip(here, there, strict=True):
         for expected, found in zip(one.fields(), other.fields(), strict=True):
             assert torch.equal(expected, found.cpu())
+        tally = _Tally.after(Progress(sums=[0.0] * len(terms)), device)
         train_step(run, student, optimizer, other, ask(other), weights)  # what is made once is made
         torch.cuda.set_sync_debug_mode("error")
         try:
-            train_step(run, student, optimizer, other, ask(other), weights)
+            signal = ask(other)
+            logits, parts = train_step(run, student, optimizer, other, signal, weights)
+            tally.add(run, logits, signal, parts, other)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -11,6 +11,7 @@ from conftest import ROOT
 from offline_kd.cli import main as cli
 from offline_kd.cli import options
 from offline_kd.data import manifest
+from offline_kd.distill import tracking
 from offline_kd.store import sync
 from offline_kd.support import downloads
 
@@ -96,3 +97,4 @@ def test_what_help_shows_is_what_the_library_uses():
     assert options.MANIFEST_NAME == manifest.MANIFEST_NAME
     assert options.DOWNLOAD_BYTES == downloads.DEFAULT_BYTES
     assert options.TARGET_KINDS == sync.KINDS
+    assert options.TRACKERS == tuple(tracking.TRACKERS)

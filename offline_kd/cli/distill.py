@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from offline_kd.cli.options import DOWNLOAD_BYTES, SEED, read_inputs, recipe_options
+from offline_kd.cli.options import DOWNLOAD_BYTES, SEED, log_option, read_inputs, recipe_options
 
 if TYPE_CHECKING:
     from offline_kd.distill.results import Result
@@ -61,6 +61,7 @@ def describe_objectives() -> list[tuple[str, str]]:
 @click.option("--objective", help="Which objective of the recipe, if it has several.")
 @click.option("--seed", type=SEED, help="Seed of weights, order and views.  [default: the recipe's first]")
 @click.option("--allow-biased", is_flag=True, help="Train though the store's codec does not serve the objective.")
+@log_option
 @click.option("--online", is_flag=True, help="Ask the live teacher instead of the store: same views, same order.")
 def command(
     recipe_path: Path,

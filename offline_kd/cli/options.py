@@ -28,6 +28,7 @@ MANIFEST_NAME = "data_manifest.yaml"
 SEED = click.IntRange(0, 2**64 - 1)
 DOWNLOAD_BYTES = 10 * 2**30
 TARGET_KINDS = ("logits", "decisions")
+TRACKERS = ("tensorboard", "wandb", "trackio")
 
 
 def common_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,6 +93,13 @@ def student_options(command: Callable[..., None]) -> Callable[..., None]:
     """STUDENT, --network and --device."""
     device = click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:N or auto.")
     return click.argument("student", metavar="STUDENT")(network_option(device(command)))
+
+
+def log_option(command: Callable[..., None]) -> Callable[..., None]:
+    """--log: the tracker that is told every epoch."""
+    return click.option(
+        "--log", type=click.Choice(TRACKERS), help="Tell a tracker of experiments every epoch, too (docs/training.md)."
+    )(command)
 
 
 class EngineChoice(TypedDict):

@@ -8,7 +8,7 @@ from typing import Unpack
 import click
 
 from offline_kd.cli.distill import show_result
-from offline_kd.cli.options import SEED, Inputs, read_inputs, recipe_options
+from offline_kd.cli.options import SEED, Inputs, log_option, read_inputs, recipe_options
 
 
 @click.command("train")
@@ -16,7 +16,10 @@ from offline_kd.cli.options import SEED, Inputs, read_inputs, recipe_options
 @click.option("--out", required=True, help="Run directory: a folder or a URL.")
 @click.option("--teacher", is_flag=True, help="Train the recipe's teacher instead of its student.")
 @click.option("--seed", type=SEED, help="Seed of the student's weights and order.  [default: the recipe's first]")
-def command(recipe_path: Path, out: str, teacher: bool, seed: int | None, **inputs: Unpack[Inputs]) -> None:
+@log_option
+def command(
+    recipe_path: Path, out: str, teacher: bool, seed: int | None, log: str | None, **inputs: Unpack[Inputs]
+) -> None:
     """Plain supervised training: cross-entropy on labels only, for teachers and baselines.
 
     \b
@@ -28,7 +31,7 @@ def command(recipe_path: Path, out: str, teacher: bool, seed: int | None, **inpu
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     if teacher:
-        show_result(train_teacher(recipe, manifest, roots, out, device), out)
+        show_result(train_teacher(recipe, manifest, roots, out, device, log), out)
         return
     plain = Recipe.model_validate({**recipe.model_dump(), "objectives": {"ce": [{"term": "ce"}]}})
-    show_result(distill(plain, manifest, roots, out, device, seed=seed), out)
+    show_result(distill(plain, manifest, roots, out, device, seed=seed, log=log), out)

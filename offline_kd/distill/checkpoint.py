@@ -34,6 +34,7 @@ class Progress:
     images: int = 0
     seconds: float = 0.0
     history: list[dict[str, Any]] = field(default_factory=list)
+    teacher: list[float] = field(default_factory=lambda: [0.0] * 4)  # what it said of these rows: `said_of`
 
 
 class Stateful(Protocol):

@@ -20,13 +20,14 @@ from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_l
 from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
 from offline_kd.distill.student import Student, among_ranks, compiled, compiling, kd_layer_scores, with_states
-from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal
+from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, said_of
+from offline_kd.distill.tracking import epoch_line, tracking
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import AnyTerm
 from offline_kd.store.rows import Rows
-from offline_kd.support.console import progress
+from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.ranks import copy_from_first, from_first, of_all, rank, total, world
@@ -86,10 +87,12 @@ def _train(
     """The passes that are not done. What they measured is added to the history of `done`."""
     training = run.recipe.training
     passes = range(done.epochs_done, training.epochs, loader.views_per_decode)
-    with progress(
-        f"{run.objective}, seed {run.seed}", len(passes) * loader.steps_per_pass - done.steps_done, "steps"
-    ) as meter:
-        for epoch in passes:
+    steps_left, started = len(passes) * loader.steps_per_pass - done.steps_done, time.perf_counter()
+    with (
+        tracking(run, done.history) as track,
+        progress(f"{run.objective}, seed {run.seed}", steps_left, "steps") as meter,
+    ):
+        for number, epoch in enumerate(passes, 1):
             student.network.train()
             weights = term_weights(run.terms, epoch, run.device)
             tally = _Tally.after(done, run.device)
@@ -101,27 +104,25 @@ def _train(
                 set_learning_rate(optimizer, learning_rate(training, at))
                 signal = ask(batch)
                 logits, parts = train_step(run, student, optimizer, batch, signal, weights)
-                tally.add(run, logits, signal, parts)
+                tally.add(run, logits, signal, parts, batch)
                 meter.advance()
                 steps = batch.step + 1
                 if training.checkpoint_steps and steps % training.checkpoint_steps == 0 < loader.steps_per_pass - steps:
                     now = tally.progress(epoch, steps, done.history)
                     _save(run, student, optimizer, now)
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
-            line = _losses(run, whole.sums, loader.steps_per_pass, epoch) | {"lr": optimizer.param_groups[0]["lr"]}
-            about = {
-                "seconds": whole.seconds,
-                "images": whole.images,
-                "left_out": len(set().union(*of_all(loader.bad))),
-            }
-            about["dtkd_fallbacks"] = whole.fallbacks
-            epochs_done = epoch + loader.views_per_decode
-            done.history.append({"epoch": epochs_done, **line, **_evaluate(run, student, evaluation), **about})
+            losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
+            epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
+            measured = _evaluate(run, student, evaluation) | _counted(whole, len(set().union(*of_all(loader.bad))))
+            done.history.append({"epoch": epochs_done, **losses, "lr": lr, **measured})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)
             keep_weights(run, student, evaluation, done.history)
             if rank() == 0:
                 write_metrics(run, done.history)
+            seconds_left = (time.perf_counter() - started) * (len(passes) - number) / number
+            say(epoch_line(run, done.history[-1], seconds_left))
+            track(done.history[-1])
 
 
 def _of_all_ranks(count: int) -> int:
@@ -149,6 +150,7 @@ class _Tally:
 
     sums: Tensor  # [terms] float32
     fallbacks: Tensor  # [] int64
+    teacher: Tensor  # [4] float64, as `said_of` gives them
     images: int
     seconds_before: float
     started: float
@@ -160,10 +162,13 @@ class _Tally:
             done = Progress(sums=[0.0] * len(done.sums))
         sums = torch.tensor(done.sums, dtype=torch.float64).to(device, torch.float32)
         fallbacks = torch.tensor(done.fallbacks, device=device)
-        return _Tally(sums, fallbacks, done.images, done.seconds, time.perf_counter())
+        teacher = torch.tensor(done.teacher, dtype=torch.float64, device=device)
+        return _Tally(sums, fallbacks, teacher, done.images, done.seconds, time.perf_counter())
 
-    def add(self, run: Run, logits: Tensor, signal: TeacherSignal, parts: Tensor) -> None:
+    def add(self, run: Run, logits: Tensor, signal: TeacherSignal, parts: Tensor, batch: Rows) -> None:
         self.sums += parts
+        if signal.logits is not None:
+            self.teacher += said_of(signal.logits, batch)
         self.fallbacks += sum(term.fallbacks(logits, signal) for term in run.terms)
         self.images += len(logits)
 
@@ -172,8 +177,26 @@ class _Tally:
 
     def progress(self, epoch: int, steps: int, history: list[dict[str, Any]]) -> Progress:
         """Of all ranks together, which all ask."""
-        sums, fallbacks = total(self.sums).tolist(), int(total(self.fallbacks))
-        return Progress(epoch, steps, sums, fallbacks, _of_all_ranks(self.images), self.seconds(), history)
+        sums, fallbacks, teacher = total(self.sums).tolist(), int(total(self.fallbacks)), total(self.teacher).tolist()
+        images = _of_all_ranks(self.images)
+        return Progress(epoch, steps, sums, fallbacks, images, self.seconds(), history, teacher)
+
+
+def _counted(whole: Progress, left_out: int) -> dict[str, float]:
+    """What a pass has counted and timed, and what the teacher said of its rows."""
+    counted: dict[str, float] = {
+        "seconds": whole.seconds,
+        "images": whole.images,
+        "images_per_second": whole.images / whole.seconds,
+        "left_out": left_out,
+        "dtkd_fallbacks": whole.fallbacks,
+    }
+    rows, entropy, labelled, right = whole.teacher
+    if rows:
+        counted["teacher_entropy"] = entropy / rows
+    if labelled:
+        counted["teacher_top1"] = 100 * right / labelled
+    return counted
 
 
 def _losses(run: Run, sums: list[float], steps: int, epoch: int) -> dict[str, float]:

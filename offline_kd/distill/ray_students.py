@@ -24,10 +24,9 @@ RETRIES = 3  # of a task whose process or node was lost
 
 
 def distill_on_ray(
-    recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Root],
-    students: Mapping[Path, DistillOptions],
+    students: Mapping[Path, tuple[Recipe, DistillOptions]],
     gpus_per_run: float,
 ) -> Iterator[tuple[Path, Result]]:
     """Train all students, by their run directories; yields each when it is finished.
@@ -38,9 +37,9 @@ def distill_on_ray(
     Raises what the first student to fail raised; the others are ended, and go on when the same command is run again.
     """
     task = ray.remote(num_cpus=1, num_gpus=gpus_per_run, max_retries=RETRIES)(_train)
-    inputs, device = ray.put((recipe, manifest, list(roots))), "cuda" if gpus_per_run else "cpu"
+    inputs, device = ray.put((manifest, list(roots))), "cuda" if gpus_per_run else "cpu"
     waiting: dict[Any, Path] = {
-        task.remote(inputs, folder, about, os.getcwd(), device): folder for folder, about in students.items()
+        task.remote(inputs, folder, what, os.getcwd(), device): folder for folder, what in students.items()
     }
     try:
         while waiting:
@@ -61,10 +60,15 @@ def distill_on_ray(
 
 
 def _train(
-    inputs: tuple[Recipe, Manifest, list[Root]], folder: Path, about: DistillOptions, driver_folder: str, device: str
+    inputs: tuple[Manifest, list[Root]],
+    folder: Path,
+    what: tuple[Recipe, DistillOptions],
+    driver_folder: str,
+    device: str,
 ) -> Result:
     """In a process of the cluster."""
     in_folder(driver_folder)
-    recipe, manifest, roots = inputs
+    manifest, roots = inputs
+    recipe, about = what
     with contextlib.redirect_stderr(io.StringIO()):  # metrics.jsonl has it; of many students at once nobody reads it
         return distill(recipe, manifest, roots, folder, torch.device(device), **about)

@@ -44,6 +44,7 @@ class Run:
     store_digest: str = ""
     initial_sha256: str = ""  # of the weights that the student begins from
     trained: StudentNetwork | None = None  # where it is not the recipe's student that is trained
+    log: str | None = None  # which tracker is told, beside `metrics.jsonl`
 
     @property
     def student(self) -> StudentNetwork:

@@ -4,7 +4,7 @@ OUT/recipe.yaml     resolved; `offline-kd cache-teacher OUT/recipe.yaml --store 
 OUT/data/           the dataset, where it is one that `data pack` can make by itself (digits)
 OUT/teacher/        run directory of the teacher, where the recipe trains one
 OUT/store/          the teacher store
-OUT/students/NAME/  run directories, one per objective and seed
+OUT/students/NAME/  run directories, one per objective and seed, and of a sweep one per combination of values
 OUT/summary.json, OUT/report.html
 """
 
@@ -26,6 +26,9 @@ from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
 from offline_kd.distill.results import Result
 from offline_kd.distill.run_directory import refuse_ranks, run_directory
+from offline_kd.distill.student_processes import distill_in_processes
+from offline_kd.distill.sweep import Planned, plan
+from offline_kd.distill.tracking import check_tracker
 from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
@@ -37,7 +40,12 @@ TEACHER_TOLERANCE = 0.5  # percentage points, between the evaluation after train
 
 
 class RunOptions(TypedDict, total=False):
-    """Where the stages of a run take place."""
+    """Which students a run trains, and where its stages take place."""
+
+    objectives: Sequence[str]  # of the recipe; none: those that a swept field belongs to, or all
+    seeds: Sequence[int] | None  # of students; None: the recipe's
+    log: str | None  # a tracker that is told every epoch, as of `distill`
+    jobs: int  # students trained at once, in processes of this machine
 
     engine: str  # of stage 1; with "ray", students are trained on that cluster too
     engine_options: Mapping[str, EngineOption]
@@ -61,6 +69,10 @@ def run(
         raise RecipeError(
             "--gpus-per-run: students are tasks with GPUs on Ray only. Leave it out, or add --engine ray."
         )
+    if options.get("jobs", 1) > 1 and options.get("engine") == "ray":
+        raise RecipeError("--jobs: on Ray as many students are trained at once as there is room for. Leave it out.")
+    check_tracker(options.get("log"))
+    plan(recipe, options.get("objectives", ()), options.get("seeds"))  # what cannot be is refused before anything
     with _cluster(options), run_directory(Folder(out)):
         _run(recipe, manifest, extra_roots, out, device, options)
 
@@ -88,36 +100,31 @@ def _run(
     options: RunOptions,
 ) -> None:
     started = time.monotonic()
+    sweep, recipe = recipe.sweep, recipe.without_sweep()
     recipe = _with_digits(recipe, manifest, extra_roots, out)
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
     folders: list[str | Path] = []
 
     if recipe.teacher.training is not None and recipe.teacher.weights is None:
         say(f"training the teacher, {recipe.teacher.model}")
-        recipe = _with_teacher(recipe, train_teacher(recipe, manifest, roots, out / "teacher", device), out)
+        trained = train_teacher(recipe, manifest, roots, out / "teacher", device, options.get("log"))
+        recipe = _with_teacher(recipe, trained, out)
         folders.append(out / "teacher")
-    write_atomically(out / "recipe.yaml", dump_recipe(recipe))
+    swept = recipe.model_copy(update={"sweep": sweep})
+    write_atomically(out / "recipe.yaml", dump_recipe(swept))
 
-    if any(needs_teacher(terms) for terms in recipe.objectives.values()):
+    planned = plan(swept, options.get("objectives", ()), options.get("seeds"))
+    if any(needs_teacher(one.terms) for one in planned.values()):
         say("asking the teacher about every view")
         engine, its_options = options.get("engine", DEFAULT_ENGINE), options.get("engine_options", {})
         store = cache_teacher(recipe, manifest, roots, out / "store", device, engine=engine, engine_options=its_options)
         assert store is not None
         say(f"store: {store.total_bytes:,} bytes, digest sha256:{store.digest}")
-    students: dict[Path, DistillOptions] = {
-        out / "students" / f"{objective}-{seed}": {
-            "objective": objective,
-            "seed": seed,
-            "stores": [str(out / "store")] if needs_teacher(terms) else [],
-        }
-        for objective, terms in recipe.objectives.items()
-        for seed in recipe.seeds
-    }
-    for folder, result in _distill_all(recipe, manifest, roots, students, device, options):
-        about = students[folder]
+    students = {out / "students" / name: one for name, one in planned.items()}
+    for number, (folder, result) in enumerate(_distill_all(manifest, roots, students, out, device, options), 1):
         say(
-            f"{about['objective']}, seed {about['seed']}: top-1 {result.top1:.2f} %, "
-            f"{result.seconds_per_epoch:.2f} s per epoch"
+            f"{students[folder].label}: top-1 {result.top1:.2f} %, {result.seconds_per_epoch:.2f} s per epoch "
+            f"({number} of {len(students)} students)"
         )
     folders += students
 
@@ -129,7 +136,7 @@ def _run(
     share = f" with {recipe.data.labelled_fraction:.0%} of the labels" if recipe.data.labelled_fraction < 1 else ""
     notes = [
         f"{recipe.data.dataset}: student {recipe.student.model}{share}, {recipe.views.num_views} views per image, "
-        f"{recipe.training.epochs} epochs, {len(recipe.seeds)} seed(s)."
+        f"{recipe.training.epochs} epochs, {len({one.seed for one in planned.values()})} seed(s)."
     ]
     write_report(out / "report.html", recipe.name, groups, notes)
     show_table(notes[0], *table(summaries))
@@ -137,25 +144,33 @@ def _run(
 
 
 def _distill_all(
-    recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Root],
-    students: Mapping[Path, DistillOptions],
+    students: Mapping[Path, Planned],
+    out: Path,
     device: torch.device,
     options: RunOptions,
 ) -> Iterator[tuple[Path, Result]]:
-    """Every student with its run directory, when it is finished: one after the other, or all at once on Ray."""
-    if options.get("engine") != "ray":
+    """Every student with its run directory, when it is finished: one after the other, or several at once."""
+    asked: dict[Path, tuple[Recipe, DistillOptions]] = {}
+    for folder, one in students.items():
+        stores = [str(out / "store")] if needs_teacher(one.terms) else []
+        log = options.get("log")
+        asked[folder] = one.recipe, {"objective": one.objective, "seed": one.seed, "stores": stores, "log": log}
+    jobs = options.get("jobs", 1)
+    if options.get("engine") == "ray":
+        from offline_kd.distill.ray_students import distill_on_ray
+
+        gpus = options.get("gpus_per_run")
+        gpus = float(device.type == "cuda") if gpus is None else gpus
+        yield from distill_on_ray(manifest, roots, asked, gpus)
+    elif jobs > 1:
+        yield from distill_in_processes(manifest, roots, asked, device, jobs)
+    else:
         shared = Shared()
-        for folder, about in students.items():
+        for folder, (recipe, about) in asked.items():
             what: DistillOptions = {**about, "shared": shared}
             yield folder, distill(recipe, manifest, roots, folder, device, **what)
-        return
-    from offline_kd.distill.ray_students import distill_on_ray
-
-    gpus = options.get("gpus_per_run")
-    gpus = float(device.type == "cuda") if gpus is None else gpus
-    yield from distill_on_ray(recipe, manifest, roots, students, gpus)
 
 
 def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path) -> Recipe:

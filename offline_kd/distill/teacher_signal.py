@@ -35,6 +35,21 @@ class TeacherSignal:
         return TeacherSignal(None if self.logits is None else self.logits[rows], decisions)
 
 
+def said_of(logits: Tensor, batch: Rows) -> Tensor:
+    """`[4]` float64 on the device, sums over the rows of a batch: 1; the entropy in nats of the teacher's softmax at
+    T = 1; 1 where the label is known; 1 where it has the largest logit as well.
+
+    Of a mixed image the label is that of the larger share.
+
+    Args:
+        logits: `[B, C]`, the teacher's.
+    """
+    entropy = torch.special.entr(logits.softmax(dim=1)).sum(dtype=torch.float64)
+    labels = torch.where(batch.share >= 0.5, batch.labels, batch.other_labels)
+    known, right = (labels >= 0).sum(), (logits.argmax(dim=1) == labels).sum()
+    return torch.stack([entropy.new_full((), len(logits)), entropy, known, right])
+
+
 AskTeacher = Callable[[Rows], TeacherSignal]
 
 

@@ -25,6 +25,7 @@ from offline_kd.distill.results import Result, Run
 from offline_kd.distill.run_directory import run_place
 from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
+from offline_kd.distill.tracking import check_tracker
 from offline_kd.models.networks import build
 from offline_kd.models.weights import find_weights
 from offline_kd.objectives.ce import CE
@@ -76,6 +77,7 @@ class DistillOptions(TypedDict, total=False):
     download_bytes: int  # how much of remote stores and images is kept on the local disk
     allow_biased: bool  # train even where a store's codec has not kept what a term needs
     shared: Shared  # with runs before and after this one, in this process
+    log: str | None  # a tracker that is told every epoch: "tensorboard", "wandb" or "trackio"
 
 
 def distill(
@@ -96,6 +98,7 @@ def distill(
     Raises StoreMismatch when a store was not made for this recipe's data, views and teacher, and TrainingError when
     `out` is of another run or another process writes it.
     """
+    check_tracker(options.get("log"))
     with joined(device):
         return fit(*prepare(recipe, manifest, roots, run_place(out), device, options))
 
@@ -109,6 +112,7 @@ def prepare(
     options: DistillOptions,
 ) -> tuple[Run, Student, Loader, BlockLoader, AskTeacher]:
     """What `fit` takes: what a run is, its student, its batches, the evaluation split and the teacher."""
+    recipe = recipe.without_sweep()
     name, terms = recipe.objective(options.get("objective"))
     if recipe.training.epochs % recipe.training.views_per_decode:
         raise RecipeError(
@@ -158,7 +162,7 @@ def prepare(
     source = source_of(recipe, images, [] if online else opened, terms, groups)
     loader = make_loader(recipe, source, seed, device, live_size, shared)
     digest = "+".join(store.digest for store in opened)
-    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial)
+    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, options.get("log"))
     return run, student, loader, evaluated, ask
 
 
@@ -189,9 +193,19 @@ def open_stores(
 
 
 def train_teacher(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], out: str | Path, device: torch.device
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Root],
+    out: str | Path,
+    device: torch.device,
+    log: str | None = None,
 ) -> Result:
-    """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights."""
+    """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights.
+
+    Args:
+        log: a tracker that is told every epoch, as of `distill`.
+    """
+    check_tracker(log)
     if recipe.teacher.model is None or recipe.teacher.training is None:
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
     with joined(device):
@@ -201,10 +215,10 @@ def train_teacher(
         network = build(recipe.teacher.model, len(images.dataset.classes), recipe.teacher.model_args).to(device)
         normalisation = recipe.teacher.normalisation or recipe.data.normalisation
         data = recipe.data.model_copy(update={"labelled_fraction": 1.0, "normalisation": normalisation})
-        plain = recipe.model_copy(update={"training": recipe.teacher.training, "data": data})
+        plain = recipe.without_sweep().model_copy(update={"training": recipe.teacher.training, "data": data})
         loader = make_loader(plain, source_of(plain, images), seed, device)
         trained = StudentNetwork(model=recipe.teacher.model, model_args=recipe.teacher.model_args)
-        run = Run(plain, "teacher", [CE(term="ce")], seed, run_place(out), device, trained=trained)
+        run = Run(plain, "teacher", [CE(term="ce")], seed, run_place(out), device, trained=trained, log=log)
         return fit(run, Student(network, {}), loader, evaluation_images(recipe, manifest, roots), no_signal)
 
 

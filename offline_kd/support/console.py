@@ -28,11 +28,11 @@ class Meter:
         now = time.monotonic()
         rate = self.done / max(now - self.started, 1e-9)
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, advance=amount, rate=f"{rate:,.0f} {self.unit}/s")
+            self.bar.update(self.task, advance=amount, rate=rate_text(rate, self.unit))
         elif now - self.reported >= PLAIN_SECONDS:
             self.reported = now
-            left = (self.total - self.done) / rate
-            say(f"{self.title}: {self.done:,} of {self.total:,}, {rate:,.0f} {self.unit}/s, {left:,.0f} s left")
+            left = duration_text((self.total - self.done) / rate)
+            say(f"{self.title}: {self.done:,} of {self.total:,}, {rate_text(rate, self.unit)}, {left} left")
 
 
 @contextmanager
@@ -49,6 +49,27 @@ def progress(title: str, total: int, unit: str) -> Iterator[Meter]:
     )
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         yield Meter(title, total, unit, bar)
+
+
+def rate_text(rate: float, unit: str) -> str:
+    """A rate per second as a person reads it, of a unit in the plural: `1,234 images/s`; slow work as `8.1 s/step`."""
+    if rate >= 10:
+        return f"{rate:,.0f} {unit}/s"
+    if rate >= 1:
+        return f"{rate:.1f} {unit}/s"
+    one = unit.removesuffix("es") if unit.endswith("sses") else unit.removesuffix("s")
+    return f"{1 / rate:,.1f} s/{one}" if rate > 0 else f"0 {unit}/s"
+
+
+def duration_text(seconds: float) -> str:
+    """`45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
 def printable(text: str) -> str:
