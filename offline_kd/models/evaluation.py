@@ -3,9 +3,11 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,11 +22,21 @@ ECE_BINS = 15
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a network said of this rank's share of the images."""
+
+    key_hash: NDArray[np.uint64]  # [n]
+    labels: Tensor  # [n] int64
+    logits: Tensor  # [n, C] float32, on the CPU
+
+
+@dataclass(frozen=True)
 class Evaluation:
     samples: int
     top1: float  # percent
     nll: float  # nats per sample
     ece: float  # expected calibration error over 15 bins of confidence, Guo et al. 2017, arXiv:1706.04599
+    answers: Answers = field(repr=False, compare=False)
 
 
 @torch.inference_mode()
@@ -47,6 +59,7 @@ def evaluate(
     """
     classes = len(loader.dataset.classes)
     logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
+    keys = [np.empty(0, dtype=np.uint64)]
     with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
         own = own_batches([tar.count for tar in loader.split.tars], batch_size)
         for number, block in loader.in_order(own):
@@ -55,6 +68,7 @@ def evaluate(
                 if not rows:
                     continue
                 labels.append(torch.from_numpy(block.labels[rows]).long())
+                keys.append(block.key_hash[rows])
                 logits.append(predict(images.to(device)).float().cpu())
                 meter.advance(len(images))
                 if logits[-1].shape[1] != classes:
@@ -77,6 +91,7 @@ def evaluate(
         top1=100 * (sums[1].item() / samples),
         nll=sums[2].item() / samples,
         ece=sums[3:].abs().sum().item() / samples,
+        answers=Answers(np.concatenate(keys), y, z),
     )
 
 
