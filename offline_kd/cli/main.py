@@ -20,7 +20,10 @@ COMMANDS = {  # name -> the file of this room that has it as `command`, and one 
     "cache-teacher": ("cache", "Stage 1: ask the teacher about every view of every image, once."),
     "distill": ("distill", "Stage 2: train the student of RECIPE from a store, without its teacher."),
     "train": ("train", "Plain supervised training: cross-entropy on labels only."),
-    "report": ("report", "Compare finished run directories: a table, and a self-contained page with the curves."),
+    "report": (
+        "report",
+        "Compare finished run directories: a table, and a self-contained page, and the same as CSV and JSON.",
+    ),
     "store": ("store", "Look at teacher stores, prove them, share them."),
     "data": ("data", "Make, list and prove datasets."),
     "taps": ("taps", "The modules of MODEL whose feature maps can be tapped."),

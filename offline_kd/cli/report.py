@@ -9,7 +9,9 @@ import click
 
 @click.command("report")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write; .csv and .json beside it.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The page to write; .csv and .json beside it."
+)
 def command(runs: tuple[str, ...], out: Path) -> None:
     """Compare finished run directories: a table, a self-contained page, and the same as CSV and JSON.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.distill.predictions import ECE_BINS
+from offline_kd.models.evaluation import ECE_BINS
 
 WIDTH, HEIGHT = 480, 250  # of a chart
 LEFT, TOP, RIGHT, BOTTOM = 56, 10, 470, 212  # of the area where lines are
@@ -60,10 +60,13 @@ def series_of(label: str, style: str, xs: Sequence[list[float]], ys: Sequence[li
 
 
 def chart(title: str, x_label: str, series: Sequence[Series]) -> Chart:
-    """Lines over the range of what comes after the first tenth of each: how training begins would flatten the rest."""
-    late = [value for one in series for value in (*one.low[len(one.low) // 10 :], *one.high[len(one.high) // 10 :])]
+    """Lines over the range of their values, or of those after the first quarter where what comes before would flatten
+    them."""
     x_low, x_high = min(0.0, *(one.x[0] for one in series)), max(one.x[-1] for one in series)
-    y_low, y_high = min(late), max(late)
+    y_low, y_high = _range(series, 0)
+    late_low, late_high = _range(series, 0.25)
+    if y_high - y_low > 2.5 * (late_high - late_low) > 0:
+        y_low, y_high = late_low, late_high
     margin = 0.05 * (y_high - y_low) or abs(y_high) * 0.05 or 1.0
     y_low, y_high = y_low - margin, y_high + margin
 
@@ -87,6 +90,11 @@ def chart(title: str, x_label: str, series: Sequence[Series]) -> Chart:
         x_ticks=[(at(tick, y_low)[0], f"{tick:g}") for tick in _ticks(x_low, x_high)],
         y_ticks=[(at(x_low, tick)[1], f"{tick:g}") for tick in _ticks(y_low, y_high)],
     )
+
+
+def _range(series: Sequence[Series], after: float) -> tuple[float, float]:
+    values = [value for one in series for line in (one.low, one.high) for value in line[int(after * len(line)) :]]
+    return min(values), max(values)
 
 
 def _points(places: Sequence[tuple[float, float]]) -> str:

@@ -87,28 +87,38 @@ def read_predictions(content: bytes, where: str) -> Predictions:
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         classes = json.loads(header["__metadata__"]["classes"])
         arrays = safetensors.numpy.load(content)
-        found = Predictions(classes, *(arrays[name] for name in DTYPES), arrays.get("log_probs"))
+        found = Predictions(
+            [str(name) for name in classes],
+            arrays["key_hash"],
+            arrays["label"],
+            arrays["predicted"],
+            arrays["confidence"],
+            arrays.get("log_probs"),
+        )
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainingError(f"{where}: not readable ({str(error)[:100]}). {again}") from error
-    count = len(found.key_hash)
-    shapes = {name: (arrays[name].dtype.name, arrays[name].shape) for name in DTYPES}
-    wrong = [name for name, dtype in DTYPES.items() if shapes[name] != (dtype, (count,))]
-    if found.log_probs is not None and (found.log_probs.dtype.name, found.log_probs.shape) != (
-        "float16",
-        (count, len(classes)),
-    ):
-        wrong.append("log_probs")
-    for name in ("label", "predicted"):
-        if name not in wrong and count and not 0 <= arrays[name].min() <= arrays[name].max() < len(classes):
-            wrong.append(name)
-    if "confidence" not in wrong and not ((found.confidence >= 0) & (found.confidence <= 1.001)).all():
-        wrong.append("confidence")
-    if wrong or not count:
-        raise TrainingError(
-            f"{where}: {', '.join(wrong) or 'no image'}: not what {count:,} images and {len(classes):,} classes have. "
-            + again
-        )
+    problem = _problem(found)
+    if problem:
+        raise TrainingError(f"{where}: {problem}. {again}")
     return found
+
+
+def _problem(found: Predictions) -> str:
+    """Why these are not predictions; empty where they are."""
+    count, classes = len(found.key_hash), len(found.classes)
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {name: (dtype, (count,)) for name, dtype in DTYPES.items()}
+    if found.log_probs is not None:
+        wanted["log_probs"] = ("float16", (count, classes))
+    for name, about in wanted.items():
+        array = getattr(found, name)
+        if (array.dtype.name, array.shape) != about or not count:
+            return f"{name} is {array.dtype.name} {list(array.shape)}, where {about[0]} {list(about[1])} should be"
+    for name, numbers in (("label", found.label), ("predicted", found.predicted)):
+        if numbers.min() < 0 or numbers.max() >= classes:
+            return f"{name} has {numbers.min()} to {numbers.max()}, there are {classes:,} classes"
+    if not ((found.confidence >= 0) & (found.confidence <= 1.001)).all():
+        return "confidence is no probability"
+    return ""
 
 
 # ---- measured ------------------------------------------------------------------------------------------------------

@@ -97,7 +97,7 @@ def _json(summary: Summary, line: Mapping[str, Value]) -> dict[str, object]:
         "right_by_class": answered.by_class[:, 1].tolist(),
         "reliability": answered.reliability.tolist(),
     } if answered else {}  # fmt: skip
-    return {**line, **about, "runs": [_run_json(run, summary) for run in summary.group.runs]}
+    return {**line, **about, "seeds": [_run_json(run, summary) for run in summary.group.runs]}
 
 
 def _run_json(run: RunRecord, summary: Summary) -> dict[str, Value]:
@@ -196,7 +196,7 @@ def _rows(
             label=group.label,
             style=styles.get(summary.group.key, ""),
             apart=", ".join(f"{name} {value}" for name, value in group.fields.items()),
-            cells=[Cell(name, _shown(name, summary, line), line[name]) for name in columns],
+            cells=[Cell(name, _together(_shown(name, summary, line)), line[name]) for name in columns],
             seeds=[[Cell(name, _plain_text(one.get(name)), one.get(name)) for name in columns] for one in seeds],
             dots=[share_of(run.result.top1, low, high) for run in group.runs],
             plain=share_of(sum(plain.values()) / len(plain), low, high) if plain else None,
@@ -228,6 +228,15 @@ def _shown(name: str, summary: Summary, line: Mapping[str, Value]) -> str:
         mean, std = summary.published
         return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
     return _plain_text(line[name])
+
+
+def _together(text: str) -> str:
+    """On a narrow screen a line ends before a spread or an interval, not in it."""
+    return (
+        text.replace("± ", "±\N{NO-BREAK SPACE}").replace(", ", ",\N{NO-BREAK SPACE}")
+        if text[:1] in "+-0123456789"
+        else text
+    )
 
 
 def _plain_text(value: Value) -> str:

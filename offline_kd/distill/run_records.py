@@ -18,7 +18,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import TrainingError, shorten
-from offline_kd.support.places import READ_BYTES, Folder, Place, place_at
+from offline_kd.support.places import Folder, Place, place_at
+from offline_kd.support.web import READ_BYTES
 
 COMPARED = ("data", "views", "student", "training")  # of the recipes of all students, whatever the objective
 NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps")
