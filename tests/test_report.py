@@ -43,7 +43,7 @@ def answered(
     put_predictions(Folder(run), answers, CLASSES, IMAGES)
     epochs = [
         {"epoch": at, "loss_ce": 2.0 / at + seed / 10, "top1": 100 * right / IMAGES * at / 5, "lr": 0.1 / at}
-        | {"seconds": 30.0, "images": 60, "teacher": {"entropy": 0.5 + 0.1 / at}, "comment": "fine"}
+        | {"seconds": 30.0, "images": 60, "teacher": {"entropy": 0.5 + 0.1 / at}, "comment": "fine", "odd": 10**400}
         for at in range(1, 6)
     ]
     write_metrics(Run(recipe, objective, [], seed, Folder(run), CPU), epochs)
@@ -282,6 +282,17 @@ def test_all_that_was_measured_of_a_pass_has_a_curve(page):
             assert f'aria-label="{title} over {axis}"' in text
     assert "The same\nin every pass of every run: seconds 30, images 60." in text
     assert "comment" not in text
+    assert "odd" not in text
+
+
+def test_a_run_that_measured_no_time_has_curves_over_epochs_alone(runs, tmp_path):
+    timeless, page = Path(shutil.copytree(runs[4], tmp_path / "timeless")), tmp_path / "page.html"
+    lines = [{"epoch": at, "top1": 50.0 + at, "own": at} for at in (1, 2)]
+    (timeless / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert invoke("report", timeless, *runs[5:], "--out", page).exit_code == 0
+    assert 'aria-label="own over epochs"' in page.read_text()
+    assert 'aria-label="own over minutes of training"' not in page.read_text()
+    assert 'aria-label="top-1 % over minutes of training"' in page.read_text()
 
 
 def test_runs_without_predictions_are_reported_and_said_to_lack_them(runs, tmp_path):
@@ -298,7 +309,7 @@ def test_runs_without_predictions_are_reported_and_said_to_lack_them(runs, tmp_p
 # ---- in a browser --------------------------------------------------------------------------------------------------
 
 NAMES = "[...document.querySelectorAll('.sortable th[data-value]')].map(cell => cell.dataset.value)"
-SORTED = "[...document.querySelectorAll('[aria-sort]')].map(one => [one.dataset.column, one.ariaSort])"
+SORTED = "[...document.querySelectorAll('[aria-sort]')].map(one => [one.dataset.column, one.getAttribute('aria-sort')])"
 SHOWN = "[...document.querySelectorAll('.seed')].filter(row => row.offsetHeight).map(row => row.cells[0].innerText)"
 
 

@@ -22,7 +22,7 @@ COMMANDS = {  # name -> the file of this room that has it as `command`, and one 
     "train": ("train", "Plain supervised training: cross-entropy on labels only."),
     "report": (
         "report",
-        "Compare finished run directories: a table, and a self-contained page, and the same as CSV and JSON.",
+        "Compare finished run directories: a table, a self-contained page, and the same as CSV and JSON.",
     ),
     "store": ("store", "Look at teacher stores, prove them, share them."),
     "data": ("data", "Make, list and prove datasets."),

@@ -174,9 +174,9 @@ def _styles(summaries: Sequence[Summary]) -> dict[GroupKey, str]:
             styles[summary.group.key] = "teacher" if first.is_teacher else "plain"
         else:
             others.append(summary)
-    kept = sorted(others, key=lambda summary: -summary.top1_mean)[:DRAWN]
-    for number, summary in enumerate(one for one in others if one in kept):
-        styles[summary.group.key] = f"s{number}"
+    best = {summary.group.key for summary in sorted(others, key=lambda summary: -summary.top1_mean)[:DRAWN]}
+    for number, key in enumerate(summary.group.key for summary in others if summary.group.key in best):
+        styles[key] = f"s{number}"
     return styles
 
 
@@ -283,9 +283,11 @@ def _axes(drawn: Sequence[Summary], styles: Mapping[GroupKey, str]) -> list[tupl
     if longest:
         axes.append(("time", f"{unit} of training", lambda run: [second / size for second in _seconds(run)]))
     names = [name for name, values in _metrics(drawn).items() if len(values) > 1]
-    return [
-        (axis, title, [_chart(name, title, drawn, styles, places) for name in names]) for axis, title, places in axes
-    ]
+    found = []
+    for axis, title, places in axes:
+        charts = [_chart(name, title, drawn, styles, places) for name in names]
+        found.append((axis, title, [one for one in charts if one]))
+    return found
 
 
 def _chart(
@@ -294,18 +296,21 @@ def _chart(
     drawn: Sequence[Summary],
     styles: Mapping[GroupKey, str],
     places: Callable[[RunRecord], list[float]],
-) -> Chart:
+) -> Chart | None:
+    """None where no run has a place on the axis."""
     series: list[Series] = []
     for summary in drawn:
         xs, ys = [], []
         for run in summary.group.runs:
-            points = [(x, line[name]) for x, line in zip(places(run), run.history, strict=True) if name in line]
-            if points:
+            axis = places(run)
+            points = [(x, line[name]) for x, line in zip(axis, run.history, strict=True) if name in line]
+            if points and any(axis):  # a run that measured no time is not at time 0
                 xs.append([x for x, _ in points])
                 ys.append([y for _, y in points])
         if ys:
             series.append(series_of(summary.group.label, styles[summary.group.key], xs, ys))
-    return chart(METRICS.get(name, name.replace("loss_", "loss: ").replace("_", " ")), x_label, series)
+    title = METRICS.get(name, name.replace("loss_", "loss: ").replace("_", " "))
+    return chart(title, x_label, series) if series else None
 
 
 # ---- classes -------------------------------------------------------------------------------------------------------

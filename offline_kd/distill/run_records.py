@@ -6,7 +6,6 @@ in the store. What sets rows apart is shown in columns of its own.
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from offline_kd.support.web import READ_BYTES
 COMPARED = ("data", "views", "student", "training")  # of the recipes of all students, whatever the objective
 NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps")
 ABSENT = "-"
+LARGEST = 1e300  # number that has a curve: neither infinite, nor an integer that no float can be
 M = TypeVar("M", bound=BaseModel)
 GroupKey = tuple[str, ...]
 
@@ -65,7 +65,7 @@ def _numbers(content: dict[str, Any], path: str = "") -> Iterator[tuple[str, flo
     for name, value in content.items():
         if isinstance(value, dict):
             yield from _numbers(value, f"{path}{name}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        elif isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST:
             yield path + name, float(value)
 
 

@@ -9,9 +9,9 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const numbers = bodies.every((body) => !Number.isNaN(Number(value(body))));
       const first = numbers ? "descending" : "ascending";
       const second = numbers ? "ascending" : "descending";
-      const order = heading.ariaSort === first ? second : first;
-      for (const other of headings) other.ariaSort = null;
-      heading.ariaSort = order;
+      const order = heading.getAttribute("aria-sort") === first ? second : first;
+      for (const other of headings) other.removeAttribute("aria-sort");
+      heading.setAttribute("aria-sort", order);
       const sign = order === "ascending" ? 1 : -1;
       bodies.sort((one, other) => {
         const [a, b] = [value(one), value(other)];
