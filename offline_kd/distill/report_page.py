@@ -32,6 +32,7 @@ from offline_kd.support.pages import render_page
 DRAWN = 10  # rows with curves and diagrams, besides plain training and the teacher
 CLASSES_SHOWN = 4  # that a row helped or hurt most
 METRICS = {"top1": "top-1 %", "nll": "NLL, nats", "ece": "ECE", "lr": "learning rate", "seconds": "seconds per pass"}
+MEASURED = ("top1", "nll", "ece")  # of these the curves come first
 TITLES = {
     "objective": "objective",
     "targets": "targets",
@@ -282,7 +283,10 @@ def _axes(drawn: Sequence[Summary], styles: Mapping[GroupKey, str]) -> list[tupl
     axes: list[tuple[str, str, Callable[[RunRecord], list[float]]]] = [("epoch", "epochs", _epochs)]
     if longest:
         axes.append(("time", f"{unit} of training", lambda run: [second / size for second in _seconds(run)]))
-    names = [name for name, values in _metrics(drawn).items() if len(values) > 1]
+    names = sorted(
+        (name for name, values in _metrics(drawn).items() if len(values) > 1),
+        key=lambda name: MEASURED.index(name) if name in MEASURED else len(MEASURED),
+    )
     found = []
     for axis, title, places in axes:
         charts = [_chart(name, title, drawn, styles, places) for name in names]
