@@ -188,6 +188,23 @@ class StudentNetwork(Strict):
     )
 
 
+Percent = Annotated[float, Field(ge=0, le=100)]
+
+
+class Published(Strict):
+    """What others reported for these objectives; a report shows it beside what was reached here."""
+
+    source: str = Field(description="where it stands: a paper, a table")
+    top1: dict[Name, Percent | tuple[Percent, Percent]] = Field(
+        min_length=1, description="percent by objective, or percent and standard deviation; `teacher` is the teacher"
+    )
+
+    def of(self, objective: str) -> tuple[float, float | None] | None:
+        """Top-1 and, where it is known, its standard deviation."""
+        found = self.top1.get(objective)
+        return found if found is None or isinstance(found, tuple) else (found, None)
+
+
 class TeacherStore(Strict):
     """One of several stores, or of several teachers of one store, that a student learns from."""
 
@@ -224,6 +241,7 @@ class Recipe(CaptureRecipe):
         min_length=1, description="what students minimise: sums of terms, each by a name of your own"
     )
     seeds: list[Seed] = Field([0], min_length=1, description="a student of every objective for each")
+    published: Published | None = Field(None, exclude_if=is_unused, description="for the report; changes no student")
     sweep: dict[str, Annotated[list[JsonValue], Field(min_length=1)]] = Field(
         {},
         exclude_if=lambda sweep: not sweep,

@@ -71,6 +71,7 @@ def test_a_run_directory_holds_what_the_design_says(recipe_file, where, store_pa
     assert {file.name for file in out.iterdir()} == {
         "recipe.yaml",
         "metrics.jsonl",
+        "evaluation.safetensors",
         "result.json",
         "student.safetensors",
         "last.ckpt",

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -18,6 +19,7 @@ from rank_steps import steps_of
 from safetensors.torch import load_file
 
 from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.distill.predictions import FILE, read_predictions
 from offline_kd.recipe import load_recipe
 from offline_kd.support.files import file_sha256
 
@@ -131,6 +133,10 @@ def test_ranks_with_any_share_of_a_batch_train_the_student_of_one_process(made, 
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("two", "one")]
     assert results[0]["steps"] == results[1]["steps"]
     assert results[0]["student_sha256"] == file_sha256(tmp_path / "two" / "student.safetensors")
+    answers = [read_predictions((tmp_path / name / FILE).read_bytes(), name) for name in ("two", "one")]
+    assert [found.top1 for found in answers] == pytest.approx([result["top1"] for result in results])
+    assert np.array_equal(answers[0].key_hash, answers[1].key_hash)  # of all ranks, whoever saw which image
+    assert np.array_equal(answers[0].label, answers[1].label)
     assert {file.name for file in (tmp_path / "two").iterdir()} == {file.name for file in (tmp_path / "one").iterdir()}
     assert "finished already" in invoke(*whole, "--out", tmp_path / "two").stderr
 

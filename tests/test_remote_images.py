@@ -125,7 +125,7 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(
     ]
     reported = invoke("report", f"{address}/run", "--out", "report.html")
     assert reported.exit_code == 0, reported.output
-    left = ["0001.html", "manifest.yaml", "recipe.yaml", "report.html"]
+    left = ["0001.html", "manifest.yaml", "recipe.yaml", "report.csv", "report.html", "report.json"]
     assert sorted(file.name for file in here.iterdir()) == left
 
 

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, invoke, refused
+from conftest import ROOT, invoke, make_recipe, refused
 from tampering import vouch_for_ledger
+from test_descriptions import finished_run
 from test_old_stores import DIGEST, FIXTURE, STORE, STORE_4
 
 from offline_kd.store.card import is_whole_card
@@ -188,7 +189,7 @@ def test_labels_and_probes_that_cannot_be_are_no_traceback_in_a_card(stranger, t
         assert f"has {name} from 99999 to 99999" in refused("store", "pull", path, tmp_path / "pulled")
 
 
-def test_pages_allow_nothing_but_their_own_style_sheet(tmp_path):
+def test_pages_allow_nothing_but_their_own_style_sheet_and_script(tmp_path):
     nothing = {"views": [], "maps": [], "about": "", "digest": ""}
     view = {"pictures": [("a", "data:,")], "caption": "c", "likeliest": [("cat", "50.0")]}
     maps = [
@@ -197,7 +198,7 @@ def test_pages_allow_nothing_but_their_own_style_sheet(tmp_path):
         ]}
     ]  # fmt: skip
     pages = {
-        "report": render_page("report", title="t", notes=[], columns=["a"], rows=[["1"]], pictures=[]),
+        "report": _report(tmp_path),
         "sample": render_page("sample", title="t", **(nothing | {"views": [view], "maps": maps})),
         "card": (_made_here(tmp_path)).decode(),
     }
@@ -209,7 +210,18 @@ def test_pages_allow_nothing_but_their_own_style_sheet(tmp_path):
         style = re.search(r"<style>(.*?)</style>", page, re.DOTALL)[1]
         assert f"'sha256-{base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()}'" in policy
         assert not re.search(r"<[^>]* style=", page), name
-        assert "<script" not in page
+        scripts = re.findall(r"<script[^>]*>(.*?)</script>", page, re.DOTALL)
+        assert len(scripts) == page.count("<script") == (name == "report"), name
+        for script in scripts:
+            assert (
+                f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+            )
+
+
+def _report(folder: Path) -> str:
+    run = finished_run(folder / "<script>alert(1)</script>", make_recipe(), "kd", 0)
+    assert invoke("report", run, "--out", folder / "report.html").exit_code == 0
+    return (folder / "report.html").read_text()
 
 
 def _made_here(folder: Path) -> bytes:

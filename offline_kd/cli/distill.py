@@ -93,7 +93,8 @@ def show_result(result: Result, out: str) -> None:
     """The table of one run, on standard output; of several ranks the first one prints it."""
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1") and os.environ.get("RANK", "0") != "0":
         return
-    from offline_kd.distill.report import group_runs, read_runs, summarise, table
+    from offline_kd.distill.report import summarise, table
+    from offline_kd.distill.run_records import group_runs, read_runs
     from offline_kd.support.console import say, show_table
 
     summaries = summarise(group_runs(read_runs([out])))

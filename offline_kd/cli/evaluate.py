@@ -48,15 +48,16 @@ def command(
 
     from offline_kd.cli.options import choose_device
     from offline_kd.data.manifest import data_roots, load_manifest
-    from offline_kd.models.evaluation import answers, by_class, measure, top_k
+    from offline_kd.models.evaluation import by_class, evaluate, top_k
     from offline_kd.models.student_file import load_student
 
     on = choose_device(device)
     loaded = load_student(student, network=network)
     name, split = evaluation_split(loaded.about, data, load_manifest(manifest_path), data_roots(data_root))
     loaded.network.to(on)
-    z, y = answers(loaded.logits, split, 256, on, f"{student} on {name}", loaded.about.crop)
-    found, classes = measure(z, y), by_class(z, y, loaded.about.classes)
+    found = evaluate(loaded.logits, split, 256, on, f"{student} on {name}", loaded.about.crop)
+    z, y = found.answers.logits, found.answers.labels
+    classes = by_class(z, y, loaded.about.classes)
     left_out = split.split.count - found.samples
     top5 = 100 * top_k(z, y).double().mean().item()
     figures = {"student": student, "data": name, **asdict(found), "top5": top5, "left_out": left_out}

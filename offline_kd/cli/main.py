@@ -23,7 +23,10 @@ COMMANDS = {  # name -> the file of this room that has it as `command`, and one 
     "evaluate": ("evaluate", "How good a trained STUDENT is on a split: top-1, top-5, calibration, classes."),
     "predict": ("predict", "What a trained STUDENT says of IMAGES: classes and probabilities."),
     "export": ("export", "Write a trained STUDENT for other programs, and compare both."),
-    "report": ("report", "Compare finished run directories: a table, and a self-contained page with the curves."),
+    "report": (
+        "report",
+        "Compare finished run directories: a table, a self-contained page, and the same as CSV and JSON.",
+    ),
     "store": ("store", "Look at teacher stores, prove them, share them."),
     "data": ("data", "Make, list and prove datasets."),
     "recipe": ("recipe", "Packaged recipes, and what every field of a recipe means."),

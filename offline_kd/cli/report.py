@@ -9,19 +9,24 @@ import click
 
 @click.command("report")
 @click.argument("runs", metavar="RUN...", nargs=-1, required=True)
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The page to write.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="The page to write; .csv and .json beside it."
+)
 def command(runs: tuple[str, ...], out: Path) -> None:
-    """Compare finished run directories: a table, and a self-contained page with the curves.
+    """Compare finished run directories: a table, a self-contained page, and the same as CSV and JSON.
 
     A run may lie in a folder or at a URL. Runs are averaged where they differ by their seed alone; fields of the recipe
-    that set rows apart are columns.
+    that set rows apart are columns. Students stand beside plain training (`ce`) where it is among the runs, and beside
+    the teacher where that was trained here. The page has curves, calibration, classes helped and hurt, and digests.
 
     \b
     offline-kd report runs/digits/students/* --out comparison.html
     """
-    from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
+    from offline_kd.distill.report import summarise, table
+    from offline_kd.distill.report_page import write_report
+    from offline_kd.distill.run_records import group_runs, read_runs
     from offline_kd.support.console import show_table
 
-    groups = group_runs(read_runs(runs))
-    write_report(out, out.stem, groups)
-    show_table(str(out), *table(summarise(groups)))
+    summaries = summarise(group_runs(read_runs(runs)))
+    write_report(out, out.stem, summaries)
+    show_table(str(out), *table(summaries))

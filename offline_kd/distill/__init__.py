@@ -8,18 +8,20 @@ from typing import TYPE_CHECKING
 from offline_kd.support.lazy import lazy
 
 if TYPE_CHECKING:
-    from offline_kd.distill.report import group_runs, read_runs, summarise, write_report
+    from offline_kd.distill.report import summarise
+    from offline_kd.distill.report_page import write_report
+    from offline_kd.distill.run_records import group_runs, read_runs
     from offline_kd.distill.training import distill, train_teacher
 else:
     __getattr__, __dir__ = lazy(
         __name__,
         {
             "distill": "offline_kd.distill.training",
-            "group_runs": "offline_kd.distill.report",
-            "read_runs": "offline_kd.distill.report",
+            "group_runs": "offline_kd.distill.run_records",
+            "read_runs": "offline_kd.distill.run_records",
             "summarise": "offline_kd.distill.report",
             "train_teacher": "offline_kd.distill.training",
-            "write_report": "offline_kd.distill.report",
+            "write_report": "offline_kd.distill.report_page",
         },
     )
 

@@ -17,6 +17,7 @@ from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.distill.predictions import put_predictions
 from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
 from offline_kd.distill.student import Student, among_ranks, compiled, compiling, kd_layer_scores, with_states
@@ -113,8 +114,9 @@ def _train(
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
             losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
-            measured = _evaluate(run, student, evaluation) | _counted(whole, len(set().union(*of_all(loader.bad))))
-            done.history.append({"epoch": epochs_done, **losses, "lr": lr, **measured})
+            found = _evaluate(run, student, evaluation, is_last=epochs_done >= training.epochs)
+            counted = _counted(whole, len(set().union(*of_all(loader.bad))))
+            done.history.append({"epoch": epochs_done, **losses, "lr": lr, **found, **counted})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)
             keep_weights(run, student, evaluation, done.history)
@@ -220,9 +222,10 @@ def _loss_names(terms: Sequence[AnyTerm]) -> list[str]:
     return names
 
 
-def _evaluate(run: Run, student: Student, evaluation: BlockLoader) -> dict[str, float]:
+def _evaluate(run: Run, student: Student, evaluation: BlockLoader, is_last: bool) -> dict[str, float]:
     """top1 (percent), nll and ece on the evaluation split, also of the average of the weights: `top1_ema`, ...
 
+    After the last pass, what the student answered is written before the checkpoint that says that all is done.
     Leaves the network in evaluation mode. Ranks share the images, and evaluate what the first one saves: each has had
     running statistics of its own.
     """
@@ -236,6 +239,8 @@ def _evaluate(run: Run, student: Student, evaluation: BlockLoader) -> dict[str, 
             return network(normalise(images, run.recipe.data.normalisation))
 
         measured = evaluate(predict, evaluation, 256, run.device, "evaluation", run.recipe.evaluation_crop)
+        if is_last and not end:
+            put_predictions(run.out, measured.answers, evaluation.dataset.classes, evaluation.split.count)
         found |= {f"top1{end}": measured.top1, f"nll{end}": measured.nll, f"ece{end}": measured.ece}
     return found
 

@@ -1,316 +1,268 @@
-"""Run directories -> one table and one self-contained page.
+"""Groups of runs -> one line each: accuracy, beside plain training, the teacher and what was published."""
 
-Runs are averaged where they differ in nothing but their seed: not in a field of the recipe that makes the student, not
-in the store. What sets rows apart is shown in columns of its own.
-"""
-
-import io
-import json
-import os
+import itertools
 import statistics
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import numpy as np
+from numpy.typing import NDArray
 
-from offline_kd.recipe import Recipe, read_recipe
-from offline_kd.support.console import say
-from offline_kd.support.errors import TrainingError, shorten
-from offline_kd.support.pages import data_url, render_page
-from offline_kd.support.places import Folder, Place, place_at
+from offline_kd.distill.differences import Difference, difference
+from offline_kd.distill.predictions import (
+    FILE,
+    MOST_FILE_BYTES,
+    Predictions,
+    agreement,
+    divergence,
+    read_predictions,
+    reliability,
+    right_by_class,
+)
+from offline_kd.distill.run_records import COMPARED, Group, RunRecord, read_if_there
+from offline_kd.support.console import progress, say
+from offline_kd.support.errors import TrainingError
 
-COMPARED = ("data", "views", "student", "training")  # of the recipes of all students, whatever the objective
-NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps")
-ABSENT = "-"
-M = TypeVar("M", bound=BaseModel)
-
-
-class Outcome(BaseModel):
-    """What a report takes of `result.json`."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    objective: str
-    targets: Literal["store", "online", "none"]
-    seed: int
-    top1: float  # percent
-    best_top1: float
-    seconds_per_epoch: float
-    parameters: int
-    dtkd_fallbacks: int
-    store_digest: str
-    student_sha256: str
-
-
-class Epoch(BaseModel):
-    """What a report takes of a line of `metrics.jsonl`."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    top1: float  # percent
+Value = str | float | int | None
+TOLERANCE = 1e-6  # percentage points, between the top-1 of a result and that of the predictions beside it
 
 
 @dataclass(frozen=True)
-class RunRecord:
-    place: Place
-    result: Outcome
-    history: list[Epoch]  # empty where `metrics.jsonl` is missing
-    fields: dict[str, str]  # path in the recipe -> value, of all that makes the student
-    is_teacher: bool
+class Answered:
+    """What the runs of a group said on the evaluation split, of those that wrote it down."""
 
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ by their seed alone."""
-
-    objective: str
-    targets: str
-    fields: dict[str, str]  # those that set groups apart, the same ones in every group
-    runs: list[RunRecord]
-
-    @property
-    def label(self) -> str:
-        online = " (online)" if self.targets == "online" else ""
-        told = [f", {name} {value}" for name, value in self.fields.items() if value != ABSENT]
-        return self.objective + online + "".join(told)
+    classes: list[str]
+    reliability: NDArray[np.float64]  # [15, 3] of all runs together: images, confidence, right answers
+    by_class: NDArray[np.int64]  # [C, 2] of all runs together: images, right answers
+    with_teacher: dict[
+        str, float | None
+    ]  # by run directory: percent of the images on which a run and its teacher agree
+    divergence: dict[str, float | None]  # KL(teacher || student) in nats
+    among_seeds: float | None  # percent of the images on which two runs agree, mean over pairs
 
 
 @dataclass(frozen=True)
 class Summary:
     """All seeds of one group."""
 
-    objective: str
-    targets: str
-    fields: dict[str, str]
-    runs: int
+    group: Group
     top1_mean: float
     top1_std: float  # sample standard deviation; 0 for a single run
-    best_top1_mean: float
-    seconds_per_epoch: float
-    parameters: int
-    dtkd_fallbacks: int
+    plain: Group | None  # plain training that this is compared with
+    difference: Difference | None
+    published: tuple[float, float | None] | None  # top-1, standard deviation
+    answered: Answered | None
 
+    @property
+    def with_teacher(self) -> float | None:
+        return _mean(self.answered.with_teacher.values()) if self.answered else None
 
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
-def read_runs(places: Sequence[str | Path]) -> list[RunRecord]:
-    """Finished run directories, folders and URLs, each once however often it is named.
-
-    Raises TrainingError for one that holds no result, or files that no run wrote. One without `metrics.jsonl` is read,
-    and said to have no curve.
-    """
-    runs = []
-    for place in {_really(place): place for place in map(place_at, places)}.values():
-        found = {name: _content(place, name) for name in ("result.json", "recipe.yaml")}
-        for name, content in found.items():
-            if content is None:
-                raise TrainingError(
-                    f"{shorten(str(place))}: no {name}: not a run directory, or the run is not finished."
-                )
-        result = _parse_json(Outcome, found["result.json"] or b"", f"{place}/result.json")
-        recipe = read_recipe(found["recipe.yaml"] or b"", f"{place}/recipe.yaml")
-        is_teacher = result.objective not in recipe.objectives
-        runs.append(RunRecord(place, result, _history(place), _fields(recipe, result, is_teacher), is_teacher))
-    return runs
-
-
-def _really(place: Place) -> str:
-    return os.path.realpath(place.path) if isinstance(place, Folder) else str(place)
-
-
-def _content(place: Place, name: str) -> bytes | None:
-    """A file of a run; None where there is none, which is all that is known of a folder with an impossible name."""
-    if isinstance(place, Folder) and not os.path.isfile(place.path / name):
-        return None
-    try:
-        return place.read(name)
-    except FileNotFoundError:
-        return None
-
-
-def _history(place: Place) -> list[Epoch]:
-    content, file = _content(place, "metrics.jsonl"), f"{place}/metrics.jsonl"
-    if content is None:
-        say(f"{file}: missing, so the curve of this run is left out")
-        return []
-    return [_parse_json(Epoch, line, f"{file}, line {number}") for number, line in enumerate(content.splitlines(), 1)]
-
-
-def _parse_json(model: type[M], content: bytes, where: str) -> M:
-    try:
-        return model.model_validate_json(content)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in problem["loc"]) or "content"
-        raise TrainingError(
-            f"{where}: '{field}': {problem['msg']}. Damaged, or no run wrote it: run it again, or leave it out."
-        ) from error
-
-
-def _fields(recipe: Recipe, result: Outcome, is_teacher: bool) -> dict[str, str]:
-    """What makes the student of a run. What was captured counts by the digest of the store, not by the recipe."""
-    content = recipe.model_dump(mode="json")
-    counting = {name: content[name] for name in COMPARED}
-    if is_teacher:
-        del counting["student"]
-        counting["teacher"] = {name: content["teacher"][name] for name in ("model", "model_args")}
-    elif result.targets == "online":
-        counting |= {"teacher": content["teacher"], "capture": content["capture"]}
-    elif result.targets == "store":
-        counting["store"] = "+".join(digest[:8] for digest in result.store_digest.split("+"))
-        if isinstance(recipe.store, list):
-            counting |= {"mix": recipe.mix, "store weights": [one.weight for one in recipe.store]}
-    names: list[str] = []
-    for term in content["objectives"].get(result.objective, []):
-        names.append(term["term"])
-        uses = names.count(term["term"])
-        counting[term["term"] + (f"_{uses}" if uses > 1 else "")] = term
-    return {name: value for name, value in _flat(counting) if name not in NO_EFFECT}
-
-
-def _flat(content: dict[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """`(path.to.field, value)` of nested mappings; a list is one value."""
-    for name, value in content.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{path}{name}.")
-        else:
-            yield path + name, value if isinstance(value, str) else json.dumps(value)
-
-
-# ---- comparing -----------------------------------------------------------------------------------------------------
-
-
-def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Runs that differ by their seed alone, in the order in which they first come; the same student counts once."""
-    columns = _columns(runs)
-    groups: dict[tuple[str, ...], Group] = {}
-    for run in runs:
-        fields = {name: run.fields.get(name, ABSENT) for name in columns}
-        objective, targets = run.result.objective, run.result.targets
-        group = groups.setdefault((objective, targets, *fields.values()), Group(objective, targets, fields, []))
-        student = (run.result.seed, run.result.student_sha256)
-        same = [one for one in group.runs if (one.result.seed, one.result.student_sha256) == student]
-        if same:
-            say(f"{run.place}: the student of {same[0].place} again, counted once")
-        else:
-            group.runs.append(run)
-    return list(groups.values())
-
-
-def _columns(runs: Sequence[RunRecord]) -> list[str]:
-    """The fields by which runs of one objective differ, and those of COMPARED by which any two students do."""
-    found: dict[str, dict[tuple[str, ...], set[str]]] = {name: {} for run in runs for name in run.fields}
-    for run in runs:
-        for name, values in found.items():
-            peers: list[tuple[str, str]] = [(run.result.objective, run.result.targets)]
-            if not run.is_teacher and name.partition(".")[0] in COMPARED:
-                peers.append(("any", "student"))
-            for one in peers:
-                values.setdefault(one, set()).add(run.fields.get(name, ABSENT))
-    return [name for name, values in found.items() if any(len(different) > 1 for different in values.values())]
+    @property
+    def divergence(self) -> float | None:
+        return _mean(self.answered.divergence.values()) if self.answered else None
 
 
 def summarise(groups: Sequence[Group]) -> list[Summary]:
-    """One line per group."""
+    """One line per group.
+
+    Raises TrainingError for predictions that are damaged, or of another run than the result beside them.
+    """
     summaries = []
-    for group in groups:
-        results = [run.result for run in group.runs]
-        summary = Summary(
-            objective=group.objective,
-            targets=group.targets,
-            fields=group.fields,
-            runs=len(results),
-            top1_mean=statistics.mean(result.top1 for result in results),
-            top1_std=statistics.stdev([result.top1 for result in results]) if len(results) > 1 else 0.0,
-            best_top1_mean=statistics.mean(result.best_top1 for result in results),
-            seconds_per_epoch=statistics.median(result.seconds_per_epoch for result in results),
-            parameters=results[0].parameters,
-            dtkd_fallbacks=sum(result.dtkd_fallbacks for result in results),
-        )
-        summaries.append(summary)
+    runs = [run for group in groups for run in group.runs]
+    teachers: dict[str, Predictions | None] = {}
+    with progress("reading what students answered", len(runs), "runs") as meter:
+        for group in groups:
+            top1 = [run.result.top1 for run in group.runs]
+            plain = _plain_of(group, groups)
+            published = group.runs[0].recipe.published
+            summary = Summary(
+                group=group,
+                top1_mean=statistics.mean(top1),
+                top1_std=statistics.stdev(top1) if len(top1) > 1 else 0.0,
+                plain=plain,
+                difference=difference(by_seed(group), by_seed(plain)) if plain else None,
+                published=published.of(group.objective) if published else None,
+                answered=_answered(group, runs, teachers),
+            )
+            summaries.append(summary)
+            meter.advance(len(group.runs))
+    missing = len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered)
+    if missing:
+        say(f"{missing} of {len(runs)} runs have no {FILE}: what follows from it is left out for them")
     return summaries
 
 
-# ---- showing -------------------------------------------------------------------------------------------------------
+def by_seed(group: Group) -> dict[int, float]:
+    """Top-1 in percent; the mean of students of one seed."""
+    found: dict[int, list[float]] = {}
+    for run in group.runs:
+        found.setdefault(run.result.seed, []).append(run.result.top1)
+    return {seed: statistics.mean(values) for seed, values in found.items()}
+
+
+def _plain_of(group: Group, groups: Sequence[Group]) -> Group | None:
+    """Plain training of the same student on the same data and views in the same way.
+
+    Where there is none, the only one of the same student and data with as many epochs.
+    """
+    first = group.runs[0]
+    if first.is_teacher or first.is_plain:
+        return None
+    plain = [one for one in groups if one.runs[0].is_plain]
+    for same in (COMPARED, ("data", "student", "training.epochs")):
+        wanted = _fields_of(first, same)
+        found = [one for one in plain if _fields_of(one.runs[0], same) == wanted]
+        if found and (same is COMPARED or len(found) == 1):
+            return found[0]
+    return None
+
+
+def _fields_of(run: RunRecord, rooms: Sequence[str]) -> dict[str, str]:
+    return {name: value for name, value in run.fields.items() if name in rooms or name.partition(".")[0] in rooms}
+
+
+# ---- what students answered ----------------------------------------------------------------------------------------
+
+
+def _answered(group: Group, runs: Sequence[RunRecord], teachers: dict[str, Predictions | None]) -> Answered | None:
+    """Of large splits one run at a time has its log-probabilities in memory, beside its teacher."""
+    with_teacher: dict[str, float | None] = {}
+    apart: dict[str, float | None] = {}
+    found: list[Predictions] = []
+    for run in group.runs:
+        said = predictions_of(run)
+        if said is None:
+            continue
+        teacher = None if run.is_teacher else _teacher_of(run, runs, teachers)
+        with_teacher[str(run.place)] = agreement(teacher, said) if teacher else None
+        apart[str(run.place)] = divergence(teacher, said) if teacher else None
+        found.append(replace(said, log_probs=None))
+    found = [one for one in found if one.classes == found[0].classes]
+    if not found:
+        return None
+    return Answered(
+        classes=found[0].classes,
+        reliability=np.sum([reliability(one) for one in found], axis=0),
+        by_class=np.sum([right_by_class(one) for one in found], axis=0),
+        with_teacher=with_teacher,
+        divergence=apart,
+        among_seeds=_mean(agreement(one, other) for one, other in itertools.combinations(found, 2)),
+    )
+
+
+def predictions_of(run: RunRecord) -> Predictions | None:
+    """None for a run of a version that did not write them."""
+    content = read_if_there(run.place, FILE, MOST_FILE_BYTES)
+    if content is None:
+        return None
+    found = read_predictions(content, f"{run.place}/{FILE}")
+    if abs(found.top1 - run.result.top1) > TOLERANCE:
+        raise TrainingError(
+            f"{run.place}/{FILE}: top-1 is {found.top1:.2f} %, result.json says {run.result.top1:.2f} %: one of "
+            "them is of another run. Run it again, or leave the file out."
+        )
+    return found
+
+
+def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Predictions | None]) -> Predictions | None:
+    """What the teacher of a run answered: of the run directory that its recipe names, or of the only teacher among
+    `runs` that is the same network; None where several teachers were mixed, or none can be had."""
+    wanted = run.recipe.teacher
+    if isinstance(run.recipe.store, list):
+        return None
+    weights = Path(wanted.weights or "")
+    if weights.name == "student.safetensors" and (weights.parent / FILE).is_file():
+        key = str(weights.parent)
+        if key not in known:
+            known[key] = read_predictions((weights.parent / FILE).read_bytes(), str(weights.parent / FILE))
+        return known[key]
+    network = (wanted.model, wanted.model_args)
+    same = [
+        one for one in runs if one.is_teacher and (one.recipe.teacher.model, one.recipe.teacher.model_args) == network
+    ]
+    if wanted.expected is not None:
+        near = wanted.expected
+        same = [one for one in same if abs(one.result.top1 - near.top1) <= near.tolerance]
+    if len(same) != 1:
+        return None
+    key = str(same[0].place)
+    if key not in known:
+        known[key] = predictions_of(same[0])
+    return known[key]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that are there."""
+    there = [value for value in values if value is not None]
+    return statistics.mean(there) if there else None
+
+
+# ---- lines ---------------------------------------------------------------------------------------------------------
+
+
+def record(summary: Summary) -> dict[str, Value]:
+    """A line as plain values; accuracies and agreements in percent, differences in percentage points."""
+    group, apart, published = summary.group, summary.difference, summary.published or (None, None)
+    results = [run.result for run in group.runs]
+    half = apart.half_width if apart else None
+    return {
+        "objective": group.objective,
+        **group.fields,
+        "targets": group.targets,
+        "runs": len(results),
+        "top1_mean": summary.top1_mean,
+        "top1_std": summary.top1_std,
+        "difference": apart.mean if apart else None,
+        "difference_low": apart.mean - half if apart and half is not None else None,
+        "difference_high": apart.mean + half if apart and half is not None else None,
+        "difference_test": apart.test if apart else None,
+        "difference_seeds": apart.seeds if apart else None,
+        "difference_to": summary.plain.label if summary.plain else None,
+        "published_top1": published[0],
+        "published_std": published[1],
+        "best_top1_mean": statistics.mean(result.best_top1 for result in results),
+        "nll_mean": _mean(result.nll for result in results),
+        "ece_mean": _percent(_mean(result.ece for result in results)),
+        "teacher_agreement": summary.with_teacher,
+        "teacher_kl": summary.divergence,
+        "seeds_agreement": summary.answered.among_seeds if summary.answered else None,
+        "seconds_per_epoch": statistics.median(result.seconds_per_epoch for result in results),
+        "parameters": results[0].parameters,
+        "dtkd_fallbacks": sum(result.dtkd_fallbacks for result in results),
+    }
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else 100 * share
 
 
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds."""
-    apart = list(summaries[0].fields)
-    columns = ["objective", *apart, "targets", "runs", "top-1 %", "best top-1 %", "s / epoch", "parameters"]
-    rows = [
-        [
-            summary.objective,
-            *summary.fields.values(),
-            summary.targets,
-            str(summary.runs),
-            f"{summary.top1_mean:.2f} ± {summary.top1_std:.2f}" if summary.runs > 1 else f"{summary.top1_mean:.2f}",
-            f"{summary.best_top1_mean:.2f}",
-            f"{summary.seconds_per_epoch:.2f}",
-            f"{summary.parameters:,}",
-        ]
-        for summary in summaries
-    ]
+    """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds; `vs plain`
+    is the difference to plain training with its interval of 95 %."""
+    apart = list(summaries[0].group.fields)
+    has_plain = any(summary.difference for summary in summaries)
+    columns = ["objective", *apart, "targets", "runs", "top-1 %", *["vs plain"] * has_plain]
+    columns += ["best top-1 %", "s / epoch", "parameters"]
+    rows = []
+    for summary in summaries:
+        group, line = summary.group, record(summary)
+        row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs)), shown_top1(summary)]
+        row += [shown_difference(summary.difference)] * has_plain
+        row += [f"{line['best_top1_mean']:.2f}", f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
+        rows.append(row)
     return columns, rows
 
 
-def write_report(file: Path, title: str, groups: Sequence[Group], notes: Sequence[str] = ()) -> None:
-    """A page with the table, the accuracy of every group as a picture, and the curves; nothing is loaded from
-    elsewhere."""
-    columns, rows = table(summarise(groups))
-    pictures = [("Top-1 after the last epoch, one dot per seed", _dots(groups))]
-    if any(run.history for group in groups for run in group.runs):
-        pictures.append(("Top-1 on the evaluation split, mean over seeds", _curves(groups)))
-    page = render_page("report", title=title, notes=notes, columns=columns, rows=rows, pictures=pictures)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+def shown_top1(summary: Summary) -> str:
+    spread = f" ± {summary.top1_std:.2f}" if len(summary.group.runs) > 1 else ""
+    return f"{summary.top1_mean:.2f}{spread}"
 
 
-def _dots(groups: Sequence[Group]) -> str:
-    figure, axes = _figure(0.35 * len(groups) + 1.2)
-    for row, group in enumerate(groups):
-        top1 = [run.result.top1 for run in group.runs]
-        axes.plot(top1, [row] * len(top1), "o", color=f"C{row % 10}", alpha=0.7)
-        axes.plot([statistics.mean(top1)], [row], "|", color=f"C{row % 10}", markersize=18)
-    axes.set_yticks(range(len(groups)), [group.label for group in groups])
-    axes.invert_yaxis()
-    axes.set_xlabel("top-1 %")
-    axes.grid(axis="x", alpha=0.3)
-    return _svg(figure)
-
-
-def _curves(groups: Sequence[Group]) -> str:
-    figure, axes = _figure(4.5)
-    lowest = 100.0
-    for row, group in enumerate(groups):
-        histories = [[line.top1 for line in run.history] for run in group.runs if run.history]
-        if not histories:
-            continue
-        means = [statistics.mean(column) for column in zip(*histories, strict=False)]
-        lowest = min(lowest, *means[len(means) // 4 :])
-        style = "-" if row < 10 else "--"
-        # The x axis of a group is its own number of epochs: teachers are trained for another one.
-        done = [(step + 1) / len(means) for step in range(len(means))]
-        axes.plot(done, means, style, label=group.label, color=f"C{row % 10}")
-    axes.set_ylim(bottom=lowest - 2)
-    axes.set_xlabel("share of the training that is done")
-    axes.set_ylabel("top-1 %")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", ncols=2)
-    return _svg(figure)
-
-
-def _figure(height: float) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, height), layout="constrained")
-    return figure, figure.subplots()
-
-
-def _svg(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return data_url(buffer.getvalue(), "image/svg+xml")
+def shown_difference(found: Difference | None) -> str:
+    """`+1.20 [0.40, 2.00]`."""
+    if found is None:
+        return ""
+    if found.half_width is None:
+        return f"{found.mean:+.2f}"
+    return f"{found.mean:+.2f} [{found.mean - found.half_width:.2f}, {found.mean + found.half_width:.2f}]"

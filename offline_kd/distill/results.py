@@ -60,6 +60,7 @@ class Run:
         del content["training"]["checkpoint_steps"]
         content["training"].pop("resident", None)
         content["student"].pop("weights", None)  # where they lie
+        content.pop("published", None)
         for one in content["store"] if isinstance(content["store"], list) else []:
             del one["signed_by"]  # where a key lies; what is read is in the digest
         about = [content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION]

@@ -5,14 +5,13 @@ OUT/data/           the dataset, where it is one that `data pack` can make by it
 OUT/teacher/        run directory of the teacher, where the recipe trains one
 OUT/store/          the teacher store
 OUT/students/NAME/  run directories, one per objective and seed, and of a sweep one per combination of values
-OUT/summary.json, OUT/report.html
+OUT/summary.json, OUT/report.html, .csv, .json
 """
 
 import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -23,9 +22,11 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
-from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
+from offline_kd.distill.report import record, summarise, table
+from offline_kd.distill.report_page import write_report
 from offline_kd.distill.results import Result
 from offline_kd.distill.run_directory import refuse_ranks, run_directory
+from offline_kd.distill.run_records import group_runs, read_runs
 from offline_kd.distill.student_processes import distill_in_processes
 from offline_kd.distill.sweep import Planned, plan
 from offline_kd.distill.tracking import check_tracker
@@ -128,17 +129,16 @@ def _run(
         )
     folders += students
 
-    groups = group_runs(read_runs(folders))
-    summaries = summarise(groups)
+    summaries = summarise(group_runs(read_runs(folders)))
     seconds = time.monotonic() - started
-    content = {"recipe": recipe.name, "seconds": seconds, "objectives": [asdict(summary) for summary in summaries]}
+    content = {"recipe": recipe.name, "seconds": seconds, "objectives": [record(summary) for summary in summaries]}
     write_atomically(out / "summary.json", json.dumps(content, indent=2) + "\n")
     share = f" with {recipe.data.labelled_fraction:.0%} of the labels" if recipe.data.labelled_fraction < 1 else ""
     notes = [
         f"{recipe.data.dataset}: student {recipe.student.model}{share}, {recipe.views.num_views} views per image, "
         f"{recipe.training.epochs} epochs, {len({one.seed for one in planned.values()})} seed(s)."
     ]
-    write_report(out / "report.html", recipe.name, groups, notes)
+    write_report(out / "report.html", recipe.name, summaries, notes)
     show_table(notes[0], *table(summaries))
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
 

@@ -4,6 +4,7 @@ recipe.yaml                     resolved
 last.ckpt, previous.ckpt        how far the run is, and was before (`checkpoint.py`)
 metrics.jsonl                   one line per pass
 student.safetensors             the student, and of options: student_ema, best, epoch-010 and others of these names
+evaluation.safetensors          what the student answered for every image of the evaluation split (`predictions.py`)
 result.json                     what it achieved, written last
 run.lock                        in a folder: who writes here, or did; the lock is the kernel's, not the file's existence
 leases/                         in a bucket: who writes here, or did, and signs of life
@@ -122,7 +123,7 @@ def _lock(out: Path, descriptor: int) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed run was about to write: it alone has such names, and it no longer runs."""
-    weights = ("student*.safetensors", "best*.safetensors", "epoch-*.safetensors")
-    for name in ("recipe.yaml", "last.ckpt", "previous.ckpt", "metrics.jsonl", *weights, "result.json"):
+    tensors = ("student*.safetensors", "best*.safetensors", "epoch-*.safetensors", "evaluation.safetensors")
+    for name in ("recipe.yaml", "last.ckpt", "previous.ckpt", "metrics.jsonl", *tensors, "result.json"):
         for partial in out.glob(f"{name}.*-*.partial"):
             partial.unlink()

@@ -3,9 +3,11 @@
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,13 +22,24 @@ ECE_BINS = 15
 
 
 @dataclass(frozen=True)
+class Answers:
+    """What a network said of this rank's share of the images."""
+
+    key_hash: NDArray[np.uint64]  # [n]
+    labels: Tensor  # [n] int64
+    logits: Tensor  # [n, C] float32, on the CPU
+
+
+@dataclass(frozen=True)
 class Evaluation:
     samples: int
     top1: float  # percent
     nll: float  # nats per sample
     ece: float  # expected calibration error over 15 bins of confidence, Guo et al. 2017, arXiv:1706.04599
+    answers: Answers = field(repr=False, compare=False)
 
 
+@torch.inference_mode()
 def evaluate(
     predict: Callable[[Tensor], Tensor],
     loader: BlockLoader,
@@ -44,21 +57,9 @@ def evaluate(
 
     Raises ModelError when there is not one finite logit for every class of the dataset.
     """
-    return measure(*answers(predict, loader, batch_size, device, title, crop))
-
-
-@torch.inference_mode()
-def answers(
-    predict: Callable[[Tensor], Tensor],
-    loader: BlockLoader,
-    batch_size: int,
-    device: torch.device,
-    title: str,
-    crop: EvaluationCrop | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The same before it is measured: logits `[N, C]` float32, labels `[N]` int64 of this rank's images, on the CPU."""
     classes = len(loader.dataset.classes)
     logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
+    keys = [np.empty(0, dtype=np.uint64)]
     with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
         own = own_batches([tar.count for tar in loader.split.tars], batch_size)
         for number, block in loader.in_order(own):
@@ -67,6 +68,7 @@ def answers(
                 if not rows:
                     continue
                 labels.append(torch.from_numpy(block.labels[rows]).long())
+                keys.append(block.key_hash[rows])
                 logits.append(predict(images.to(device)).float().cpu())
                 meter.advance(len(images))
                 if logits[-1].shape[1] != classes:
@@ -77,12 +79,7 @@ def answers(
     if not z.isfinite().all():
         row, column = (~z.isfinite()).nonzero()[0].tolist()
         raise ModelError(f"{title}: logit {column} of image {row} is {z[row, column].item()}. Check the weights.")
-    return z, torch.cat(labels)
-
-
-@torch.inference_mode()
-def measure(z: Tensor, y: Tensor) -> Evaluation:
-    """The figures of logits `[N, C]` on labels `[N]`, of all ranks together."""
+    y = torch.cat(labels)
     confidence, predicted = z.softmax(dim=1).max(dim=1)
     correct = (predicted == y).double()
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
@@ -95,6 +92,7 @@ def measure(z: Tensor, y: Tensor) -> Evaluation:
         top1=100 * (sums[1].item() / samples),
         nll=sums[2].item() / samples,
         ece=sums[3:].abs().sum().item() / samples,
+        answers=Answers(np.concatenate(keys), y, z),
     )
 
 

@@ -23,7 +23,7 @@ from offline_kd.store.sample_page import SampleImages, sample_pages
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import progress
 from offline_kd.support.errors import OfflineKDError, RecipeError
-from offline_kd.support.pages import render_page, script_of
+from offline_kd.support.pages import render_page
 
 THUMBNAIL, PIXELATED = 160, 64  # sides in pixels: of a thumbnail; up to here images are shown as they are
 MAX_MATRIX, MAX_PAIRS, MAX_CLASSES, MAX_PROBLEMS = 25, 100, 200, 5  # that a page shows
@@ -276,7 +276,6 @@ def _page(store: Store, summary: Summary, shown: Figures, thumbnails: Mapping[in
         pairs=_pair_rows(summary, identity)[:MAX_PAIRS],
         num_pairs=len(summary.pairs),
         matrix=_matrix(summary, identity) if has_labels and summary.num_classes <= MAX_MATRIX else [],
-        **script_of("gallery"),
     )
 
 
