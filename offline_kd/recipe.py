@@ -13,7 +13,8 @@ import yaml
 from pydantic import Discriminator, Field, Tag, field_validator, model_serializer, model_validator
 
 from offline_kd.data.blocks import OnBadImage
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
+from offline_kd.data.manifest import EvaluationCrop, Normalisation
+from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives import OBJECTIVES
 from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.term import Positive, Term
@@ -23,7 +24,7 @@ from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.strict import Count, Seed, Strict, parse
 from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
-from offline_kd.training_recipe import Training, is_unused
+from offline_kd.training_recipe import Training
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
@@ -56,27 +57,6 @@ if TYPE_CHECKING:
 else:
     AnyTerm = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="term")]  # noqa: UP007
 Objective = Annotated[list[AnyTerm], Field(min_length=1)]
-
-
-def _is_false(value: object) -> bool:
-    """Left out of resolved recipes, which are then as they were before there was such a field."""
-    return value is False
-
-
-class TeacherNetwork(Strict):
-    """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
-
-    model: str | None = None
-    model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
-    weights: str | None = Field(None, description="manifest name, path, or torchvision weights name")
-    normalisation: Normalisation | None = Field(None, description="by default the manifest's, or timm's of the model")
-    crop: EvaluationCrop | None = Field(None, description="the same; its size is that of the views the teacher sees")
-    expected: ExpectedAccuracy | None = None
-    training: Training | None = Field(None, description="how `run` and `train --teacher` make the weights")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of autocast; logits are float32")
-    compile: bool = Field(False, exclude_if=_is_false, description="by torch.compile: faster, after a minute or more")
-    tf32: bool = Field(False, exclude_if=_is_false, description="let a GPU make float32 products of 10 bits: faster")
-    licence: str = ""
 
 
 class GradientBudget(Strict):
@@ -149,16 +129,6 @@ class Capture(Strict):
     )
     fidelity_rows: Count = Field(
         1000, description="rows on which the teacher is asked again to finish a store; one of each block at least"
-    )
-
-
-class StudentNetwork(Strict):
-    model: str
-    model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
-    weights: str | None = Field(
-        None,
-        exclude_if=is_unused,
-        description="to begin from, as of a teacher: manifest name, path, or torchvision weights name",
     )
 
 
@@ -249,7 +219,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(path, ())
     for override in overrides:
         content = _overridden(content, override)
-    return _recipe(content, str(path))
+    return _recipe(_with_classes(content, Path()), str(path))
 
 
 def read_recipe(content: bytes, where: str) -> Recipe:
@@ -277,6 +247,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
     _keys_beside(path, content)
+    content = _with_classes(content, path.parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -289,6 +260,17 @@ def _keys_beside(path: Path, content: dict[str, object]) -> None:
     for one in stores if isinstance(stores, list) else []:
         if isinstance(one, dict) and isinstance(one.get("signed_by"), str):
             one["signed_by"] = os.path.abspath(path.parent / one["signed_by"])
+
+
+def _with_classes(content: dict[str, object], folder: Path) -> dict[str, object]:
+    """The map of classes in the place of the name of its file: a resolved recipe may lie elsewhere."""
+    teacher = content.get("teacher")
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("classes"), str):
+        return content
+    file = folder / teacher["classes"]
+    if not os.path.isfile(file):
+        raise RecipeError(f"teacher.classes: {shorten(str(file))}: no such file. Name one, or write the map itself.")
+    return {**content, "teacher": {**teacher, "classes": read_yaml(file)}}
 
 
 def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:

@@ -19,10 +19,18 @@ from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
-from offline_kd.distill.student import Student, among_ranks, compiled, compiling, kd_layer_scores, with_states
+from offline_kd.distill.student import (
+    Student,
+    among_ranks,
+    compiled,
+    compiling,
+    kd_layer_scores,
+    training_mode,
+    with_states,
+)
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal
 from offline_kd.models.evaluation import evaluate
-from offline_kd.models.networks import normalise
+from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import AnyTerm
 from offline_kd.store.rows import Rows
@@ -90,7 +98,7 @@ def _train(
         f"{run.objective}, seed {run.seed}", len(passes) * loader.steps_per_pass - done.steps_done, "steps"
     ) as meter:
         for epoch in passes:
-            student.network.train()
+            training_mode(student.network)
             weights = term_weights(run.terms, epoch, run.device)
             tally = _Tally.after(done, run.device)
             for batch in loader.epoch(epoch, done.steps_done):
@@ -292,6 +300,7 @@ def _add_gradients(
     precision = torch.float16 if amp == "float16" else torch.bfloat16
     with torch.autocast(inputs.device.type, precision, enabled=bool(amp)):
         logits = (student.network if student.trained is None else student.trained)(inputs)
+    refuse_no_logits(logits, student.model, len(inputs), student.num_classes)
     logits = logits.float()
     mixing = (batch.other_labels, batch.share) if recipe.views.mixes else None
     known = LossBatch(batch.labels, mixing, recipe.training.label_smoothing, kd_layer_scores(student))

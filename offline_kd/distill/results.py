@@ -50,7 +50,9 @@ class Run:
             del content["data"][field_name]
         del content["training"]["checkpoint_steps"]
         content["training"].pop("resident", None)
-        content["student"].pop("weights", None)  # where they lie
+        weights = content["student"].pop("weights", None)
+        if isinstance(weights, dict):  # not where they lie, but what of them was taken
+            content["student"]["weights"] = {name: weights[name] for name in ("key", "prefix")}
         for one in content["store"] if isinstance(content["store"], list) else []:
             del one["signed_by"]  # where a key lies; what is read is in the digest
         about = [content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION]

@@ -26,7 +26,7 @@ from offline_kd.data.packing import digits_samples, pack
 from offline_kd.distill.report import group_runs, read_runs, summarise, table, write_report
 from offline_kd.distill.results import Result
 from offline_kd.distill.run_directory import refuse_ranks, run_directory
-from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher
+from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher, trained_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
 from offline_kd.support.errors import RecipeError
@@ -92,10 +92,12 @@ def _run(
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
     folders: list[str | Path] = []
 
-    if recipe.teacher.training is not None and recipe.teacher.weights is None:
-        say(f"training the teacher, {recipe.teacher.model}")
-        recipe = _with_teacher(recipe, train_teacher(recipe, manifest, roots, out / "teacher", device), out)
+    if recipe.teacher.is_to_be_trained:
+        say(f"training the teacher, {recipe.teacher.model or 'of the manifest'}")
+        recipe = _with_teacher(recipe, manifest, train_teacher(recipe, manifest, roots, out / "teacher", device), out)
         folders.append(out / "teacher")
+    elif recipe.teacher.training is not None:
+        say("teacher.weights are the teacher's, it is not trained. To train it from them: teacher.head: keep, or new")
     write_atomically(out / "recipe.yaml", dump_recipe(recipe))
 
     if any(needs_teacher(terms) for terms in recipe.objectives.values()):
@@ -176,12 +178,10 @@ def pack_digits(folder: Path) -> None:
         pack(samples, folder, split, 512)
 
 
-def _with_teacher(recipe: Recipe, result: Result, out: Path) -> Recipe:
+def _with_teacher(recipe: Recipe, manifest: Manifest, result: Result, out: Path) -> Recipe:
     """The recipe with the teacher that was just trained, and the accuracy that its gate expects."""
     expected = ExpectedAccuracy(
         dataset=recipe.data.dataset, split=recipe.data.evaluation, top1=result.top1, tolerance=TEACHER_TOLERANCE
     )
-    teacher = recipe.teacher.model_copy(
-        update={"weights": str(out / "teacher" / "student.safetensors"), "expected": expected}
-    )
-    return recipe.model_copy(update={"teacher": teacher})
+    teacher = trained_teacher(recipe, manifest, str(out / "teacher" / "student.safetensors"))
+    return recipe.model_copy(update={"teacher": teacher.model_copy(update={"expected": expected})})
