@@ -2,13 +2,19 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
 from offline_kd.models.checkpoints import WeightsFile
 from offline_kd.support.strict import Strict
 from offline_kd.training_recipe import Training, is_unused
 
+
+def _kind_of_weights(content: object) -> str:
+    return "file" if isinstance(content, dict | WeightsFile) else "name"
+
+
+Weights = Annotated[Annotated[str, Tag("name")] | Annotated[WeightsFile, Tag("file")], Discriminator(_kind_of_weights)]
 ClassName = Annotated[int, Field(ge=0, strict=True)] | Annotated[str, Field(min_length=1)]
 Head = Literal["keep", "new"]
 
@@ -29,7 +35,7 @@ class TeacherNetwork(Strict):
 
     model: str | None = None
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
-    weights: str | WeightsFile | None = Field(
+    weights: Weights | None = Field(
         None, description="manifest name, path, torchvision weights name, or pretrained; or {file, key, prefix}"
     )
     head: Head | None = Field(
@@ -72,7 +78,7 @@ class TeacherNetwork(Strict):
 class StudentNetwork(Strict):
     model: str
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
-    weights: str | WeightsFile | None = Field(
+    weights: Weights | None = Field(
         None,
         exclude_if=is_unused,
         description="to begin from, as of a teacher: manifest name, path, torchvision weights name, or pretrained; or "

@@ -28,6 +28,8 @@ AVERAGES = ("state_dict_ema", "model_ema", "ema_state_dict", "ema")
 PLAIN = ("model", "state_dict", "model_state_dict", "net", "network")
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DataParallel and torch.compile, wherever they are
 
+COUNTER = "n_averaged"  # how often torch's AveragedModel was updated, beside the `module.` of its names
+
 
 class WeightsFile(Strict):
     """Weights, and what of their file is meant."""
@@ -123,8 +125,8 @@ def _reason(where: Path | Fetched, error: Exception) -> str:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         return f"it also holds {', '.join(found[:3])}{more}, which would have to be unpickled."
-    if isinstance(error, OSError):
-        return f"{error.strerror or error}."
+    if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError):
+        return f"{error.strerror}."
     return "it is damaged, or was not written by torch.save."
 
 
@@ -230,7 +232,9 @@ def _unwrapped(tensors: dict[str, Tensor], needed: Collection[str]) -> dict[str,
     if _has(tensors, "", needed):
         return tensors
     bare = {WRAPPERS.sub("", name): tensor for name, tensor in tensors.items()}
-    return bare if len(bare) == len(tensors) else tensors
+    if len(bare) < len(tensors):
+        return tensors
+    return {name: tensor for name, tensor in bare.items() if name != COUNTER}
 
 
 def _beginnings(tensors: Mapping[str, Tensor]) -> list[str]:

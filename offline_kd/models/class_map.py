@@ -2,7 +2,7 @@
 
     teacher:
       weights: ResNet50_Weights.IMAGENET1K_V2
-      classes: {cat: [tabby, Persian cat, 283], dog: 207}      or a YAML file that says the same
+      classes: {cat: [tabby, Persian cat, 282], dog: 207}      or a YAML file that says the same
 
 The logit of a class that is several of the teacher's is log(sum(exp(z))) over them: at T = 1 softmax of the selected
 logits is then the teacher's probability of each class of ours, given that it is one of them.
