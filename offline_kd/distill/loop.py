@@ -98,7 +98,7 @@ def _train(
         f"{run.objective}, seed {run.seed}", len(passes) * loader.steps_per_pass - done.steps_done, "steps"
     ) as meter:
         for epoch in passes:
-            training_mode(student.network)
+            training_mode(student.network, training)
             weights = term_weights(run.terms, epoch, run.device)
             tally = _Tally.after(done, run.device)
             for batch in loader.epoch(epoch, done.steps_done):

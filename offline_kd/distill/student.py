@@ -120,16 +120,15 @@ def prepare_network(network: nn.Module, num_classes: int, begin: Beginning, stat
     if new := begin_from(network, state, head, begin.head, begin.field):
         about = "" if begin.head == "new" else "is for another number of classes: "
         say(f"{state.where}: {about}{', '.join(new)} begin anew")
-    for name, parameter in network.named_parameters():
-        parameter.requires_grad_(begin.train == "all" or name in head)
+    if begin.train == "head":
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in head)
 
 
-def training_mode(network: nn.Module) -> None:
-    """As `network.train()`, but what is frozen computes as in evaluation: statistics stay, nothing drops."""
+def training_mode(network: nn.Module, training: Training) -> None:
+    """As `network.train()`, but around a head that trains alone all computes as in evaluation: statistics stay."""
     network.train()
-    if all(parameter.requires_grad for parameter in network.parameters()):
-        return
-    for module in network.modules():
+    for module in network.modules() if training.train == "head" else ():
         module.training = any(parameter.requires_grad for parameter in module.parameters())
 
 

@@ -102,6 +102,11 @@ class TeacherIdentity(Strict):
     licence: str
 
     @property
+    def what_is_asked(self) -> tuple[object, ...]:
+        """Which weights, and which of their classes: teachers that differ in it say other things."""
+        return self.weights_sha256, self.weights_part, self.classes
+
+    @property
     def arithmetic(self) -> str:
         """How it computed, in words."""
         return self.dtype + ", TF32" * self.tf32 + ", compiled" * self.compile
