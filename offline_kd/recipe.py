@@ -24,7 +24,8 @@ from pydantic import (
 )
 
 from offline_kd.data.blocks import OnBadImage
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
+from offline_kd.data.manifest import EvaluationCrop, Normalisation
+from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.term import Positive, Term
@@ -39,7 +40,6 @@ from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
-WHICH_NETWORK = "`cifar:NAME`, `torchvision:NAME`, `timm:NAME` or `package.module:function`"
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of files and folders, too
 
 
@@ -72,29 +72,6 @@ else:
     AnyTerm = Annotated[Union[tuple(OBJECTIVES.values())], Field(discriminator="term")]  # noqa: UP007
 Objective = Annotated[list[AnyTerm], Field(min_length=1)]
 LOOK_AT_LOGITS = {name for name, term in example_terms().items() if term.needs.logits}
-
-
-def _is_false(value: object) -> bool:
-    """Left out of resolved recipes, which are then as they were before there was such a field."""
-    return value is False
-
-
-class TeacherNetwork(Strict):
-    """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
-
-    model: str | None = Field(None, description=f"{WHICH_NETWORK}; by default the manifest's")
-    model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
-    weights: str | None = Field(None, description="manifest name, path, or torchvision weights name")
-    normalisation: Normalisation | None = Field(None, description="by default the manifest's, or timm's of the model")
-    crop: EvaluationCrop | None = Field(None, description="the same; its size is that of the views the teacher sees")
-    expected: ExpectedAccuracy | None = Field(
-        None, description="what it must reach before it is asked; by default what the manifest says of it"
-    )
-    training: Training | None = Field(None, description="how `run` and `train --teacher` make the weights")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="of autocast; logits are float32")
-    compile: bool = Field(False, exclude_if=_is_false, description="by torch.compile: faster, after a minute or more")
-    tf32: bool = Field(False, exclude_if=_is_false, description="let a GPU make float32 products of 10 bits: faster")
-    licence: str = Field("", description="of the weights, for the store's card; by default the manifest's")
 
 
 class GradientBudget(Strict):
@@ -173,18 +150,6 @@ class Capture(Strict):
     )
     fidelity_rows: Count = Field(
         1000, description="rows on which the teacher is asked again to finish a store; one of each block at least"
-    )
-
-
-class StudentNetwork(Strict):
-    """The network that learns."""
-
-    model: str = Field(description=WHICH_NETWORK)
-    model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
-    weights: str | None = Field(
-        None,
-        exclude_if=is_unused,
-        description="to begin from, as of a teacher: manifest name, path, or torchvision weights name",
     )
 
 
@@ -309,7 +274,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
-    return recipe_of(content, str(path))
+    return recipe_of(_with_classes(content, Path()), str(path))
 
 
 def read_recipe(content: bytes, where: str) -> Recipe:
@@ -336,6 +301,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
     _keys_beside(path, content)
+    content = _with_classes(content, path.parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -349,6 +315,17 @@ def _keys_beside(path: Path, content: dict[str, object]) -> None:
     for one in stores if isinstance(stores, list) else []:
         if isinstance(one, dict) and isinstance(one.get("signed_by"), str):
             one["signed_by"] = os.path.abspath(path.parent / one["signed_by"])
+
+
+def _with_classes(content: dict[str, object], folder: Path) -> dict[str, object]:
+    """The map of classes in the place of the name of its file: a resolved recipe may lie elsewhere."""
+    teacher = content.get("teacher")
+    if not isinstance(teacher, dict) or not isinstance(teacher.get("classes"), str):
+        return content
+    file = folder / teacher["classes"]
+    if not os.path.isfile(file):
+        raise RecipeError(f"teacher.classes: {shorten(str(file))}: no such file. Name one, or write the map itself.")
+    return {**content, "teacher": {**teacher, "classes": read_yaml(file)}}
 
 
 def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:

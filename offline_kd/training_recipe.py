@@ -125,6 +125,12 @@ class Training(Strict):
     )
     clip_norm: Positive | None = Field(None, exclude_if=is_unused, description="largest norm of all gradients together")
     ema: EMA | None = Field(None, exclude_if=is_unused, description="a moving average of the weights, beside them")
+    train: Literal["all", "head"] = Field(
+        "all",
+        exclude_if=lambda part: part == "all",
+        description="head: a linear probe. What does not depend on the number of classes stays as the weights to begin "
+        "from are, with its statistics; KD layers train",
+    )
     compile: Literal[False, True, "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = Field(
         False, exclude_if=is_unused, description="torch.compile of the student's steps, or the mode of that"
     )

@@ -24,6 +24,7 @@ from offline_kd.distill.results import Result, Run
 from offline_kd.distill.student import Student, compiled, new_student
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
+from offline_kd.models.checkpoints import read_state_dict
 from offline_kd.models.kd_layer import insert_kd_layer
 from offline_kd.models.networks import build, normalise
 from offline_kd.objectives import OBJECTIVES
@@ -396,7 +397,9 @@ def test_a_student_begins_from_weights_whose_head_may_be_for_other_classes(manif
     recipe, images = recipe_with(), training_images(recipe_with(), manifest, roots)
     other, fresh = build("networks:small", 7, {"width": 4}), new_student(recipe, images, 0, CPU).network
     write(other, tmp_path / "seven.safetensors")
-    student = new_student(recipe, images, 0, CPU, weights=tmp_path / "seven.safetensors").network.state_dict()
+    student = new_student(
+        recipe, images, 0, CPU, weights=read_state_dict(tmp_path / "seven.safetensors")
+    ).network.state_dict()
     assert "is for another number of classes: head.weight, head.bias begin anew" in " ".join(
         capsys.readouterr().err.split()
     )
@@ -409,7 +412,7 @@ def test_a_student_begins_from_weights_whose_head_may_be_for_other_classes(manif
     ):
         write(other, tmp_path / "bad.safetensors", **damage)
         with pytest.raises(ModelError, match=r"bad\.safetensors: '"):
-            new_student(recipe, images, 0, CPU, weights=tmp_path / "bad.safetensors")
+            new_student(recipe, images, 0, CPU, weights=read_state_dict(tmp_path / "bad.safetensors"))
 
 
 def test_a_run_is_known_by_the_weights_it_began_from(manifest, roots, tmp_path):

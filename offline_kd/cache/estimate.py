@@ -12,7 +12,7 @@ from torch import Tensor
 from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import describe_capture
 from offline_kd.cache.sample import sampled_logits
-from offline_kd.cache.teacher import load_teacher
+from offline_kd.cache.teacher import expected_accuracy, load_teacher
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
@@ -157,8 +157,6 @@ def _stand_ins(identity: StoreIdentity, device: torch.device) -> dict[str, dict[
 
 def _evaluation_images(recipe: Recipe, manifest: Manifest) -> int:
     """How many images the gate asks about."""
-    weights = recipe.teacher.weights or ""
-    known = manifest.teachers.get(weights)
-    expected = recipe.teacher.expected or (known.expected if known else None)
+    expected = expected_accuracy(recipe, manifest)
     named = (expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation)
     return manifest.split(*manifest.evaluation(*named)).count

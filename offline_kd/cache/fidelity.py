@@ -71,6 +71,13 @@ def ask_again(
                 f"{store.place}: its teacher saw images with {name} {stored!r:.200}, the recipe's sees them with "
                 f"{asked!r:.200}. Name the right recipe."
             )
+    for name in ("classes", "weights_part"):
+        asked, stored = getattr(teacher, name), getattr(known, name)
+        if asked != stored:
+            raise StoreMismatch(
+                f"{store.place}: its teacher's {name} are {stored!r:.200}, those of the recipe's are {asked!r:.200}. "
+                "Name the right recipe."
+            )
     held = store.manifest.held
     if held and not held.has("logits/"):
         raise StoreMismatch(f"{store.place}: holds {describe(held)}: there are no logits to ask the teacher about.")

@@ -151,7 +151,7 @@ def plan_announcement(
     """
     if existing is None:
         return Announcement(wanted, [], [], [""])
-    same_teacher = (existing.teacher.weights_sha256, existing.codec) == (wanted.teacher.weights_sha256, wanted.codec)
+    same_teacher = (existing.teacher.what_is_asked, existing.codec) == (wanted.teacher.what_is_asked, wanted.codec)
     new: list[Addition] = []
     if same_teacher or add_as is None:
         targets, first_decisions = "", existing.decisions
@@ -198,7 +198,8 @@ def identify(
     there: list[StoreIdentity | Addition] = [existing] if existing else []
     if existing and place.size(f"additions/{recipe.name}.json") is not None:
         there.append(read_addition(place, recipe.name))
-    known = next((one for one in there if one.teacher.weights_sha256 == teacher.weights_sha256), None)
+    asked = teacher.weights_sha256, teacher.weights_part, teacher.classes
+    known = next((one for one in there if one.teacher.what_is_asked == asked), None)
     if known:
         evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
     else:
@@ -245,11 +246,13 @@ def describe_capture(
             model=teacher.model,
             model_args=teacher.model_args,
             weights_sha256=teacher.weights_sha256,
+            weights_part=teacher.weights_part,
             normalisation=teacher.normalisation,
             crop=teacher.crop,
             dtype=teacher.dtype,
             compile=teacher.compile,
             tf32=teacher.tf32,
+            classes=teacher.classes,
             evaluated_on=measured[0],
             measured_top1=measured[1],
             licence=teacher.licence,

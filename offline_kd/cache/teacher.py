@@ -9,15 +9,18 @@ import torch
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
-from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation
+from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Manifest, Normalisation
+from offline_kd.data.manifest import Teacher as ManifestTeacher
+from offline_kd.models.checkpoints import StateDict, as_file, read_state_dict
+from offline_kd.models.class_map import indices_of, names_of_classes, refuse_beyond
 from offline_kd.models.evaluation import evaluate
-from offline_kd.models.networks import build, input_of
+from offline_kd.models.networks import build, head_of, input_of
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.models.weights import find_weights, load_weights
+from offline_kd.models.weights import find_weights, known_classes, load_state
 from offline_kd.recipe import CaptureRecipe
 from offline_kd.support.console import say
-from offline_kd.support.errors import RecipeError, TeacherError
+from offline_kd.support.errors import ModelError, RecipeError, TeacherError
 from offline_kd.views.render import plain_images
 
 # On a CPU, activations should stay in its cache: ResNet-56 is a quarter slower with 256 images than with 64.
@@ -31,8 +34,8 @@ def load_teacher(
 ) -> Teacher:
     """The teacher of a recipe, in evaluation mode; what the recipe leaves open comes from the manifest.
 
-    Raises ModelError when weights are not those of the manifest or do not fit, TeacherError when the network's outputs
-    are not one per class.
+    Raises ModelError when weights are not those of the manifest or do not fit, RecipeError when the teacher is still to
+    be trained, or its map of classes is not one of this dataset and this network.
     """
     wanted = recipe.teacher
     if wanted.weights is None:
@@ -40,54 +43,118 @@ def load_teacher(
             f"recipe '{recipe.name}': teacher.weights is missing. Name a teacher of the manifest or a "
             "file, or train one: `offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
         )
-    known = manifest.teachers.get(wanted.weights)
-    model = wanted.model or (known.model if known else None)
+    if wanted.is_to_be_trained:
+        raise RecipeError(
+            f"recipe '{recipe.name}': teacher.head says that teacher.training begins from teacher.weights. Train it: "
+            "`offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
+        )
+    file = as_file(wanted.weights)
+    known, model = manifest.teachers.get(file.file), teacher_model(recipe, manifest)
     if model is None:
         raise RecipeError(
-            f"recipe '{recipe.name}': teacher.model is missing, and weights '{wanted.weights}' "
+            f"recipe '{recipe.name}': teacher.model is missing, and weights '{file.file}' "
             "are not in the manifest, which could tell it."
         )
-    path, sha256 = find_weights(wanted.weights, manifest, roots)
     args = teacher_args(recipe, manifest)
-    network = build(model, num_classes, args)
-    load_weights(network, path)
+    path, sha256 = find_weights(file, manifest, roots, model, args)
+    state = read_state_dict(path, file.key, file.prefix)
+    classes = teacher_classes(recipe, manifest)
+    own_classes = num_classes if classes is None else _classes_of_weights(state, model, num_classes, args)
+    if classes is not None:
+        refuse_beyond(classes, manifest.dataset(recipe.data.dataset).classes, own_classes)
+    network = build(model, own_classes, args)
+    load_state(network, state)
     normalisation, crop = teacher_input(recipe, manifest, model)
     network.requires_grad_(False).eval().to(device)
     return Teacher(
-        name=wanted.weights if known else model,
+        name=file.file if known else model,
         model=model,
         model_args=args,
         weights_sha256=sha256,
         normalisation=normalisation,
         crop=crop,
         dtype=wanted.dtype,
-        expected=wanted.expected or (known.expected if known else None),
+        expected=expected_accuracy(recipe, manifest),
         licence=wanted.licence or (known.licence if known else ""),
         network=network,
         batch_size=first_batch_size(recipe, device),
         compile=wanted.compile,
         tf32=wanted.tf32,
+        classes=classes,
+        weights_part=state.part,
     )
+
+
+def _known(recipe: CaptureRecipe, manifest: Manifest) -> ManifestTeacher | None:
+    """What the manifest says of the recipe's teacher."""
+    weights = recipe.teacher.weights
+    return None if weights is None else manifest.teachers.get(as_file(weights).file)
+
+
+def teacher_model(recipe: CaptureRecipe, manifest: Manifest) -> str | None:
+    """The name of the teacher's network; None where neither recipe nor manifest tells it."""
+    known = _known(recipe, manifest)
+    return recipe.teacher.model or (known.model if known else None)
 
 
 def teacher_args(recipe: CaptureRecipe, manifest: Manifest) -> dict[str, int | float | str | bool]:
     """The arguments of the teacher's network."""
-    known = manifest.teachers.get(recipe.teacher.weights or "")
+    known = _known(recipe, manifest)
     return recipe.teacher.model_args or (known.model_args if known else {})
+
+
+def teacher_classes(recipe: CaptureRecipe, manifest: Manifest) -> list[list[int]] | None:
+    """For every class of the dataset the indices of the teacher's classes that it is; None: the teacher has the same.
+
+    Raises RecipeError for a map that is not one of this dataset.
+    """
+    wanted = recipe.teacher
+    if wanted.classes is None:
+        return None
+    names = (
+        [] if wanted.weights is None else names_of_classes(teacher_model(recipe, manifest), wanted.weights, manifest)
+    )
+    return indices_of(wanted.classes, manifest.dataset(recipe.data.dataset).classes, names)
+
+
+def _classes_of_weights(
+    state: StateDict, model: str, num_classes: int, args: dict[str, int | float | str | bool]
+) -> int:
+    """How many classes the teacher has, by its weights; raises ModelError where they do not tell."""
+    count = known_classes(build(model, num_classes, args), state, head_of(model, num_classes, args))
+    if count is None:
+        raise ModelError(
+            f"{state.where}: how many classes this teacher has cannot be told from the head of '{model}'. Weights of "
+            "another architecture?"
+        )
+    return count
+
+
+def expected_accuracy(recipe: CaptureRecipe, manifest: Manifest) -> ExpectedAccuracy | None:
+    """What the gate expects; of a teacher of which some classes are asked, only the recipe can know it."""
+    known = _known(recipe, manifest)
+    return recipe.teacher.expected or (known.expected if known and recipe.teacher.classes is None else None)
 
 
 def teacher_input(recipe: CaptureRecipe, manifest: Manifest, model: str) -> tuple[Normalisation, EvaluationCrop | None]:
     """How the teacher, a network of that name, sees images: as recipe, manifest, its library or the student say.
 
+    One that the recipe trains is normalised as the weights that it begins from were, and cropped as students are.
+
     Raises ModelError when the library that knows is not installed.
     """
-    wanted, known = recipe.teacher, manifest.teachers.get(recipe.teacher.weights or "")
+    wanted, known = recipe.teacher, _known(recipe, manifest)
     normalisation, crop = wanted.normalisation, wanted.crop
-    if known is not None:
-        normalisation, crop = normalisation or known.normalisation, crop or known.crop
     needs_crop = not recipe.views.is_exact
+    if known is not None:
+        normalisation = normalisation or known.normalisation
+    if wanted.is_to_be_trained:
+        crop = crop or recipe.evaluation_crop
+    elif known is not None:
+        crop = crop or known.crop
     if normalisation is None or (needs_crop and crop is None):
-        own = input_of(model, wanted.weights)
+        weights = None if wanted.weights is None else as_file(wanted.weights).file
+        own = None if wanted.training is not None and weights is None else input_of(model, weights)
         normalisation = normalisation or (own.normalisation if own else recipe.data.normalisation)
         crop = crop or (own.crop if own else recipe.evaluation_crop)
     return normalisation, crop if needs_crop else None

@@ -67,12 +67,12 @@ def small_recipe(
     ungated = {name: teacher.model_copy(update={"expected": None}) for name, teacher in manifest.teachers.items()}
     changes = {"dataset": "bench", "train": "all", "evaluation": "all", "tars": None, "keep_bytes": 2**30}
     teacher = recipe.teacher.model_copy(update={"expected": None})
-    if teacher.weights is None and teacher.model is not None:
+    if teacher.is_to_be_trained and teacher.model is not None:
         say("bench: the teacher of this recipe is still to be trained: it gets random weights, which are as fast")
         weights = folder / "teacher.safetensors"
         network = build(teacher.model, len(dataset.classes), teacher.model_args)
         save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, weights)
-        teacher = teacher.model_copy(update={"weights": str(weights)})
+        teacher = teacher.model_copy(update={"weights": str(weights), "head": None})
     return (
         recipe.model_copy(
             update={

@@ -53,14 +53,15 @@ def command(
 
     on = choose_device(device)
     loaded = load_student(student, network=network)
-    name, split = evaluation_split(loaded.about, data, load_manifest(manifest_path), data_roots(data_root))
+    data_name, split = evaluation_split(loaded.about, data, load_manifest(manifest_path), data_roots(data_root))
     loaded.network.to(on)
-    found = evaluate(loaded.logits, split, 256, on, f"{student} on {name}", loaded.about.crop)
+    found = evaluate(loaded.logits, split, 256, on, f"{student} on {data_name}", loaded.about.crop)
     z, y = found.answers.logits, found.answers.labels
     classes = by_class(z, y, loaded.about.classes)
     left_out = split.split.count - found.samples
     top5 = 100 * top_k(z, y).double().mean().item()
-    figures = {"student": student, "data": name, **asdict(found), "top5": top5, "left_out": left_out}
+    measured = {name: getattr(found, name) for name in ("samples", "top1", "nll", "ece")}
+    figures = {"student": student, "data": data_name, **measured, "top5": top5, "left_out": left_out}
     if as_json:
         click.echo(json.dumps({**figures, "classes": [asdict(one) for one in classes]}, indent=2))
     else:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
 from offline_kd.cli.distill import show_result
 from offline_kd.cli.options import SEED, Inputs, log_option, read_inputs, recipe_options
+
+if TYPE_CHECKING:
+    from offline_kd.network_recipe import TeacherNetwork
+    from offline_kd.recipe import Recipe
 
 
 @click.command("train")
@@ -22,16 +28,33 @@ def command(
 ) -> None:
     """Plain supervised training: cross-entropy on labels only, for teachers and baselines.
 
+    With --teacher the recipe's `teacher.training` makes OUT/teacher.safetensors, beginning from `teacher.weights` where
+    there are any.
+
     \b
     offline-kd train cifar10/resnet56_resnet20_cpu --out runs/ce
     torchrun --nproc-per-node 8 -m offline_kd train recipe.yaml --teacher --out runs/teacher
     """
-    from offline_kd.distill.training import distill, train_teacher
+    from offline_kd.distill.training import TEACHER_FILE, distill, train_teacher, trained_teacher
     from offline_kd.recipe import Recipe
 
     recipe, manifest, roots, device = read_inputs(recipe_path, **inputs)
     if teacher:
         show_result(train_teacher(recipe, manifest, roots, out, device, log), out)
+        if os.environ.get("RANK", "0") == "0":
+            say_what_to_set(recipe, trained_teacher(recipe, manifest, f"{out.rstrip('/')}/{TEACHER_FILE}"))
         return
     plain = Recipe.model_validate({**recipe.model_dump(), "objectives": {"ce": [{"term": "ce"}]}})
     show_result(distill(plain, manifest, roots, out, device, seed=seed, log=log), out)
+
+
+def say_what_to_set(recipe: Recipe, trained: TeacherNetwork) -> None:
+    """The lines of a recipe that name the teacher that was just trained."""
+    from offline_kd.support.console import say
+
+    before, after = (one.model_dump(mode="json", exclude_none=True) for one in (recipe.teacher, trained))
+    for name in before | after:
+        value = after.get(name)
+        if value != before.get(name):
+            shown = value if isinstance(value, str) else json.dumps(value)
+            say(f"to ask this teacher, set in the recipe: teacher.{name}: {shown}")

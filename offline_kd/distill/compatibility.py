@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 
-from offline_kd.cache.teacher import teacher_args, teacher_input
+from offline_kd.cache.teacher import teacher_args, teacher_classes, teacher_input, teacher_model
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.weights import known_sha256
@@ -121,10 +121,11 @@ def known_of_teacher(recipe: Recipe, manifest: Manifest) -> dict[str, object]:
     that the sha256 begins with."""
     wanted = recipe.teacher
     known: dict[str, object] = {}
-    described = manifest.teachers.get(wanted.weights or "")
-    if sha256 := known_sha256(wanted.weights, manifest) if wanted.weights else "":
-        known["weights"] = sha256
-    model = wanted.model or (described.model if described else None)
+    model = teacher_model(recipe, manifest)
+    if wanted.weights is not None and not wanted.is_to_be_trained:
+        if sha256 := known_sha256(wanted.weights, manifest, model):
+            known["weights"] = sha256
+        known |= _known_classes(recipe, manifest)
     if model is not None:
         known |= {"model": model, "model_args": teacher_args(recipe, manifest)}
         try:
@@ -134,6 +135,13 @@ def known_of_teacher(recipe: Recipe, manifest: Manifest) -> dict[str, object]:
     elif wanted.normalisation:
         known["normalisation"] = wanted.normalisation
     return known
+
+
+def _known_classes(recipe: Recipe, manifest: Manifest) -> dict[str, object]:
+    try:
+        return {"classes": teacher_classes(recipe, manifest)}
+    except ModelError:  # what knows their names is not installed
+        return {}
 
 
 def difference(store: Store, known: Mapping[str, object]) -> str | None:

@@ -20,11 +20,19 @@ from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_l
 from offline_kd.distill.predictions import put_predictions
 from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
-from offline_kd.distill.student import Student, among_ranks, compiled, compiling, kd_layer_scores, with_states
+from offline_kd.distill.student import (
+    Student,
+    among_ranks,
+    compiled,
+    compiling,
+    kd_layer_scores,
+    training_mode,
+    with_states,
+)
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, said_of
 from offline_kd.distill.tracking import epoch_line, tracking
 from offline_kd.models.evaluation import evaluate
-from offline_kd.models.networks import normalise
+from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import AnyTerm
 from offline_kd.store.rows import Rows
@@ -94,7 +102,7 @@ def _train(
         progress(f"{run.objective}, seed {run.seed}", steps_left, "steps") as meter,
     ):
         for number, epoch in enumerate(passes, 1):
-            student.network.train()
+            training_mode(student.network, training)
             weights = term_weights(run.terms, epoch, run.device)
             tally = _Tally.after(done, run.device)
             for batch in loader.epoch(epoch, done.steps_done):
@@ -320,6 +328,7 @@ def _add_gradients(
     precision = torch.float16 if amp == "float16" else torch.bfloat16
     with torch.autocast(inputs.device.type, precision, enabled=bool(amp)):
         logits = (student.network if student.trained is None else student.trained)(inputs)
+    refuse_no_logits(logits, student.model, len(inputs), student.num_classes)
     logits = logits.float()
     mixing = (batch.other_labels, batch.share) if recipe.views.mixes else None
     known = LossBatch(batch.labels, mixing, recipe.training.label_smoothing, kd_layer_scores(student))

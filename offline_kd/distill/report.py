@@ -171,8 +171,8 @@ def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Pred
     wanted = run.recipe.teacher
     if isinstance(run.recipe.store, list):
         return None
-    weights = Path(wanted.weights or "")
-    if weights.name == "student.safetensors" and (weights.parent / FILE).is_file():
+    weights = Path(as_file(wanted.weights or "-").file)
+    if weights.name in ("teacher.safetensors", "student.safetensors") and (weights.parent / FILE).is_file():
         key = str(weights.parent)
         if key not in known:
             known[key] = read_predictions((weights.parent / FILE).read_bytes(), str(weights.parent / FILE))

@@ -18,7 +18,8 @@ from offline_kd.distill.sampler import ORDER_VERSION
 from offline_kd.distill.student import Student
 from offline_kd.models.networks import parameter_count
 from offline_kd.models.student_file import StudentFile, describe_kd_layers, student_bytes
-from offline_kd.recipe import AnyTerm, Recipe, StudentNetwork, dump_recipe
+from offline_kd.network_recipe import StudentNetwork
+from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
 from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.places import WritablePlace
@@ -59,7 +60,9 @@ class Run:
             del content["data"][field_name]
         del content["training"]["checkpoint_steps"]
         content["training"].pop("resident", None)
-        content["student"].pop("weights", None)  # where they lie
+        weights = content["student"].pop("weights", None)
+        if isinstance(weights, dict):  # not where they lie, but what of them was taken
+            content["student"]["weights"] = {name: weights[name] for name in ("key", "prefix")}
         content.pop("published", None)
         for one in content["store"] if isinstance(content["store"], list) else []:
             del one["signed_by"]  # where a key lies; what is read is in the digest

@@ -30,7 +30,7 @@ from offline_kd.distill.run_records import group_runs, read_runs
 from offline_kd.distill.student_processes import distill_in_processes
 from offline_kd.distill.sweep import Planned, plan
 from offline_kd.distill.tracking import check_tracker
-from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher
+from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher, trained_teacher
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
 from offline_kd.support.console import say, show_table
 from offline_kd.support.errors import RecipeError
@@ -106,11 +106,13 @@ def _run(
     roots = data_roots([*extra_roots, *([recipe.data.root] if recipe.data.root else [])])
     folders: list[str | Path] = []
 
-    if recipe.teacher.training is not None and recipe.teacher.weights is None:
-        say(f"training the teacher, {recipe.teacher.model}")
+    if recipe.teacher.is_to_be_trained:
+        say(f"training the teacher, {recipe.teacher.model or 'of the manifest'}")
         trained = train_teacher(recipe, manifest, roots, out / "teacher", device, options.get("log"))
-        recipe = _with_teacher(recipe, trained, out)
+        recipe = _with_teacher(recipe, manifest, trained, out)
         folders.append(out / "teacher")
+    elif recipe.teacher.training is not None:
+        say("teacher.weights are the teacher's, it is not trained. To train it from them: teacher.head: keep, or new")
     swept = recipe.model_copy(update={"sweep": sweep})
     write_atomically(out / "recipe.yaml", dump_recipe(swept))
 
@@ -191,12 +193,10 @@ def pack_digits(folder: Path) -> None:
         pack(samples, folder, split, 512)
 
 
-def _with_teacher(recipe: Recipe, result: Result, out: Path) -> Recipe:
+def _with_teacher(recipe: Recipe, manifest: Manifest, result: Result, out: Path) -> Recipe:
     """The recipe with the teacher that was just trained, and the accuracy that its gate expects."""
     expected = ExpectedAccuracy(
         dataset=recipe.data.dataset, split=recipe.data.evaluation, top1=result.top1, tolerance=TEACHER_TOLERANCE
     )
-    teacher = recipe.teacher.model_copy(
-        update={"weights": str(out / "teacher" / "student.safetensors"), "expected": expected}
-    )
-    return recipe.model_copy(update={"teacher": teacher})
+    teacher = trained_teacher(recipe, manifest, str(out / "teacher" / "student.safetensors"))
+    return recipe.model_copy(update={"teacher": teacher.model_copy(update={"expected": expected})})

@@ -3,23 +3,24 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
-from offline_kd.data.fetching import Fetched
 from offline_kd.distill.averaging import WeightAverage
 from offline_kd.distill.checkpoint import Stateful
+from offline_kd.models.checkpoints import StateDict
 from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
-from offline_kd.models.networks import build, normalise
+from offline_kd.models.networks import build, head_of, normalise
 from offline_kd.models.sync_batchnorm import synchronise_batchnorm
-from offline_kd.models.weights import load_pretrained
+from offline_kd.models.weights import begin_from
+from offline_kd.network_recipe import Head
 from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
 from offline_kd.support.console import say
-from offline_kd.support.errors import RecipeError, TrainingError
+from offline_kd.support.errors import ModelError, RecipeError, TrainingError
 from offline_kd.support.ranks import world
 from offline_kd.training_recipe import Training
 
@@ -28,6 +29,8 @@ from offline_kd.training_recipe import Training
 class Student:
     network: nn.Module
     kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
+    model: str = ""  # what the network is called
+    num_classes: int | None = None  # that it must give logits for; None: nobody said
     # The network as it is trained: compiled, or by ranks together, whose gradients are those of all of them.
     trained: nn.Module | None = None
     average: WeightAverage | None = None  # of the weights
@@ -51,7 +54,7 @@ def new_student(
     seed: int,
     device: torch.device,
     terms: Sequence[AnyTerm] = (),
-    weights: Path | Fetched | None = None,
+    weights: StateDict | None = None,
 ) -> Student:
     """The student of a recipe, with the KD layers that `terms` put into it.
 
@@ -62,15 +65,15 @@ def new_student(
     Raises ModelError for weights that do not fit or a KD layer behind a module that gives no map, RecipeError for one
     behind the same module as another.
     """
-    num_classes = len(loader.dataset.classes)
+    num_classes, about = len(loader.dataset.classes), recipe.student
     torch.manual_seed(seed)
-    network = build(recipe.student.model, num_classes, recipe.student.model_args)
-    if weights is not None and (left_out := load_pretrained(network, weights, num_classes)):
-        say(f"{weights}: is for another number of classes: {', '.join(left_out)} begin anew")
+    network = build(about.model, num_classes, about.model_args)
+    begin = Beginning(about.model, about.model_args, recipe.training.train, "student.head", about.head)
+    prepare_network(network, num_classes, begin, weights)
     network = network.to(device)
     wanted = kd_layer_terms(terms)
     if not wanted:
-        return Student(network, {})
+        return Student(network, {}, about.model, num_classes)
     if (size := recipe.views.output_size) is None:
         images = loader[0].images[:1]
     else:
@@ -88,7 +91,45 @@ def new_student(
         layers[term.after], _ = insert_kd_layer(
             network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
         )
-    return Student(network, layers)
+    return Student(network, layers, about.model, num_classes)
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """How a network begins its training: where recipes say so, and what."""
+
+    model: str
+    model_args: Mapping[str, int | float | str | bool]
+    train: Literal["all", "head"]
+    field: str  # of the recipe, that says `head`
+    head: Head | None
+
+
+def prepare_network(network: nn.Module, num_classes: int, begin: Beginning, state: StateDict | None) -> None:
+    """Load the weights that a network begins from, and freeze what does not train.
+
+    Raises ModelError for weights that do not fit, RecipeError where no weights are to stay as they are.
+    """
+    if state is None and begin.train == "head":
+        raise RecipeError("training.train: head keeps the rest as weights to begin from have it, and none are given.")
+    if state is None:
+        return
+    head = head_of(begin.model, num_classes, begin.model_args)
+    if not head and (begin.head == "new" or begin.train == "head"):
+        raise ModelError(f"'{begin.model}': nothing in it depends on num_classes, so that it has no head.")
+    if new := begin_from(network, state, head, begin.head, begin.field):
+        about = "" if begin.head == "new" else "is for another number of classes: "
+        say(f"{state.where}: {about}{', '.join(new)} begin anew")
+    if begin.train == "head":
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in head)
+
+
+def training_mode(network: nn.Module, training: Training) -> None:
+    """As `network.train()`, but around a head that trains alone all computes as in evaluation: statistics stay."""
+    network.train()
+    for module in network.modules() if training.train == "head" else ():
+        module.training = any(parameter.requires_grad for parameter in module.parameters())
 
 
 def with_states(student: Student, training: Training, device: torch.device) -> Student:

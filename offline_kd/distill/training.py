@@ -4,13 +4,13 @@ All it knows of stage 1 is the store. A live teacher (`--online`) takes the stor
 same views in the same order, and exists to measure that the two agree.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
 
-from offline_kd.cache.teacher import load_teacher
+from offline_kd.cache.teacher import load_teacher, teacher_args, teacher_input, teacher_model
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
@@ -23,16 +23,17 @@ from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
 from offline_kd.distill.results import Result, Run
 from offline_kd.distill.run_directory import run_place
-from offline_kd.distill.student import Student, new_student
+from offline_kd.distill.student import Beginning, Student, new_student, prepare_network
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
 from offline_kd.distill.tracking import check_tracker
+from offline_kd.models.checkpoints import StateDict, WeightsFile, as_file, read_state_dict
 from offline_kd.models.networks import build
 from offline_kd.models.weights import find_weights
+from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
     Recipe,
-    StudentNetwork,
     TeacherStore,
     needs_teacher,
 )
@@ -44,10 +45,11 @@ from offline_kd.support.console import say
 from offline_kd.support.downloads import DEFAULT_BYTES
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.places import WritablePlace
-from offline_kd.support.ranks import joined, rank, world
+from offline_kd.support.ranks import from_first, joined, rank, world
 from offline_kd.views.epochs import view_groups
 
 T = TypeVar("T")
+TEACHER_FILE = "teacher.safetensors"  # of its run directory: student.safetensors under the name of what it is
 
 
 class Shared:
@@ -147,8 +149,8 @@ def prepare(
     evaluated = shared.once(
         "evaluation", read, lambda: evaluation_images(recipe, manifest, roots, download_bytes=limit)
     )
-    wanted_weights = recipe.student.weights
-    weights, initial = (None, "") if wanted_weights is None else find_weights(wanted_weights, manifest, roots)
+    about = recipe.student
+    weights, initial = initial_weights(about.weights, manifest, roots, about.model, about.model_args)
     student = new_student(recipe, images, seed, device, terms, weights)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
@@ -162,7 +164,7 @@ def prepare(
     source = source_of(recipe, images, [] if online else opened, terms, groups)
     loader = make_loader(recipe, source, seed, device, live_size, shared)
     digest = "+".join(store.digest for store in opened)
-    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, options.get("log"))
+    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=options.get("log"))
     return run, student, loader, evaluated, ask
 
 
@@ -200,26 +202,69 @@ def train_teacher(
     device: torch.device,
     log: str | None = None,
 ) -> Result:
-    """Train the teacher of a recipe with cross-entropy on all labels; `out/student.safetensors` are its weights.
+    """Train the teacher of a recipe with cross-entropy on all labels; `out/teacher.safetensors` are its weights.
+
+    It begins from `teacher.weights`, where there are any, with their head unless `teacher.head` is `new`.
 
     Args:
         log: a tracker that is told every epoch, as of `distill`.
+
+    Raises ModelError for weights to begin from that do not fit.
     """
     check_tracker(log)
-    if recipe.teacher.model is None or recipe.teacher.training is None:
+    model, training = teacher_model(recipe, manifest), recipe.teacher.training
+    if model is None or training is None:
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
     with joined(device):
-        images, seed = training_images(recipe, manifest, roots), recipe.seeds[0]
+        images, seed, place = training_images(recipe, manifest, roots), recipe.seeds[0], run_place(out)
         _refuse_labels_that_are_not(recipe, images, [CE(term="ce")])
+        num_classes, args = len(images.dataset.classes), teacher_args(recipe, manifest)
         torch.manual_seed(seed)
-        network = build(recipe.teacher.model, len(images.dataset.classes), recipe.teacher.model_args).to(device)
-        normalisation = recipe.teacher.normalisation or recipe.data.normalisation
+        network = build(model, num_classes, args)
+        state, initial = initial_weights(recipe.teacher.weights, manifest, roots, model, args)
+        begin = Beginning(model, args, training.train, "teacher.head", recipe.teacher.head or "keep")
+        prepare_network(network, num_classes, begin, state)
+        if state is not None:
+            say(f"the teacher begins from {state.where}" + ", and its head alone trains" * (training.train == "head"))
+        normalisation, _ = teacher_input(recipe, manifest, model)
         data = recipe.data.model_copy(update={"labelled_fraction": 1.0, "normalisation": normalisation})
-        plain = recipe.without_sweep().model_copy(update={"training": recipe.teacher.training, "data": data})
+        plain = recipe.without_sweep().model_copy(update={"training": training, "data": data})
         loader = make_loader(plain, source_of(plain, images), seed, device)
-        trained = StudentNetwork(model=recipe.teacher.model, model_args=recipe.teacher.model_args)
-        run = Run(plain, "teacher", [CE(term="ce")], seed, run_place(out), device, trained=trained, log=log)
-        return fit(run, Student(network, {}), loader, evaluation_images(recipe, manifest, roots), no_signal)
+        trained = StudentNetwork(model=model, model_args=args)
+        run = Run(
+            plain, "teacher", [CE(term="ce")], seed, place, device, initial_sha256=initial, trained=trained, log=log
+        )
+        student = Student(network.to(device), {}, model, num_classes)
+        result = fit(run, student, loader, evaluation_images(recipe, manifest, roots), no_signal)
+        from_first(lambda: place.copy("student.safetensors", TEACHER_FILE))
+        return result
+
+
+def trained_teacher(recipe: Recipe, manifest: Manifest, weights: str) -> TeacherNetwork:
+    """The teacher of a recipe when it was trained: it has these weights, and sees images as it was trained to."""
+    wanted, model = recipe.teacher, teacher_model(recipe, manifest)
+    assert model is not None, "it was trained"
+    tuned = wanted.model_copy(update={"head": wanted.head or "keep"} if wanted.weights else {})
+    own = {"model": model, "model_args": teacher_args(recipe, manifest)} if wanted.model is None else {}
+    trained = wanted.model_copy(update={"weights": weights, "head": None, **own})
+    saw, sees = (teacher_input(recipe.model_copy(update={"teacher": one}), manifest, model) for one in (tuned, trained))
+    # A library knows how its own weights see, not these.
+    return trained if saw == sees else trained.model_copy(update={"normalisation": saw[0], "crop": saw[1]})
+
+
+def initial_weights(
+    weights: str | WeightsFile | None,
+    manifest: Manifest,
+    roots: Sequence[Root],
+    model: str,
+    args: Mapping[str, int | float | str | bool],
+) -> tuple[StateDict | None, str]:
+    """The weights that a training begins from, and the sha256 of their file; None and "": it begins from nothing."""
+    if weights is None:
+        return None, ""
+    file = as_file(weights)
+    path, sha256 = find_weights(file, manifest, roots, model, args)
+    return read_state_dict(path, file.key, file.prefix), sha256
 
 
 def training_images(

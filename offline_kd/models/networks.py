@@ -3,15 +3,19 @@
 cifar:NAME              the benchmark networks for 32x32 images, written here (`CIFAR` lists them)
 torchvision:NAME        torchvision.models
 timm:NAME               timm (install `offline-kd[timm]`)
-package.module:NAME     your own: a callable that takes num_classes and returns a torch.nn.Module
+package.module:NAME     your own, installed or in the current folder: a callable that is called as
+                        NAME(num_classes=10, **model_args) and returns a torch.nn.Module, whose
+                        forward takes [B, 3, H, W] float32 and returns logits [B, num_classes]
 """
 
 import importlib
+import inspect
 import math
+import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +25,10 @@ from offline_kd.models.cifar_resnet import CifarResNet, CifarResNet50
 from offline_kd.models.cifar_vgg import CifarVGG
 from offline_kd.models.mobilenetv2 import MobileNetV2
 from offline_kd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
-from offline_kd.models.weights import _torchvision_entry
+from offline_kd.models.weights import import_timm, torchvision_entry, weights_name
 from offline_kd.models.wide_resnet import WideResNet
 from offline_kd.support.constants import constant
-from offline_kd.support.errors import ModelError, did_you_mean
+from offline_kd.support.errors import ModelError, did_you_mean, shorten
 
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 VGG8 = [[64], [128], [256], [512], [512]]
@@ -49,14 +53,45 @@ def build(name: str, num_classes: int, args: Mapping[str, int | float | str | bo
 
     Weights are laid out channels-last, as `normalise` lays out images: twice as fast for ResNets on a CPU.
     """
+    make = _constructor(name)
+    _refuse_other_signature(name, make, args or {})
     try:
-        model = _constructor(name)(num_classes=num_classes, **(args or {}))
+        model = make(num_classes=num_classes, **(args or {}))
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{name}' cannot be built with {dict(args or {})}: {reason}") from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"'{name}' returned a {type(model).__name__}, not a torch.nn.Module.")
     return model.to(memory_format=torch.channels_last)
+
+
+def head_of(name: str, num_classes: int, args: Mapping[str, int | float | str | bool] | None = None) -> dict[str, int]:
+    """The head of a network: the tensors whose shape depends on the number of classes, and in which dimension.
+
+    Whatever they are called, and however many: what two networks for another number of classes differ in. Nothing is
+    drawn from the generator that decides how students begin.
+    """
+    with torch.random.fork_rng(devices=[]):
+        one, other = (build(name, count, args).state_dict() for count in (num_classes, num_classes + 1))
+    shapes = {key: (one[key].shape, other[key].shape) for key in one if key in other}
+    head = {
+        key: next(dim for dim, sizes in enumerate(zip(*pair, strict=True)) if sizes[0] != sizes[1])
+        for key, pair in shapes.items()
+        if pair[0] != pair[1]
+    }
+    return head
+
+
+def refuse_no_logits(output: object, name: str, rows: int | None = None, num_classes: int | None = None) -> None:
+    """Raise ModelError for what a network gives instead of logits `[rows, num_classes]`, as far as these are known."""
+    shape = list(output.shape) if isinstance(output, Tensor) else []
+    expected = ("B" if rows is None else rows, "num_classes" if num_classes is None else num_classes)
+    if len(shape) == 2 and all(isinstance(one, str) or one == size for one, size in zip(expected, shape, strict=True)):
+        return
+    what = f"a tensor {shape}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+    raise ModelError(
+        f"'{name}': its forward gives {what}, must give one tensor of logits [{expected[0]}, {expected[1]}]."
+    )
 
 
 def _constructor(name: str) -> Callable[..., object]:
@@ -72,7 +107,7 @@ def _constructor(name: str) -> Callable[..., object]:
             raise ModelError(f"torchvision has no '{model}'.{did_you_mean(model, models.list_models())}")
         return partial(models.get_model, model, weights=None)
     if source == "timm":
-        timm = _timm()
+        timm = import_timm()
         if not timm.is_model(model):
             raise ModelError(f"timm has no '{model}'.{did_you_mean(model, timm.list_models())}")
         return partial(timm.create_model, model)
@@ -83,21 +118,42 @@ def _constructor(name: str) -> Callable[..., object]:
     )
 
 
-def _timm() -> ModuleType:
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise ModelError("timm is not installed: pip install 'offline-kd[timm]'") from error
-
-
 def _import(module: str, function: str) -> Callable[..., object]:
+    """A callable of an installed package, or of a module in the current folder."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.append(here)  # at the end: nothing that is installed may be replaced; for good: it may import others
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ModelError(f"'{module}:{function}' cannot be imported: {error}") from error
+    except ModuleNotFoundError as error:
+        raise ModelError(
+            f"'{module}:{function}' cannot be imported: {error}. Modules are looked for among installed packages, in "
+            f"PYTHONPATH and in {here}."
+        ) from error
+    except AttributeError as error:
+        raise ModelError(f"'{module}:{function}' cannot be imported: {error}.") from error
+    except Exception as error:  # of somebody's code
+        reason = f"{type(error).__name__}: {shorten(' '.join(str(error).split()))}"
+        raise ModelError(f"'{module}:{function}' cannot be imported: {reason}") from error
     if not callable(found):
         raise ModelError(f"'{module}:{function}' is not callable.")
     return found
+
+
+def _refuse_other_signature(name: str, make: Callable[..., object], args: Mapping[str, object]) -> None:
+    """Raise ModelError for a callable that cannot be given `num_classes` and these arguments."""
+    try:
+        signature = inspect.signature(make)
+    except (TypeError, ValueError):  # of what is not written in Python
+        return
+    given = {"num_classes": 10, **args}
+    try:
+        signature.bind(**given)
+    except TypeError as error:
+        raise ModelError(
+            f"'{name}' cannot be built with {dict(args)}: it is called with "
+            f"{', '.join(f'{one}=...' for one in given)}, and takes {shorten(str(signature), 200)}: {error}."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -112,7 +168,7 @@ def input_of(name: str, weights: str | None) -> Input | None:
     """What timm knows of a model, or torchvision of its weights (`ResNet50_Weights.IMAGENET1K_V2`); None: nothing."""
     source, _, model = name.partition(":")
     if source == "timm":
-        config = _timm().get_pretrained_cfg(model)
+        config = import_timm().get_pretrained_cfg(model)
         if config is None:
             return None
         size = config.input_size[-1]
@@ -124,8 +180,9 @@ def input_of(name: str, weights: str | None) -> Input | None:
                 interpolation="bicubic" if config.interpolation == "bicubic" else "bilinear",
             ),
         )
-    if source == "torchvision" and weights and "_Weights." in weights:
-        preset = _torchvision_entry(weights).transforms()
+    known = weights_name(weights, name) if weights else ""
+    if source == "torchvision" and "_Weights." in known:
+        preset = torchvision_entry(known).transforms()
         return Input(
             Normalisation(mean=tuple(preset.mean), std=tuple(preset.std)),
             EvaluationCrop(

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from offline_kd.data.decoding import upright_rgb
 from offline_kd.data.fetching import Fetched, is_url
 from offline_kd.data.manifest import EvaluationCrop, Normalisation
+from offline_kd.models.checkpoints import read_state_dict
 from offline_kd.models.kd_layer import KDLayer, WithKDLayer
 from offline_kd.models.networks import build, normalise
-from offline_kd.models.weights import load_weights, read_state_dict
+from offline_kd.models.weights import load_state
 from offline_kd.support.errors import DataError, ModelError, shorten
 from offline_kd.support.places import place_at
 from offline_kd.support.strict import Count, Seed, Sha256, Strict, parse
@@ -146,8 +147,8 @@ def load_student(location: str | Path, *, network: nn.Module | str | None = None
     student = _network(about, network, str(file))
     state = read_state_dict(file)
     for layer in about.kd_layers:
-        _put_kd_layer(student, layer, state, str(file))
-    load_weights(student, file)
+        _put_kd_layer(student, layer, state.tensors, str(file))
+    load_state(student, state)
     return TrainedStudent(student.eval(), about)
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
-from offline_kd.models.networks import normalise
+from offline_kd.models.class_map import select
+from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.models.taps import TapPoint, put_taps, tapped
 from offline_kd.support.errors import ModelError
 
@@ -41,9 +42,11 @@ class Teacher:
     batch_size: int
     compile: bool = False  # by torch.compile, when it is first asked
     tf32: bool = False  # on GPUs that have it: float32 products of 10 bits
+    classes: list[list[int]] | None = None  # of the network's, that each class of the dataset is; None: it is its own
+    weights_part: str = ""  # of their file, where it is another one than the weights themselves
 
     def logits(self, images: Tensor) -> Tensor:
-        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images."""
+        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset."""
         return self._ask(images, ())[0]
 
     def logits_and_maps(self, images: Tensor, points: Sequence[TapPoint]) -> tuple[Tensor, list[Tensor]]:
@@ -62,7 +65,8 @@ class Teacher:
             torch.autocast(images.device.type, AUTOCAST.get(self.dtype), enabled=self.dtype in AUTOCAST),
         ):
             logits, maps = ask(normalise(images, self.normalisation))
-        return logits.float(), maps
+        refuse_no_logits(logits, self.model)
+        return logits.float() if self.classes is None else select(logits.float(), self.classes), maps
 
 
 def _as_it_is(network: nn.Module, points: Sequence[TapPoint]) -> Ask:

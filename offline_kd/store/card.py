@@ -146,6 +146,13 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
         "serves": ", ".join(served_terms(store)),
         "licence": teacher.licence or "not stated",
     }
+    if teacher.weights_part:
+        facts["part of the weights' file"] = f"`{teacher.weights_part}`"
+    if teacher.classes is not None:
+        facts["classes of the teacher"] = "; ".join(
+            f"{name}: {', '.join(map(str, indices))}"
+            for name, indices in zip(identity.dataset.classes, teacher.classes, strict=False)
+        )
     held = store.manifest.held if store.manifest else None
     for name, about in identity.decisions.items() if held is None or held.has("decisions/") else ():
         figures = store.tables_statistics(name) | (fidelity.decisions.get(name, {}) if fidelity else {})

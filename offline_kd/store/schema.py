@@ -62,6 +62,11 @@ def _is_false(value: object) -> bool:
     return value is False
 
 
+def _is_unused(value: object) -> bool:
+    """Left out of JSON, so that stores of teachers with classes of their own are described as before."""
+    return value in (None, "")
+
+
 class DatasetIdentity(Strict):
     name: str
     split: str
@@ -79,14 +84,27 @@ class TeacherIdentity(Strict):
     model: str
     model_args: dict[str, int | float | str | bool]
     weights_sha256: Sha256
+    weights_part: str = Field(
+        "", exclude_if=_is_unused, description="entry, prefix of the file, where not the weights themselves were meant"
+    )
     normalisation: Normalisation
     crop: EvaluationCrop | None = Field(None, description="of images of different sizes; its size is that of views")
     dtype: str
     compile: bool = Field(False, exclude_if=_is_false, description="whether the network was compiled")
     tf32: bool = Field(False, exclude_if=_is_false, description="whether float32 products may have had 10 bits")
+    classes: list[Annotated[list[int], Field(min_length=1)]] | None = Field(
+        None,
+        exclude_if=_is_unused,
+        description="indices of the network's classes that each class of the dataset is; None: they are its own",
+    )
     evaluated_on: str
     measured_top1: float = Field(description="percent, by the gate, before anything was written")
     licence: str
+
+    @property
+    def what_is_asked(self) -> tuple[object, ...]:
+        """Which weights, and which of their classes: teachers that differ in it say other things."""
+        return self.weights_sha256, self.weights_part, self.classes
 
     @property
     def arithmetic(self) -> str:
