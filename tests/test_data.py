@@ -16,14 +16,13 @@ from PIL import Image
 from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.checking import check_dataset
 from offline_kd.data.decoding import decode_image
+from offline_kd.data.folders import look_through
 from offline_kd.data.manifest import Dataset, Manifest, Split, Tar, load_manifest
 from offline_kd.data.manifest_merging import manifest_entry, merge_dataset
 from offline_kd.data.packing import (
     cifar_samples,
     digits_samples,
     encode_png,
-    imagefolder_samples,
-    imagefolder_splits,
     pack,
 )
 from offline_kd.data.tars import Sample, hash_key, read_tar
@@ -187,9 +186,9 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     for name in ("cat/a.png", "cat/a.jpg", "dog/deep er/b!.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels(len(name))).save(tmp_path / name)
-    found, classes = imagefolder_samples(tmp_path)
-    listed = list(found)
-    assert classes == ["cat", "dog"]
+    found = look_through(tmp_path)
+    listed = list(found.samples("train"))
+    assert found.classes == ["cat", "dog"]
     hashes = [hash_key(sample.key) for sample in listed]
     assert hashes == sorted(hashes)  # so that every tar has images of many classes
     listed.sort(key=lambda sample: sample.key)
@@ -198,9 +197,9 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     assert re.fullmatch(r"cat/a_[0-9a-f]{8}", listed[1].key)
     assert listed[2].key == "dog/deep_er/b_"
     assert listed[2].encoded == (tmp_path / "dog/deep er/b!.png").read_bytes()
-    (tmp_path / "cat" / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"notes.txt: not a png, jpg"):
-        list(imagefolder_samples(tmp_path)[0])
+    (tmp_path / "cat" / "a.png").write_bytes(b"changed")
+    with pytest.raises(DataError, match=r"cat/a.png: was changed while the folder was packed"):
+        list(found.samples("train"))
 
 
 def folder_of(root, *names):
@@ -222,14 +221,14 @@ def test_a_folder_of_splits_is_packed_whole_and_never_as_classes(tmp_path):
     one = yaml.safe_load(invoke(*pack, "--source", photos / "val", "--split", "val").stdout)["datasets"]["photos"]
     assert one["splits"] == {"val": entry["splits"]["val"]}
     folder_of(photos, "val/cow/e.png")
-    assert "'cow' is a class of train or of val, not of both" in refused(*pack, "--source", photos)
+    assert "class 'cow' has 1 pictures in val and none in train" in refused(*pack, "--source", photos)
     loose = folder_of(tmp_path / "loose", "train/cat/a.png", "train/dog/b.png", "test/x.png")
     assert "test: 0 class folders" in refused(*pack, "--source", loose)
     unusual = folder_of(tmp_path / "unusual", "fold0/a/1.png", "fold0/b/2.png", "fold1/a/3.png", "fold1/b/4.png")
-    assert list(imagefolder_splits(unusual)[0]) == ["fold0", "fold1"]
+    assert list(look_through(unusual).splits) == ["fold0", "fold1"]
     vehicles = folder_of(tmp_path / "vehicles", "car/a.png", "train/b.png", "train/steam/c.png")
-    samples, classes = imagefolder_splits(vehicles)
-    assert (list(samples), classes) == (["train"], ["car", "train"])
+    found = look_through(vehicles)
+    assert (list(found.splits), found.classes) == (["train"], ["car", "train"])
 
 
 MANIFEST = """# About this file
