@@ -29,7 +29,7 @@ TEST_NAMES = ("test", "testing")
 SPLIT_NAMES = (*TRAIN_NAMES, *VALIDATION_NAMES, *TEST_NAMES)
 NO_CLASSES = ("__MACOSX",)  # what archives made on a Mac bring along
 READ_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats by content -> member of a tar
-NAMED_FORMATS = (*READ_AS, "GIF", "BMP", "TIFF")  # that are told by content, whatever the name of the file
+OTHER_PICTURES = ("GIF", "BMP", "TIFF", "AVIF", "JPEG2000")  # by content; others have to be named like pictures
 LISTED = 100  # bad pictures that are named
 AT_ONCE = 1024  # pictures that are waiting to be decoded
 HELD_OUT = 5  # one of so many pictures, where a folder has no splits
@@ -218,18 +218,17 @@ def _extension(path: Path, left_out: Counter[str], bad: list[BadPicture]) -> str
     if extension in IMAGE_EXTENSIONS:
         return extension
     try:
-        with Image.open(path, formats=NAMED_FORMATS) as image:
+        with Image.open(path) as image:
             kind = str(image.format)
     except UNDECODABLE:
-        if (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
-            bad.append(BadPicture(path, f"a .{extension} is not read: convert it to PNG, JPEG or WebP"))
-        else:
-            left_out[f".{extension}" if extension else "without extension"] += 1
-        return None
-    if kind not in READ_AS:
-        bad.append(BadPicture(path, f"a {kind} is not read: convert it to PNG, JPEG or WebP"))
-        return None
-    return READ_AS[kind]
+        kind = ""
+    if kind in READ_AS:
+        return READ_AS[kind]
+    if kind in OTHER_PICTURES or (mimetypes.guess_type(path.name)[0] or "").startswith("image/"):
+        bad.append(BadPicture(path, f"a {kind or extension} is not read: convert it to PNG, JPEG or WebP"))
+    else:
+        left_out[f".{extension}" if extension else "without extension"] += 1
+    return None
 
 
 def _key(relative: Path, taken: Mapping[str, object]) -> str:
@@ -268,7 +267,7 @@ def _decode(file: _File) -> Picture | BadPicture:
 def _say_what_is_left_out(photos: Photos, on_bad: OnBadImage) -> None:
     others = ", ".join(f"{kind} ({count:,})" for kind, count in photos.left_out.items() if count)
     if others:
-        say(f"{photos.folder}: left out {photos.left_out.total():,} files that are no pictures: {others}")
+        say(f"{photos.folder}: left out what is no picture: {others}")
     for one in photos.bad[:LISTED]:
         say(f"{one.path}: {shorten(one.problem)}")
     if not photos.bad:
@@ -277,10 +276,10 @@ def _say_what_is_left_out(photos: Photos, on_bad: OnBadImage) -> None:
     if on_bad == "fail":
         first = photos.bad[0]
         raise DataError(
-            f"{photos.folder}: {len(photos.bad):,} bad pictures{more}, such as {first.path}: {shorten(first.problem)}. "
+            f"{photos.folder}: {len(photos.bad):,} bad pictures{more}: {first.path}: {shorten(first.problem)}. "
             "Repair or remove them, or leave them out: --bad-images skip."
         )
-    say(f"{photos.folder}: left out {len(photos.bad):,} bad pictures{more}")
+    say(f"{photos.folder}: left out these bad pictures: {len(photos.bad):,}{more}")
 
 
 def _compare_splits(photos: Photos, names: Mapping[str, Sequence[str]]) -> None:
