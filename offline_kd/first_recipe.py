@@ -6,6 +6,7 @@ Networks and reading are timed on this machine, so that the recipe takes about a
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import yaml
 from torch.nn import functional as F
 
 from offline_kd.data.decoding import decode, is_scalable
@@ -24,6 +26,7 @@ from offline_kd.data.tars import hash_key
 from offline_kd.models.networks import Input, build, input_of
 from offline_kd.models.pretrained import fetch_pretrained
 from offline_kd.models.weights import load_pretrained
+from offline_kd.support.console import printable
 from offline_kd.support.errors import ModelError
 from offline_kd.views.kind import draw
 from offline_kd.views.random_resized_crop import RandomCrop
@@ -174,7 +177,7 @@ def seconds_of_network(model: str, num_classes: int, size: int, device: torch.de
         taught = fastest(step)
         network.eval()
         return taught, fastest(answer)
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(f"'{model}' does not take {size}x{size} pixels: {reason}") from error
 
@@ -257,7 +260,7 @@ def plan(seconds: Seconds, rows: int, sizes: Sequence[int], budget: float) -> Pl
 
 
 def first_recipe(
-    name: str, photos: Photos, start: Start, student: str | None, minutes: float, device: torch.device
+    name: str, photos: Photos, start: Start, student: str | None, minutes: int, device: torch.device
 ) -> FirstRecipe:
     """The recipe `name` for a dataset of that name.
 
@@ -276,25 +279,26 @@ def first_recipe(
     machine = "a GPU" if device.type == "cuda" else f"{os.cpu_count()} cores"
     workers = min((os.cpu_count() or 1) // 2, 8)
     text = f"""\
-# Written by `offline-kd init` for pictures of {len(photos.classes):,} classes ({counts}). Every line may be changed.
+# Written by `offline-kd init` for pictures of {len(photos.classes):,} classes ({printable(counts)}).
+# Every line may be changed.
 #
 #   command    offline-kd run recipe.yaml        teacher, store, students and report, in runs/{name}
 #   time       about {max(round(chosen.seconds / 60), 1)} min with {machine}, from what a few pictures took here
-name: {name}
+name: {_text(name)}
 data:
-  dataset: {name}  # its tars are named in data_manifest.yaml, and lie in data/{name}
-  train: {json.dumps(train)}
-  evaluation: {json.dumps(evaluation_split(photos.splits))}  # measured on, never learned from
+  dataset: {_text(name)}  # its tars are named in data_manifest.yaml, and lie in data/{name}
+  train: {_text(train)}
+  evaluation: {_text(evaluation_split(photos.splits) or train)}  # measured on, never learned from
   normalisation: {_flow(known.normalisation if known else OF_IMAGENET)}  # {"the teacher's" if known else "ImageNet's"}
   workers: {workers if workers > 1 else 0}  # processes that read pictures; 0: this one, where there are few cores
 {_views(pictures, chosen, sizes, minutes)}
 capture:
   codec: {_codec(len(photos.classes))}
 teacher:
-  model: {start.model}  # {start.why}
+  model: {_text(start.model)}  # {printable(start.why)}
 {_teacher(start, pictures, chosen, device)}\
 student:
-  model: {network}  # {"as asked for" if student else "small and fast; any cifar:, torchvision: or timm: network"}
+  model: {_text(network)}  # {"as asked for" if student else "small; any cifar:, torchvision: or timm: network"}
 training:  # of every student
   epochs: {EPOCHS * chosen.rounds}  # every stored view is shown {EPOCHS} times
 {_training(pictures, device, "1.0e-3", "from nothing")}\
@@ -308,7 +312,7 @@ seeds: [0]  # more of them say how far results are luck: [0, 1, 2]
     return FirstRecipe(text, chosen.seconds / 60)
 
 
-def _views(pictures: Sequence[Picture], chosen: Plan, sizes: Sequence[int], minutes: float) -> str:
+def _views(pictures: Sequence[Picture], chosen: Plan, sizes: Sequence[int], minutes: int) -> str:
     side = one_size(pictures)
     if side:
         padding = max(side // 8, 1)
@@ -318,7 +322,7 @@ views:
   padding: {padding}
   flip: true  # false where left and right matter: digits, letters
   count: {min(chosen.rounds, 2 * (2 * padding + 1) ** 2)}  # views of every picture that the teacher is asked about"""
-    why = f"the largest for which {minutes:g} minutes are enough" if chosen.size != sizes[0] else "what there is"
+    why = f"the largest for which {minutes} minutes are enough" if chosen.size != sizes[0] else "what there is"
     augment = "augment: {kind: trivialaugment}  # one random change of colour or shape"
     few = f"# {augment}, for more than {MANY} epochs"
     return f"""\
@@ -341,7 +345,7 @@ def _codec(classes: int) -> str:
 def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: torch.device) -> str:
     text = ""
     if start.weights is not None:
-        text += f"  weights: {json.dumps(start.weights, ensure_ascii=False)}\n"
+        text += f"  weights: {_text(start.weights)}\n"
     if not start.trains:
         return text
     if start.new_head:
@@ -363,6 +367,12 @@ def _training(pictures: Sequence[Picture], device: torch.device, rate: str, why:
 {amp}  optimizer: {{name: adamw, lr: {rate}}}  # {why}
   schedule: {{name: cosine, warmup_epochs: 1}}
 """
+
+
+def _text(value: str) -> str:
+    """As YAML has it: in quotes where it would be read as something else."""
+    plain = re.fullmatch(r"[A-Za-z][0-9A-Za-z_:./\-]*", value) and yaml.safe_load(value) == value
+    return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def _flow(about: Normalisation | EvaluationCrop) -> str:

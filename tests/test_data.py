@@ -2,16 +2,19 @@
 
 import gzip
 import io
+import os
 import pickle
 import re
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import invoke, refused
-from PIL import Image
+from PIL import ExifTags, Image
 
 from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.checking import check_dataset
@@ -229,6 +232,91 @@ def test_a_folder_of_splits_is_packed_whole_and_never_as_classes(tmp_path):
     vehicles = folder_of(tmp_path / "vehicles", "car/a.png", "train/b.png", "train/steam/c.png")
     found = look_through(vehicles)
     assert (list(found.splits), found.classes) == (["train"], ["car", "train"])
+
+
+def huge_png() -> bytes:
+    """A header that promises 60,000 x 60,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT"]
+    written = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def saved(kind: str, size: int = 8, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(size, size)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_packing_lists_all_bad_pictures_at_once_and_leaves_them_out_when_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = folder_of(tmp_path / "photos", "cat/a.png", "cat/b.JPG", "dog/c.png")
+    files = {
+        "cat/notes.txt": b"hello",
+        "cat/Thumbs.db": b"\xd0\xcf\x11\xe0",
+        "cat/.hidden.png": saved("PNG"),
+        "dog/.checkpoints/x.png": saved("PNG"),
+        "dog/jpeg without a name": saved("JPEG"),
+        "dog/deep/PNG.tmp": saved("PNG"),
+        "README.md": b"about",
+        "__MACOSX/dog/c.png": b"",
+    }
+    bad = {
+        "cat/empty.jpg": (b"", "an empty file"),
+        "cat/cut.png": (saved("PNG", 64)[:900], "truncated"),
+        "dog/text.jpeg": (b"no picture", "no picture inside"),
+        "dog/moving.gif": (saved("GIF"), "a GIF is not read"),
+        "dog/phone.heic": (b"\0\0\0\x18ftypheic", "a heic is not read"),
+        "dog/huge.png": (huge_png(), "60000x60000 pixels"),
+    }
+    for name, content in [*files.items(), *((name, content) for name, (content, _) in bad.items())]:
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(content)
+    (photos / "dog/lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (photos / "dog/linked.png").symlink_to(photos / "cat/a.png")
+    (photos / "dog/more").symlink_to(photos / "cat")
+    os.mkfifo(photos / "dog/pipe.png")
+    pack = ("data", "pack", "imagefolder", "--source", "photos", "--out", "data/photos", "--write", "manifest.yaml")
+    result = invoke(*pack)
+    assert result.exit_code == 1
+    for name, problem in [
+        *((name, problem) for name, (_, problem) in bad.items()),
+        ("dog/lost.jpg", "a link to nothing"),
+    ]:
+        assert re.search(rf"^photos/{name}: .*{problem}", result.stderr, re.MULTILINE), result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: photos: 7 bad pictures: ")
+    assert last.endswith("Repair or remove them, or leave them out: --bad-images skip.")
+    assert not (tmp_path / "data").exists()
+
+    said = invoke(*pack, "--bad-images", "skip").stderr
+    left_out = next(line for line in said.splitlines() if "no picture:" in line)
+    for what in (".txt (1)", ".db (1)", "hidden (2)", "outside of class folders (1)", "links to folders (1)"):
+        assert what in left_out
+    assert "neither file nor folder (1)" in left_out
+    check = invoke("data", "check", "photos", "--manifest", "manifest.yaml", "--data-root", "data")
+    assert "photos: train 6 samples, all good" in check.output
+    assert "are for imagefolder" in refused("data", "pack", "digits", "--bad-images", "skip")
+    inside = ("data", "pack", "imagefolder", "--source", "photos", "--out", "photos/packed")
+    assert "lies in the folder of the pictures" in refused(*inside)
+
+
+def test_names_that_keys_cannot_hold_stay_apart(tmp_path):
+    names = ("\u65e5/a.png", "\u672c/a.png", "\u4e2d/a.png", "\u4e2d/\U0001f600.png", f"\u4e2d/{'x' * 250}.png")
+    photos = look_through(folder_of(tmp_path / "photos", *names))
+    listed = {one.key: one for one in photos.samples("train")}
+    assert len(listed) == 5
+    assert {photos.classes[one.label] for one in listed.values()} == {"\u65e5", "\u672c", "\u4e2d"}
+    pack(listed.values(), tmp_path / "data", "train", 10)
+
+
+def test_pictures_are_as_large_as_they_are_upright(tmp_path):
+    folder_of(tmp_path, "cat/a.png", "dog/b.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels(1)[:5]).save(tmp_path / "cat/turned.jpg", exif=exif)
+    sizes = {one.path.name: one.size for one in look_through(tmp_path).splits["train"]}
+    assert sizes == {"a.png": (8, 8), "b.png": (8, 8), "turned.jpg": (8, 5)}
 
 
 MANIFEST = """# About this file

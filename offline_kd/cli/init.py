@@ -27,7 +27,7 @@ class InitOptions(TypedDict):
     weights: str
     name: str | None
     out: Path
-    minutes: float
+    minutes: int
     force: bool
     device: str
 
@@ -49,13 +49,13 @@ class InitOptions(TypedDict):
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("."), help="Folder to write into.  [default: this one]"
 )
-@click.option(
-    "--minutes", type=click.FloatRange(0.1, 10_000), default=8, show_default=True, help="Time for `run` here."
-)
+@click.option("--minutes", type=click.IntRange(1, 10_000), default=8, show_default=True, help="Time for `run` here.")
 @click.option("--force", is_flag=True, help="Write the recipe and the dataset anew where they exist.")
 @click.option("--device", default="auto", show_default=True, help="That `run` will use: cpu, cuda, cuda:N or auto.")
 def command(images: Path, teacher: str, **options: Unpack[InitOptions]) -> None:
-    """Pack a folder of pictures, and write a recipe for it that says what each of its settings follows from.
+    """Begin here: a folder of pictures becomes a dataset and a recipe that `run` takes.
+
+    What every setting follows from stands beside it. Networks are timed, so that a run takes about --minutes here.
 
     Splits are called train and val, valid, validation or test; a folder of classes alone is split by key. Files that
     are no pictures, and bad pictures, are listed and left out. Weights with as many outputs as there are classes are
