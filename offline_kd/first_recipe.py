@@ -235,11 +235,12 @@ def seconds_of_all(start: Start, student: str, photos: Photos, device: torch.dev
     return Seconds(taught * start.trains, answered, learned, mean, None if start.trains else own), sizes
 
 
-def plan(seconds: Seconds, rows: int, sizes: Sequence[int], budget: float) -> Plan:
+def plan(seconds: Seconds, rows: int, held_out: int, sizes: Sequence[int], budget: float) -> Plan:
     """The largest size for which there is time for ENOUGH rounds, or else the smallest; and how many rounds.
 
     Args:
         rows: pictures to learn from.
+        held_out: pictures to measure on, after every epoch.
         sizes: of views, the largest first.
         budget: in seconds.
     """
@@ -247,9 +248,13 @@ def plan(seconds: Seconds, rows: int, sizes: Sequence[int], budget: float) -> Pl
 
     def of_a_round(size: int) -> float:
         larger, asked = ((one / TIMED_AT) ** 2 for one in (size, seconds.asked_at or size))
-        teacher = TEACHER_EPOCHS * (seconds.teaching * larger + seconds.reading) if seconds.teaching else 0
-        answers = seconds.answering * asked + seconds.reading
-        return rows * (teacher + answers + STUDENTS * EPOCHS * (seconds.learning * larger + seconds.reading))
+
+        def epoch(step: float) -> float:  # an answer takes a third of a training step
+            return rows * (step * larger + seconds.reading) + held_out * (step / 3 * larger + seconds.reading)
+
+        teacher = TEACHER_EPOCHS * epoch(seconds.teaching) if seconds.teaching else 0
+        answers = rows * (seconds.answering * asked + seconds.reading)
+        return teacher + answers + STUDENTS * EPOCHS * epoch(seconds.learning)
 
     size = next((size for size in sizes if of_a_round(size) * ENOUGH <= budget), sizes[-1])
     rounds = int(min(max(budget / of_a_round(size), FEW), most))
@@ -270,11 +275,11 @@ def first_recipe(
 
     Raises ModelError for networks that do not take pictures of these sizes.
     """
-    train = train_of(photos)
+    train, evaluation = train_of(photos), evaluation_split(photos.splits) or train_of(photos)
     pictures, known = photos.splits[train], start.sees
     network = student or (SMALL_STUDENT if one_size(pictures) else STUDENT)
     seconds, sizes = seconds_of_all(start, network, photos, device)
-    chosen = plan(seconds, len(pictures), sizes, 60 * minutes)
+    chosen = plan(seconds, len(pictures), len(photos.splits[evaluation]), sizes, 60 * minutes)
     counts = ", ".join(f"{part} {len(those):,}" for part, those in photos.splits.items())
     machine = "a GPU" if device.type == "cuda" else f"{os.cpu_count()} cores"
     workers = min((os.cpu_count() or 1) // 2, 8)
@@ -288,7 +293,7 @@ name: {_text(name)}
 data:
   dataset: {_text(name)}  # its tars are named in data_manifest.yaml, and lie in data/{name}
   train: {_text(train)}
-  evaluation: {_text(evaluation_split(photos.splits) or train)}  # measured on, never learned from
+  evaluation: {_text(evaluation)}  # measured on, never learned from
   normalisation: {_flow(known.normalisation if known else OF_IMAGENET)}  # {"the teacher's" if known else "ImageNet's"}
   workers: {workers if workers > 1 else 0}  # processes that read pictures; 0: this one, where there are few cores
 {_views(pictures, chosen, sizes, minutes)}
@@ -322,7 +327,11 @@ views:
   padding: {padding}
   flip: true  # false where left and right matter: digits, letters
   count: {min(chosen.rounds, 2 * (2 * padding + 1) ** 2)}  # views of every picture that the teacher is asked about"""
-    why = f"the largest for which {minutes} minutes are enough" if chosen.size != sizes[0] else "what there is"
+    why = f"the largest for which {minutes} minutes are enough"
+    if chosen.seconds > 60 * minutes:
+        why = f"the smallest, and still more than {minutes} minutes"
+    elif chosen.size == sizes[0]:
+        why = "as large as pictures and networks ask for"
     augment = "augment: {kind: trivialaugment}  # one random change of colour or shape"
     few = f"# {augment}, for more than {MANY} epochs"
     return f"""\
@@ -347,7 +356,7 @@ def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: to
     if start.weights is not None:
         text += f"  weights: {_text(start.weights)}\n"
     if not start.trains:
-        return text
+        return text + "  # normalisation and crop: add them where it learned with others than its library's\n"
     if start.new_head:
         text += "  head: new  # as many outputs as there are classes\n"
     normalisation = start.sees.normalisation if start.sees else OF_IMAGENET

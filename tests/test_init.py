@@ -252,14 +252,14 @@ def _said_of(folder: Path, capsys: pytest.CaptureFixture[str], what: str) -> str
 
 def test_more_time_gives_larger_views_and_more_rounds_and_a_given_teacher_leaves_more():
     one = Seconds(teaching=0.02, answering=0.005, learning=0.006, reading=0.004)
-    plans = [plan(one, 1000, (224, 128, 64), 60.0 * minutes) for minutes in (1, 8, 30, 1000)]
+    plans = [plan(one, 1000, 200, (224, 128, 64), 60.0 * minutes) for minutes in (1, 8, 30, 1000)]
     assert [plan.size for plan in plans] == [64, 64, 128, 224]
     assert plans[0].rounds == 4  # there is too little time for more, and the recipe says so
     assert plans[0].seconds > 60
     assert all(plan.seconds <= 60 * minutes for plan, minutes in zip(plans[1:], (8, 30, 1000), strict=True))
     assert plans[3].rounds == 34  # 100,000 pictures shown
     trained = Seconds(teaching=0, answering=0.005, learning=0.006, reading=0.004, asked_at=224)
-    assert plan(trained, 1000, (224, 128, 64), 480).rounds > plans[1].rounds
+    assert plan(trained, 1000, 200, (224, 128, 64), 480).rounds > plans[1].rounds
 
 
 def test_a_network_that_takes_no_such_pictures_is_named():

@@ -92,6 +92,8 @@ def command(images: Path, teacher: str, **options: Unpack[InitOptions]) -> None:
     merge_dataset(out / MANIFEST_NAME, name, manifest_entry(name, photos.classes, packed))
     write_atomically(out / RECIPE_NAME, recipe.text)
     say(f"{out / RECIPE_NAME} and {out / MANIFEST_NAME} are written, the pictures packed in {tars}.")
+    if recipe.minutes > options["minutes"]:
+        say(f"{options['minutes']} minutes are too few: a smaller --teacher or --student, or a GPU, needs less time.")
     say(f"Next, about {max(round(recipe.minutes), 1)} min (see the recipe):")
     go = "" if out.resolve() == Path.cwd() else f"cd {shlex.quote(str(out))} && "
     click.echo(f"{go}offline-kd run {RECIPE_NAME}")
