@@ -101,9 +101,9 @@ def look_through(folder: Path, split: str | None = None, on_bad: OnBadImage = "f
         for part, pictures in found.items():
             decoded = list(_decoded(pictures, meter.advance))
             bad += [one for one in decoded if isinstance(one, BadPicture)]
-            splits[part] = sorted(
-                (one for one in decoded if isinstance(one, Picture)), key=lambda one: hash_key(one.key)
-            )
+            good = [one for one in decoded if isinstance(one, Picture)]
+            # Of all classes in every tar: training shuffles a few tars at a time, and mixes images within one.
+            splits[part] = sorted(good, key=lambda one: hash_key(one.key))
     photos = Photos(folder, sorted({name for part in names.values() for name in part}), splits, left_out, bad)
     _say_what_is_left_out(photos, on_bad)
     _compare_splits(photos, names)
@@ -148,7 +148,8 @@ def _are_splits(folders: list[Path]) -> bool:
     them has sub-folders and the name of a split."""
     inside = [{one.name for one in sub_folders(folder)} for folder in folders]
     has_images = [
-        any(one.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS for one in folder.iterdir()) for folder in folders
+        any(one.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and not _is_hidden(one.name) for one in folder.iterdir())
+        for folder in folders
     ]
     named = any(
         folder.name.lower() in SPLIT_NAMES and names and not images
