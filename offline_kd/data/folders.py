@@ -18,7 +18,7 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from offline_kd.data.blocks import OnBadImage
-from offline_kd.data.decoding import UNDECODABLE, decode_image
+from offline_kd.data.decoding import MAX_PIXELS, UNDECODABLE, decode_image
 from offline_kd.data.tars import IMAGE_EXTENSIONS, MAX_KEY_BYTES, Sample, hash_key
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import DataError, shorten
@@ -255,9 +255,12 @@ def _decode(file: _File) -> Picture | BadPicture:
         encoded = file.path.read_bytes()
         image = decode_image(encoded)
     except UNDECODABLE as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        problem = "an empty file" if unknown and not encoded else "no picture inside" if unknown else str(error)
-        return BadPicture(file.path, getattr(error, "strerror", None) or problem)
+        problem = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, UnidentifiedImageError):
+            problem = "no picture inside" if encoded else "an empty file"
+        elif isinstance(error, Image.DecompressionBombError):
+            problem = f"more than {MAX_PIXELS:,} pixels"
+        return BadPicture(file.path, problem)
     size = (image.height, image.width)
     return Picture(file.path, file.key, file.class_name, file.extension, hashlib.sha256(encoded).digest(), size)
 
