@@ -2,28 +2,30 @@
 
 import gzip
 import io
+import os
 import pickle
 import re
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import invoke, refused
-from PIL import Image
+from PIL import ExifTags, Image
 
 from offline_kd.data.blocks import BlockLoader, load_block
 from offline_kd.data.checking import check_dataset
 from offline_kd.data.decoding import decode_image
+from offline_kd.data.folders import look_through
 from offline_kd.data.manifest import Dataset, Manifest, Split, Tar, load_manifest
 from offline_kd.data.manifest_merging import manifest_entry, merge_dataset
 from offline_kd.data.packing import (
     cifar_samples,
     digits_samples,
     encode_png,
-    imagefolder_samples,
-    imagefolder_splits,
     pack,
 )
 from offline_kd.data.tars import Sample, hash_key, read_tar
@@ -187,9 +189,9 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     for name in ("cat/a.png", "cat/a.jpg", "dog/deep er/b!.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels(len(name))).save(tmp_path / name)
-    found, classes = imagefolder_samples(tmp_path)
-    listed = list(found)
-    assert classes == ["cat", "dog"]
+    found = look_through(tmp_path)
+    listed = list(found.samples("train"))
+    assert found.classes == ["cat", "dog"]
     hashes = [hash_key(sample.key) for sample in listed]
     assert hashes == sorted(hashes)  # so that every tar has images of many classes
     listed.sort(key=lambda sample: sample.key)
@@ -198,9 +200,9 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     assert re.fullmatch(r"cat/a_[0-9a-f]{8}", listed[1].key)
     assert listed[2].key == "dog/deep_er/b_"
     assert listed[2].encoded == (tmp_path / "dog/deep er/b!.png").read_bytes()
-    (tmp_path / "cat" / "notes.txt").write_text("hello")
-    with pytest.raises(DataError, match=r"notes.txt: not a png, jpg"):
-        list(imagefolder_samples(tmp_path)[0])
+    (tmp_path / "cat" / "a.png").write_bytes(b"changed")
+    with pytest.raises(DataError, match=r"cat/a.png: was changed while the folder was packed"):
+        list(found.samples("train"))
 
 
 def folder_of(root, *names):
@@ -222,14 +224,99 @@ def test_a_folder_of_splits_is_packed_whole_and_never_as_classes(tmp_path):
     one = yaml.safe_load(invoke(*pack, "--source", photos / "val", "--split", "val").stdout)["datasets"]["photos"]
     assert one["splits"] == {"val": entry["splits"]["val"]}
     folder_of(photos, "val/cow/e.png")
-    assert "'cow' is a class of train or of val, not of both" in refused(*pack, "--source", photos)
+    assert "class 'cow' has 1 pictures in val and none in train" in refused(*pack, "--source", photos)
     loose = folder_of(tmp_path / "loose", "train/cat/a.png", "train/dog/b.png", "test/x.png")
     assert "test: 0 class folders" in refused(*pack, "--source", loose)
     unusual = folder_of(tmp_path / "unusual", "fold0/a/1.png", "fold0/b/2.png", "fold1/a/3.png", "fold1/b/4.png")
-    assert list(imagefolder_splits(unusual)[0]) == ["fold0", "fold1"]
+    assert list(look_through(unusual).splits) == ["fold0", "fold1"]
     vehicles = folder_of(tmp_path / "vehicles", "car/a.png", "train/b.png", "train/steam/c.png")
-    samples, classes = imagefolder_splits(vehicles)
-    assert (list(samples), classes) == (["train"], ["car", "train"])
+    found = look_through(vehicles)
+    assert (list(found.splits), found.classes) == (["train"], ["car", "train"])
+
+
+def huge_png() -> bytes:
+    """A header that promises 60,000 x 60,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunks = [header, b"IDAT"]
+    written = [struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(written)
+
+
+def saved(kind: str, size: int = 8, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(size, size)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_packing_lists_all_bad_pictures_at_once_and_leaves_them_out_when_told_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    photos = folder_of(tmp_path / "photos", "cat/a.png", "cat/b.JPG", "dog/c.png")
+    files = {
+        "cat/notes.txt": b"hello",
+        "cat/Thumbs.db": b"\xd0\xcf\x11\xe0",
+        "cat/.hidden.png": saved("PNG"),
+        "dog/.checkpoints/x.png": saved("PNG"),
+        "dog/jpeg without a name": saved("JPEG"),
+        "dog/deep/PNG.tmp": saved("PNG"),
+        "README.md": b"about",
+        "__MACOSX/dog/c.png": b"",
+    }
+    bad = {
+        "cat/empty.jpg": (b"", "an empty file"),
+        "cat/cut.png": (saved("PNG", 64)[:900], "truncated"),
+        "dog/text.jpeg": (b"no picture", "no picture inside"),
+        "dog/moving.gif": (saved("GIF"), "a GIF is not read"),
+        "dog/phone.heic": (b"\0\0\0\x18ftypheic", "a heic is not read"),
+        "dog/huge.png": (huge_png(), "more than 134,217,728 pixels"),
+    }
+    for name, content in [*files.items(), *((name, content) for name, (content, _) in bad.items())]:
+        (photos / name).parent.mkdir(parents=True, exist_ok=True)
+        (photos / name).write_bytes(content)
+    (photos / "dog/lost.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (photos / "dog/linked.png").symlink_to(photos / "cat/a.png")
+    (photos / "dog/more").symlink_to(photos / "cat")
+    os.mkfifo(photos / "dog/pipe.png")
+    pack = ("data", "pack", "imagefolder", "--source", "photos", "--out", "data/photos", "--write", "manifest.yaml")
+    result = invoke(*pack)
+    assert result.exit_code == 1
+    for name, problem in [
+        *((name, problem) for name, (_, problem) in bad.items()),
+        ("dog/lost.jpg", "a link to nothing"),
+    ]:
+        assert re.search(rf"^photos/{name}: .*{problem}", result.stderr, re.MULTILINE), result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("Error: photos: 7 bad pictures: ")
+    assert last.endswith("Repair or remove them, or leave them out: --bad-images skip.")
+    assert not (tmp_path / "data").exists()
+
+    said = invoke(*pack, "--bad-images", "skip").stderr
+    left_out = next(line for line in said.splitlines() if "no picture:" in line)
+    for what in (".txt (1)", ".db (1)", "hidden (2)", "outside of class folders (1)", "links to folders (1)"):
+        assert what in left_out
+    assert "neither file nor folder (1)" in left_out
+    check = invoke("data", "check", "photos", "--manifest", "manifest.yaml", "--data-root", "data")
+    assert "photos: train 6 samples, all good" in check.output
+    assert "are for imagefolder" in refused("data", "pack", "digits", "--bad-images", "skip")
+    inside = ("data", "pack", "imagefolder", "--source", "photos", "--out", "photos/packed")
+    assert "lies in the folder of the pictures" in refused(*inside)
+
+
+def test_names_that_keys_cannot_hold_stay_apart(tmp_path):
+    names = ("\u65e5/a.png", "\u672c/a.png", "\u4e2d/a.png", "\u4e2d/\U0001f600.png", f"\u4e2d/{'x' * 250}.png")
+    photos = look_through(folder_of(tmp_path / "photos", *names))
+    listed = {one.key: one for one in photos.samples("train")}
+    assert len(listed) == 5
+    assert {photos.classes[one.label] for one in listed.values()} == {"\u65e5", "\u672c", "\u4e2d"}
+    pack(listed.values(), tmp_path / "data", "train", 10)
+
+
+def test_pictures_are_as_large_as_they_are_upright(tmp_path):
+    folder_of(tmp_path, "cat/a.png", "dog/b.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(pixels(1)[:5]).save(tmp_path / "cat/turned.jpg", exif=exif)
+    sizes = {one.path.name: one.size for one in look_through(tmp_path).splits["train"]}
+    assert sizes == {"a.png": (8, 8), "b.png": (8, 8), "turned.jpg": (8, 5)}
 
 
 MANIFEST = """# About this file

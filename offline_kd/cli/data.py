@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 import click
 
@@ -14,6 +14,8 @@ from offline_kd.cli.options import MANIFEST_NAME, common_options
 from offline_kd.support.errors import RecipeError, shorten
 
 if TYPE_CHECKING:
+    from offline_kd.data.fetching import Root
+    from offline_kd.data.folders import Photos
     from offline_kd.data.manifest import Tar
     from offline_kd.data.tars import Sample
 
@@ -39,6 +41,11 @@ def command() -> None:
 @click.option("--out", type=click.Path(), help="Folder or bucket of the tars.  [default: data/KIND]")
 @click.option("--samples-per-tar", type=click.IntRange(min=1), help="[default: 5000; digits 512, imagefolder 1000]")
 @click.option("--split", help="Name of the only split (imagefolder).  [default: folders in --source, or train]")
+@click.option(
+    "--bad-images",
+    type=click.Choice(["fail", "skip"]),
+    help="Of an imagefolder: what happens with pictures that cannot be decoded, when all are listed.  [default: fail]",
+)
 @click.option("--write", "manifest_file", type=click.Path(path_type=Path), help="Merge the entry into this manifest.")
 def pack_command(
     kind: str,
@@ -46,17 +53,19 @@ def pack_command(
     out: str | None,
     samples_per_tar: int | None,
     split: str | None,
+    bad_images: Literal["fail", "skip"] | None,
     manifest_file: Path | None,
 ) -> None:
     """Write WebDataset tars and print their manifest entry. Packing twice gives the same bytes.
 
-    --source of an imagefolder holds SPLIT/CLASS/IMAGE for several splits, or CLASS/IMAGE for one.
+    --source of an imagefolder holds SPLIT/CLASS/IMAGE for several splits, or CLASS/IMAGE for one. Files that are no
+    pictures are left out and counted; bad pictures are listed, all of them, before anything is written.
 
     \b
     offline-kd data pack digits
     offline-kd data pack cifar100 --source DIR      (DIR holds cifar-100-python)
     offline-kd data pack imagefolder --source photos --out data/photos --write data_manifest.yaml
-    offline-kd data pack imagefolder --source photos/train --split train --out data/photos
+    offline-kd data pack imagefolder --source photos/train --split train --out data/photos --bad-images skip
     offline-kd data pack imagefolder --source photos --out s3://team/photos --write data_manifest.yaml
     """
     from offline_kd.data import packing
@@ -77,13 +86,16 @@ def pack_command(
     if isinstance(to, Web):
         raise RecipeError(f"data pack --out {to}: web addresses can be read only. Write to a folder or a bucket.")
     name = folder if kind == "imagefolder" else kind
-    splits, classes = _samples(kind, source, split)
+    photos = _photos(kind, source, split, bad_images, to)
+    splits, classes = _samples(kind, source) if photos is None else ({}, photos.classes)
     if manifest_file is not None:
         check_same_dataset(manifest_file, name, folder, classes)  # before hours of packing
         if location is not None:
             check_same_place(manifest_file, name, location)
     size = samples_per_tar or {"digits": 512, "imagefolder": 1000}.get(kind, 5000)
     packed = {part: packing.pack(samples, to, part, size) for part, samples in splits.items()}
+    if photos is not None:
+        packed = packing.pack_photos(photos, to, size)
     entry = manifest_entry(folder, classes, packed, location)
     say(f"{to}: {sum(tar.count for tars in packed.values() for tar in tars):,} samples. For {MANIFEST_NAME}:")
     click.echo(entry_yaml({"datasets": {name: entry}}))
@@ -92,19 +104,35 @@ def pack_command(
         say(f"{manifest_file}: dataset '{name}' has {', '.join(packed)} now")
 
 
-def _samples(kind: str, source: Path | None, split: str | None) -> tuple[Mapping[str, Iterable[Sample]], list[str]]:
+def _photos(
+    kind: str, source: Path | None, split: str | None, bad_images: Literal["fail", "skip"] | None, to: Root
+) -> Photos | None:
+    """What a folder of pictures holds, when that is what is packed."""
+    from offline_kd.data.folders import look_through
+    from offline_kd.data.packing import refuse_inside
+
+    if kind != "imagefolder":
+        if split or bad_images:
+            raise RecipeError(f"data pack {kind}: --split and --bad-images are for imagefolder.")
+        return None
+    folder = _own_copy(kind, source)
+    refuse_inside(folder, to)
+    return look_through(folder, split, bad_images or "fail")
+
+
+def _samples(kind: str, source: Path | None) -> tuple[Mapping[str, Iterable[Sample]], list[str]]:
     """The splits to pack, and their classes."""
     from offline_kd.data import packing
 
-    if split is not None and kind != "imagefolder":
-        raise RecipeError(f"data pack {kind}: has splits of its own, --split is for imagefolder.")
     if kind == "digits":
         return packing.digits_samples(), [str(digit) for digit in range(10)]
+    return packing.cifar_samples(kind, _own_copy(kind, source))
+
+
+def _own_copy(kind: str, source: Path | None) -> Path:
     if source is None:
         raise RecipeError(f"data pack {kind}: give --source, the folder of your own copy.")
-    if kind == "imagefolder":
-        return packing.imagefolder_splits(source, split)
-    return packing.cifar_samples(kind, source)
+    return source
 
 
 class IndexOptions(TypedDict):

@@ -16,6 +16,7 @@ import click
 from offline_kd.support.errors import OfflineKDError, did_you_mean
 
 COMMANDS = {  # name -> the file of this room that has it as `command`, and one line for `--help`
+    "init": ("init", "Begin here: a folder of pictures becomes a dataset and a recipe that `run` takes."),
     "run": ("run", "Every stage of RECIPE: teacher, store, students, report."),
     "cache-teacher": ("cache", "Stage 1: ask the teacher about every view of every image, once."),
     "distill": ("distill", "Stage 2: train the student of RECIPE from a store, without its teacher."),

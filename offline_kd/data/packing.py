@@ -1,9 +1,8 @@
-"""Writing image tars: of people's folders, of official CIFAR files, of scikit-learn's digits."""
+"""Writing image tars: of any samples, of official CIFAR files, of scikit-learn's digits."""
 
 import hashlib
 import io
 import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
@@ -13,11 +12,12 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from offline_kd.data.decoding import UNDECODABLE, decode_image
 from offline_kd.data.fetching import MAX_FILE_BYTES, Root
+from offline_kd.data.folders import Photos
 from offline_kd.data.manifest import Tar
-from offline_kd.data.tars import IMAGE_EXTENSIONS, Sample, hash_key, problem_of_key
-from offline_kd.support.errors import DataError, StoreUnreachable, shorten
+from offline_kd.data.tars import Sample, problem_of_key
+from offline_kd.support.console import progress
+from offline_kd.support.errors import DataError, StoreUnreachable
 from offline_kd.support.files import file_sha256, flush_to_disk
 from offline_kd.support.places import Bucket
 from offline_kd.support.web import Web
@@ -65,6 +65,24 @@ def pack(samples: Iterable[Sample], folder: Root, prefix: str, samples_per_tar: 
     if not tars:
         raise DataError(f"{folder}: nothing to pack: no samples were found.")
     return tars
+
+
+def pack_photos(photos: Photos, folder: Root, samples_per_tar: int) -> dict[str, list[Tar]]:
+    """The tars of every split of a folder of pictures; raises what `pack` does, and DataError for changed pictures."""
+    with progress("packing", sum(map(len, photos.splits.values())), "pictures") as meter:
+
+        def watched(samples: Iterable[Sample]) -> Iterator[Sample]:
+            for sample in samples:
+                yield sample
+                meter.advance()
+
+        return {part: pack(watched(photos.samples(part)), folder, part, samples_per_tar) for part in photos.splits}
+
+
+def refuse_inside(source: Path, out: Root) -> None:
+    """Raise DataError where tars would be written among the pictures, of which they would be a class the next time."""
+    if isinstance(out, Path) and out.resolve().is_relative_to(source.resolve()):
+        raise DataError(f"{out}: lies in the folder of the pictures, {source}. Write to a folder outside of it.")
 
 
 def _write_tar(file: IO[bytes], samples: Sequence[Sample]) -> None:
@@ -133,93 +151,3 @@ def cifar_samples(name: str, folder: Path) -> tuple[dict[str, Iterator[Sample]],
             yield Sample(f"{index:06d}", int(label), encode_png(pixels), "png")
 
     return {split: samples(split) for split in parts}, list(parts["train"].classes)
-
-
-SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "eval", "evaluation", "dev", "test", "testing")
-
-
-def imagefolder_splits(folder: Path, split: str | None = None) -> tuple[dict[str, Iterator[Sample]], list[str]]:
-    """The splits of `folder/SPLIT/CLASS/**/IMAGE`, or the one of `folder/CLASS/**/IMAGE`, called `split` or "train".
-
-    Raises DataError for splits of different classes, and for a parent of splits when one `split` is asked for.
-    """
-    splits = sub_folders(folder)
-    if not _are_splits(splits):
-        samples, classes = imagefolder_samples(folder)
-        return {split or "train": samples}, classes
-    names = [one.name for one in splits]
-    if split is not None:
-        raise DataError(
-            f"{folder}: holds splits ({', '.join(names)}), not classes. Leave --split out to pack them all, or "
-            f"give one as --source {splits[0]}."
-        )
-    packed, classes_of = {}, {}
-    for one in splits:
-        packed[one.name], classes_of[one.name] = imagefolder_samples(one)
-        different = set(classes_of[one.name]) ^ set(classes_of[names[0]])
-        if different:
-            raise DataError(
-                f"{folder}: '{min(different)}' is a class of {names[0]} or of {one.name}, not of both. All splits must "
-                f"have the same classes: correct the folders, or pack one with --source {one} --split {one.name}."
-            )
-    return packed, classes_of[names[0]]
-
-
-def sub_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name; raises DataError where there is no folder."""
-    if not os.path.isdir(folder):
-        raise DataError(
-            f"{shorten(str(folder))}: no such folder. Give one with a sub-folder of images for every class."
-        )
-    return sorted(entry for entry in folder.iterdir() if entry.is_dir())
-
-
-def _are_splits(folders: list[Path]) -> bool:
-    """Whether folders are splits and not classes: none has images itself, and they have the same sub-folders, or one of
-    them has sub-folders and the name of a split."""
-    inside = [{one.name for one in folder.iterdir() if one.is_dir()} for folder in folders]
-    has_images = [
-        any(one.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS for one in folder.iterdir()) for folder in folders
-    ]
-    named = any(
-        folder.name.lower() in SPLIT_NAMES and names and not images
-        for folder, names, images in zip(folders, inside, has_images, strict=True)
-    )
-    same = len(folders) > 1 and len(inside[0]) > 1 and all(names == inside[0] for names in inside)
-    return named or (same and not any(has_images))
-
-
-def imagefolder_samples(folder: Path) -> tuple[Iterator[Sample], list[str]]:
-    """`folder/CLASS/**/IMAGE`: classes are the sorted sub-folders; PNG, JPEG and WebP files are taken byte for byte.
-
-    The key is the path below `folder` without its extension, other characters than letters, digits, '_', '-', '/'
-    becoming '_'; where two paths would share a key, the later one gets a hash of its path appended. The order is
-    that of the keys' hashes, which mixes the classes.
-    """
-    classes = [entry.name for entry in sub_folders(folder)]
-    if len(classes) < 2:
-        raise DataError(f"{folder}: {len(classes)} class folders, at least 2 are needed (FOLDER/CLASS/IMAGE).")
-
-    def samples() -> Iterator[Sample]:
-        found: dict[str, tuple[Path, int]] = {}
-        for label, name in enumerate(classes):
-            for path in sorted(path for path in (folder / name).rglob("*") if path.is_file()):
-                relative = path.relative_to(folder).with_suffix("").as_posix()
-                key = re.sub(r"[^0-9A-Za-z_\-/]", "_", relative)
-                if key in found:
-                    key += "_" + hashlib.sha256(path.name.encode()).hexdigest()[:8]
-                found[key] = path, label
-        # Of all classes in every tar: training shuffles a few tars at a time, and mixes images within one.
-        for key in sorted(found, key=hash_key):
-            path, label = found[key]
-            extension = path.suffix.lower().lstrip(".")
-            if extension not in IMAGE_EXTENSIONS:
-                raise DataError(f"{path}: not a {', '.join(IMAGE_EXTENSIONS)} file. Convert it, or move it elsewhere.")
-            encoded = path.read_bytes()
-            try:
-                decode_image(encoded)
-            except UNDECODABLE as error:
-                raise DataError(f"{path}: cannot be decoded ({error}). Repair or remove it.") from error
-            yield Sample(key, label, encoded, extension)
-
-    return samples(), classes

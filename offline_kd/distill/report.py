@@ -21,6 +21,7 @@ from offline_kd.distill.predictions import (
     right_by_class,
 )
 from offline_kd.distill.run_records import COMPARED, Group, RunRecord, read_if_there
+from offline_kd.models.checkpoints import as_file
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import TrainingError
 
