@@ -257,7 +257,7 @@ CHANGES = {
     "normalisation": ({"teacher": {"normalisation": GREY}}, "normalisation"),
     "the student's, which the teacher takes": ({"data": {"normalisation": GREY}}, "normalisation"),
     "model": ({"teacher": {"model": "networks:other"}}, "with model networks:small"),
-    "arguments": ({"teacher": {"model_args": {"width": 16}}}, "with model args {}"),
+    "arguments": ({"teacher": {"model_args": {"width": 16}}}, "with model args.width not there, .* has 16"),
 }
 
 
