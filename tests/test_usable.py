@@ -11,59 +11,25 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-import yaml
 from click.testing import CliRunner
 from conftest import CPU, ROOT, invoke, make_recipe, refused
 from networks import Small
 from pictures import command_line, encoded, make_samples, photograph, photographs
 from PIL import Image
+from students import letkd_recipe, options_for, said, written
 from torch import nn
 
 import offline_kd as okd
 from offline_kd.cli import main as cli
-from offline_kd.data.manifest import Normalisation
 from offline_kd.data.packing import digits_samples
 from offline_kd.data.tars import read_tar
 from offline_kd.distill.results import Run
-from offline_kd.models.kd_layer import insert_kd_layer
-from offline_kd.models.networks import build, normalise
-from offline_kd.models.student_file import ENTRY, StudentFile, describe_kd_layers, student_bytes
+from offline_kd.models.networks import normalise
+from offline_kd.models.student_file import ENTRY
 from offline_kd.support.errors import DataError, ModelError
 from offline_kd.support.files import file_sha256
 from offline_kd.support.places import Folder
 from offline_kd.views.render import evaluation_crop
-
-LETKD = {
-    "name": "letkd",
-    "data": {"tars": [0]},
-    "views": {"count": 1},
-    "capture": {
-        "views_per_group": 1,
-        "decisions": {
-            "last": {"kind": "templates", "module": "body.5", "templates": 8, "iterations": 2, "grid": [2, 2]},
-        },
-    },
-    "training": {"keep": ["best"], "ema": {"decay": 0.5}},
-    "objectives": {
-        "letkd": [
-            {"term": "ce"},
-            {"term": "decisions", "decisions": "last"},
-            {"term": "decisions", "decisions": "last", "after": "layer3.0"},
-        ]
-    },
-}
-
-
-def letkd_recipe(teacher_weights: Path, folder: Path) -> Path:
-    recipe = make_recipe(teacher={"weights": str(teacher_weights)}, **LETKD)
-    content = recipe.model_dump(mode="json", exclude_none=True)
-    content |= {"objectives": LETKD["objectives"], "student": {"model": "cifar:resnet8"}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    return folder / "recipe.yaml"
-
-
-def options_for(data_root: Path) -> list[str]:
-    return ["--manifest", str(ROOT / "data_manifest.yaml"), "--data-root", str(data_root)]
 
 
 @pytest.fixture(scope="module")
@@ -75,38 +41,6 @@ def letkd(teacher_weights, data_root, tmp_path_factory) -> Path:
     done = invoke("distill", recipe, "--store", folder / "store", "--out", folder / "run", *options)
     assert done.exit_code == 0, done.output
     return folder
-
-
-def said(file: Path) -> dict:
-    with safetensors.safe_open(file, "pt") as opened:
-        return json.loads(opened.metadata()[ENTRY])
-
-
-def written(folder: Path, model: str, size: int = 32, after: tuple[str, ...] = (), **args: object) -> Path:
-    """The file of a student that nobody trained, whose statistics are those of some data."""
-    torch.manual_seed(0)
-    network = build(model, 10, args)
-    example = torch.randn(4, 3, size, size)
-    for name in after:
-        insert_kd_layer(network, name, 12, value_ratio=1.0, example=example[:1])
-    network.train()(example)
-    about = StudentFile(
-        model=model,
-        model_args=args,
-        kd_layers=describe_kd_layers(network),
-        classes=[str(digit) for digit in range(10)],
-        normalisation=Normalisation(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)),
-        input_size=(size, size),
-        dataset="made",
-        evaluation="test",
-        recipe="made",
-        recipe_sha256="0" * 64,
-        objective="ce",
-        seed=0,
-        version=okd.__version__,
-    )
-    (folder / "student.safetensors").write_bytes(student_bytes(network, about))
-    return folder / "student.safetensors"
 
 
 # ---- what a file says ------------------------------------------------------------------------------------------------
