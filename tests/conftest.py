@@ -80,6 +80,7 @@ def refused(*arguments: object) -> str:
 def _clean_environment(tmp_path_factory):
     """Tests say themselves where data lies; networks.py can be named in recipes, in subprocesses too."""
     os.environ["OFFLINE_KD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["WANDB_MODE"] = "offline"
     os.environ["REAL_DATA"] = os.environ.pop("OFFLINE_KD_DATA", "")
     os.environ["PYTHONPATH"] = str(ROOT / "tests")
     sys.path.insert(0, str(ROOT / "tests"))

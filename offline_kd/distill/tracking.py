@@ -150,7 +150,7 @@ def _trackio(run: Run) -> Iterator[Write]:
         yield write
     finally:
         with contextlib.redirect_stdout(sys.stderr):
-            opened.finish()
+            trackio.finish()
 
 
 TRACKERS: dict[str, Callable[[Run], contextlib.AbstractContextManager[Write]]] = {
