@@ -16,7 +16,7 @@ from offline_kd.distill.training import trained_teacher
 from offline_kd.models.class_map import names_of_classes, select
 from offline_kd.models.networks import build, head_of
 from offline_kd.models.weights import load_weights
-from offline_kd.recipe import load_recipe
+from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.store.opening import open_store
 
 State = dict[str, Tensor]
@@ -312,7 +312,8 @@ def test_pretrained_networks_of_timm_come_from_its_cache_with_their_normalisatio
     assert changed == {"classifier.weight", "classifier.bias"}
     assert after["classifier.weight"].shape[0] == 10
     recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
-    assert recipe["data"]["normalisation"] == {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    config = timm.get_pretrained_cfg(model)
+    assert recipe["data"]["normalisation"] == {"mean": [*config.mean], "std": [*config.std]}
     wrong = refused(*train, *sets("teacher.model=networks:small"))
     assert "weights 'pretrained' are of timm:NAME and torchvision:NAME, the network is 'networks:small'" in wrong
 
@@ -320,7 +321,8 @@ def test_pretrained_networks_of_timm_come_from_its_cache_with_their_normalisatio
 def test_a_trained_teacher_sees_images_as_it_was_trained_to(manifest):
     """torchvision knows how its own weights see, and nothing of the file that they became."""
     chosen = {"model": "torchvision:resnet18", "weights": "pretrained", "head": "new"}
-    recipe = make_recipe(teacher=chosen, views={"kind": "random_resized_crop", "size": 64, "count": 2})
+    views = {"kind": "random_resized_crop", "size": 64, "count": 2}
+    recipe = Recipe.model_validate({**make_recipe(teacher=chosen).model_dump(), "views": views})
     after = trained_teacher(recipe, manifest, "runs/teacher.safetensors")
     assert after.normalisation is not None
     assert after.normalisation.mean == (0.485, 0.456, 0.406)
