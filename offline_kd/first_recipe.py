@@ -23,9 +23,10 @@ from offline_kd.data.decoding import decode, is_scalable
 from offline_kd.data.folders import Photos, Picture, evaluation_split, training_split
 from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.data.tars import hash_key
-from offline_kd.models.networks import Input, build, input_of
+from offline_kd.models.checkpoints import read_state_dict
+from offline_kd.models.networks import Input, build, head_of, input_of
 from offline_kd.models.pretrained import fetch_pretrained
-from offline_kd.models.weights import load_pretrained
+from offline_kd.models.weights import begin_from
 from offline_kd.support.console import printable
 from offline_kd.support.errors import ModelError
 from offline_kd.views.kind import draw
@@ -102,8 +103,8 @@ def teacher_start(model: str, weights: str, num_classes: int) -> Start:
     if weights == "none":
         return Start(model, None, False, True, "it learns from nothing, as --weights none says", sees)
     if weights not in ("auto", "pretrained"):
-        head = load_pretrained(network, Path(weights), num_classes)
-        if head:
+        state = read_state_dict(Path(weights))
+        if begin_from(network, state, head_of(model, num_classes, {}), None, "teacher.head"):
             why = f"its last layer has not {num_classes} outputs: a new one, and all of it, learns from the pictures"
             return Start(model, weights, True, True, why, sees)
         return Start(model, weights, False, False, f"it has {num_classes} outputs, and is used as it is", sees)

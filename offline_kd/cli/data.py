@@ -66,7 +66,7 @@ def pack_command(
     offline-kd data pack cifar100 --source DIR      (DIR holds cifar-100-python)
     offline-kd data pack imagefolder --source photos --out data/photos --write data_manifest.yaml
     offline-kd data pack imagefolder --source photos/train --split train --out data/photos --bad-images skip
-    offline-kd data pack imagefolder --source photos --out s3://team/photos --write data_manifest.yaml
+    offline-kd data pack imagefolder --source photos --out s3://team/pictures --write data_manifest.yaml
     """
     from offline_kd.data import packing
     from offline_kd.data.fetching import root_at
