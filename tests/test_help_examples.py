@@ -121,9 +121,9 @@ def test_the_long_examples_of_every_help_run_as_they_stand(workspace, monkeypatc
         for name, value in environment_of(server.endpoint, workspace / "downloads").items():
             monkeypatch.setenv(name, value)
         for line in RUN:
-            if line == "offline-kd store sign stores/cifar10 --key key.pem":
-                run_line("offline-kd store push stores/cifar10 s3://team/stores/cifar10")
             run_line(line)
+            if "store sign" in line:  # the team's copy has the signature, too
+                run_line("offline-kd store push stores/cifar10 s3://team/stores/cifar10")
 
 
 def test_what_is_not_run_is_an_example_and_says_why():
