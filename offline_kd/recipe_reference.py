@@ -42,7 +42,8 @@ def _schema() -> Node:
 def _refs(node: Node) -> list[str]:
     """The definitions that may stand at a node: itself, in unions, in lists, behind names of one's own."""
     if "$ref" in node:
-        return [node["$ref"].rpartition("/")[2]]
+        ref = node["$ref"].rpartition("/")[2]
+        return [ref] if "properties" in _schema()["$defs"][ref] else []  # any value at all is no section
     parts = [*node.get("anyOf", []), *node.get("oneOf", []), *node.get("patternProperties", {}).values()]
     parts += [node[name] for name in ("items", "additionalProperties") if isinstance(node.get(name), dict)]
     return [ref for part in parts for ref in _refs(part)]
@@ -149,7 +150,7 @@ def _type(node: Node) -> str:
     """What may be written for a field, in words."""
     refs = _refs(node)
     if "$ref" in node:
-        return f"section {_homes()[refs[0]]}"
+        return f"section {_homes()[refs[0]]}" if refs else "any value"
     if "enum" in node or "const" in node:
         return " | ".join(json.dumps(value).strip('"') for value in node.get("enum", [node.get("const")]))
     unions = [*node.get("anyOf", []), *node.get("oneOf", [])]
