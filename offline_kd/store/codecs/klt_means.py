@@ -147,8 +147,8 @@ class KltMeans(Codec):
         p = np.zeros((num_images, 1, used), dtype=np.int16)
         p[:, 0, : len(coders.means)] = decode_rows(means, coders.means)[0]
         q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
-        of_rows = p.repeat(num_views, axis=1).reshape(len(rows), -1)
-        codes = self._encode_rows(rows, q.reshape(len(rows), -1), of_rows, tables, coders)
+        p_of_rows = p.repeat(num_views, axis=1).reshape(len(rows), -1)
+        codes = self._encode_rows(rows, q.reshape(len(rows), -1), p_of_rows, tables, coders)
         return {"means": means, "codes": codes.reshape(num_images, num_views, -1)}
 
     def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
