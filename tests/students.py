@@ -59,6 +59,9 @@ def written(folder: Path, model: str, size: int = 32, after: tuple[str, ...] = (
     example = torch.randn(4, 3, size, size)
     for name in after:
         insert_kd_layer(network, name, 12, value_ratio=1.0, example=example[:1])
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # statistics of this batch: with those of before, deep networks say nearly nothing
     network.train()(example)
     about = StudentFile(
         model=model,
