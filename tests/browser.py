@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -12,17 +13,17 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = Path("/usr/bin/chromium")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SECONDS = 60.0  # to wait for an answer, or for what a page shows
-KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " ")}
+KEYS = {"Tab": (9, ""), "Enter": (13, "\r"), " ": (32, " "), "ArrowDown": (40, "")}
 
 
 class Browser:
     """One tab. `said` has what its console said and what went wrong in scripts, `requests` what it asked for."""
 
     def __init__(self, folder: Path) -> None:
-        if not CHROMIUM.exists():
-            pytest.skip(f"needs Chromium: {CHROMIUM} is not there")
+        if CHROMIUM is None:
+            pytest.skip("needs Chromium, to look at pages as a person does")
         inwards, self._into = os.pipe()
         self._from, outwards = os.pipe()
         # The child must find its ends of the pipes as 3 and 4, whatever numbers they have here.
@@ -63,8 +64,8 @@ class Browser:
         self.wait("document.readyState === 'complete' && location.protocol === 'file:'")
 
     def value(self, expression: str) -> Any:
-        """Of JavaScript, as JSON."""
-        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True)
+        """Of JavaScript, as JSON; of a promise, what it is fulfilled with."""
+        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -82,11 +83,14 @@ class Browser:
         for kind in ("mousePressed", "mouseReleased"):
             self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
-    def press(self, key: str) -> None:
-        code, text = KEYS[key]
-        about = {"key": key, "windowsVirtualKeyCode": code}
-        self._ask("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
-        self._ask("Input.dispatchKeyEvent", type="keyUp", **about)
+    def press(self, *keys: str) -> None:
+        """KEYS by name, or characters; until the page shows what they did."""
+        for key in keys:
+            code, text = KEYS.get(key, (0, key))
+            about = {"key": key, "code": key, "windowsVirtualKeyCode": code}
+            self._ask("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
+            self._ask("Input.dispatchKeyEvent", type="keyUp", **about)
+        self.value("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
 
     def screenshot(self, file: Path, whole: bool = False) -> None:
         shot = self._ask("Page.captureScreenshot", format="png", captureBeyondViewport=whole)

@@ -3,6 +3,7 @@
 import csv
 import io
 import shutil
+from contextlib import closing
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from chromium import Chromium
+from browser import Browser
 from conftest import CPU, ROOT, invoke, refused
 from pictures import make_samples, photographs
 from PIL import Image
@@ -218,56 +219,56 @@ def test_every_link_of_the_folder_leads_somewhere_inside(gallery):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    with Chromium(tmp_path_factory.mktemp("chromium")) as opened:
+    with closing(Browser(tmp_path_factory.mktemp("browser"))) as opened:
         yield opened
 
 
 def test_the_page_filters_sorts_and_searches_in_a_real_browser(gallery, page):
     rows = {row["key"]: row for row in rows_of(gallery / "samples.csv")}
     shown = "[...document.querySelectorAll('.sample')].map((card) => card.dataset.key)"
-    page.open((gallery / "index.html").as_uri())
-    first = page.run(shown)
+    page.open(gallery / "index.html")
+    first = page.value(shown)
     gaps = [float(rows[key]["gap"]) for key in first]
     assert gaps == sorted(gaps, reverse=True)
     assert all(rows[key]["label"] != rows[key]["top1"] for key in first)
-    assert page.run("document.querySelector('.sample img').naturalWidth") == 8
+    assert page.value("document.querySelector('.sample img').naturalWidth") == 8
     # By keyboard alone: what is first in the form, the next ranking, the search, the link of a card.
-    page.run("document.querySelector('select[name=ranking]').focus()")
+    page.value("document.querySelector('select[name=ranking]').focus()")
     page.press("ArrowDown")
-    by_entropy = page.run(shown)
+    by_entropy = page.value(shown)
     entropies = [float(rows[key]["entropy"]) for key in by_entropy]
     assert entropies == sorted(entropies, reverse=True)
     wanted = by_entropy[3]
     page.press("Tab", *wanted)
-    assert page.run("document.activeElement.name") == "text"
-    assert wanted in page.run(shown)
-    assert len(page.run(shown)) < len(by_entropy)
-    assert page.run("document.getElementById('count').textContent").startswith(f"{len(page.run(shown))} of ")
-    page.run("document.querySelector('button[type=reset]').click()")
-    page.run(
+    assert page.value("document.activeElement.name") == "text"
+    assert wanted in page.value(shown)
+    assert len(page.value(shown)) < len(by_entropy)
+    assert page.value("document.getElementById('count').textContent").startswith(f"{len(page.value(shown))} of ")
+    page.value("document.querySelector('button[type=reset]').click()")
+    page.value(
         "for (const [name, value] of Object.entries({ranking: '', figure: 'entropy', from: '1', to: '1.3'}))"
         " document.getElementById('controls').elements[name].value = value;"
         "document.getElementById('controls').dispatchEvent(new Event('input'))"
     )
-    assert all(0.999 <= float(rows[key]["entropy"]) <= 1.301 for key in page.run(shown))
-    page.run("document.querySelector('.matrix td:not(.own) a').click()")
+    assert all(0.999 <= float(rows[key]["entropy"]) <= 1.301 for key in page.value(shown))
+    page.value("document.querySelector('.matrix td:not(.own) a').click()")
     page.press()
-    assert {(rows[key]["label"], rows[key]["top1"]) for key in page.run(shown)} <= {
+    assert {(rows[key]["label"], rows[key]["top1"]) for key in page.value(shown)} <= {
         (row["label"], row["top1"]) for row in rows.values() if row["label"] != row["top1"]
     }
-    page.run("document.querySelector('button[type=reset]').click()")
+    page.value("document.querySelector('button[type=reset]').click()")
     page.press()
-    page.run("document.querySelector('.sample a').focus()")
+    page.value("document.querySelector('.sample a').focus()")
     page.press("Enter")
-    page.run("new Promise((done) => setTimeout(done, 300))")
-    assert "/samples/" in page.run("location.href")
-    assert page.complaints == []
+    page.value("new Promise((done) => setTimeout(done, 300))")
+    assert "/samples/" in page.value("location.href")
+    assert page.said == []
     assert all(address.startswith(("file:", "data:")) for address in page.requests)
 
 
 def test_nothing_is_wider_than_the_window(gallery, page):
     for file in (gallery / "index.html", next((gallery / "samples").iterdir())):
         for width, dark in ((390, False), (1280, True)):
-            page.open(file.as_uri(), width, dark=dark)
-            assert page.run("document.documentElement.scrollWidth") <= width
-    assert page.complaints == []
+            page.open(file, width, dark)
+            assert page.value("document.documentElement.scrollWidth") <= width
+    assert page.said == []
