@@ -116,11 +116,7 @@ def prepare(
     """What `fit` takes: what a run is, its student, its batches, the evaluation split and the teacher."""
     recipe = recipe.without_sweep()
     name, terms = recipe.objective(options.get("objective"))
-    if recipe.training.epochs % recipe.training.views_per_decode:
-        raise RecipeError(
-            f"training.epochs is {recipe.training.epochs}, training.views_per_decode {recipe.training.views_per_decode}"
-            ": so many epochs pass at once, so it must divide their number."
-        )
+    _refuse_part_of_a_pass(recipe)
     chosen, online = options.get("seed"), options.get("online", False)
     seed = recipe.seeds[0] if chosen is None else chosen
     wanted = wanted_stores(recipe, options.get("stores", ()))
@@ -166,6 +162,14 @@ def prepare(
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=options.get("log"))
     return run, student, loader, evaluated, ask
+
+
+def _refuse_part_of_a_pass(recipe: Recipe) -> None:
+    if recipe.training.epochs % recipe.training.views_per_decode:
+        raise RecipeError(
+            f"training.epochs is {recipe.training.epochs}, training.views_per_decode {recipe.training.views_per_decode}"
+            ": so many epochs pass at once, so it must divide their number."
+        )
 
 
 def _refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
