@@ -119,7 +119,8 @@ def strings_for(parameter: click.Parameter) -> SearchStrategy[str]:
 def typed(data: DataObject, path: tuple[str, ...], command: click.Command) -> list[str]:
     """A command line: the usual values, and up to three parameters with others."""
     parameters = [one for one in command.params if one.name != "help"]
-    other = data.draw(st.sets(st.sampled_from([one.name for one in parameters]), min_size=1, max_size=3))
+    names = [one.name for one in parameters]
+    other = data.draw(st.sets(st.sampled_from(names), min_size=1, max_size=3)) if names else set()
     options, arguments = list(path), []
     for parameter in parameters:
         usual = USUAL.get(parameter.name or "")

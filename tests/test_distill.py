@@ -147,8 +147,7 @@ def test_an_objective_with_a_teacher_needs_one(recipe_file, where, tmp_path):
 def test_a_store_of_other_views_or_classes_is_refused(recipe_file, where, store_path, tmp_path, manifest):
     command = ("distill", recipe_file, "--store", store_path, "--objective", "kd", "--out", tmp_path / "run")
     message = refused(*command, *where, "--set", "views.padding=2")
-    assert "'padding': 1" in message
-    assert "'padding': 2" in message
+    assert "views.padding: 1 in the store, 2 in the recipe" in message
     content = yaml.safe_load((ROOT / "data_manifest.yaml").read_text())
     content["datasets"]["digits"]["classes"].append("ten")
     (tmp_path / "more.yaml").write_text(yaml.safe_dump(content))

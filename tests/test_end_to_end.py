@@ -71,7 +71,7 @@ def test_train_and_report_commands(recipe_file, where, tmp_path):
     result = invoke("report", tmp_path / "ce", tmp_path / "teacher", "--out", tmp_path / "page.html")
     assert result.exit_code == 0
     assert "│ teacher" in result.stdout
-    assert "<svg" not in (tmp_path / "page.html").read_text().split("<table>")[0]
+    assert "<svg" not in (tmp_path / "page.html").read_text().split("<table")[0]
     assert "no result.json" in refused("report", tmp_path, "--out", tmp_path / "page.html")
 
 

@@ -36,12 +36,14 @@ from offline_kd.objectives import example_terms, nkd
 from offline_kd.objectives.decisions import SubclassTerm, subclass_decisions
 from offline_kd.objectives.dtkd import DTKD
 from offline_kd.objectives.term import LossBatch, Term
+from offline_kd.store.codecs import klt_means
 from offline_kd.store.codecs.codec import Codec, tensors_of
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.f32 import Float32
 from offline_kd.store.codecs.int_ import Int
 from offline_kd.store.codecs.klt import Klt
 from offline_kd.store.codecs.klt_means import KltMeans
+from offline_kd.store.codecs.likeliest import likeliest_by_torch
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.opening import open_store
@@ -219,7 +221,8 @@ def test_a_step_of_every_objective_reads_nothing_back_and_brings_no_numbers(term
 
 
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.label())
-def test_decoding_reads_nothing_back_and_brings_no_numbers(codec: Codec):
+def test_decoding_reads_nothing_back_and_brings_no_numbers(codec: Codec, monkeypatch):
+    monkeypatch.setattr(klt_means, "likeliest", likeliest_by_torch)  # as on a device
     tables, arrays = map(tensors_of, learned_and_unpacked(codec))
     codec.decode(arrays, 70, tables)  # whose constants are made once
     assert counted(lambda: codec.decode(arrays, 70, tables), (*READ, *MADE)) == 0

@@ -119,10 +119,8 @@ def test_pack_capture_distil_and_verify_from_an_empty_folder(
     ):
         result = invoke(*command, *options)
         assert result.exit_code == 0, result.output
-    assert re.findall(r"│ (\w+)\s+│\s+(?:dataset|file) │.*│\s+(yes|no) │", invoke("data", "list", *options).stdout) == [
-        ("digits", "yes"),
-        ("small", "yes"),
-    ]
+    listed = re.findall(r"│ (\w+)\s+│\s+(?:dataset|file) │.*│\s+(yes|no) │", invoke("data", "list", *options).stdout)
+    assert {("digits", "yes"), ("small", "yes")} <= set(listed)
     reported = invoke("report", f"{address}/run", "--out", "report.html")
     assert reported.exit_code == 0, reported.output
     left = ["0001.html", "manifest.yaml", "recipe.yaml", "report.csv", "report.html", "report.json"]

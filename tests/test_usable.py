@@ -228,7 +228,7 @@ def test_a_file_cannot_make_a_network_fetch_or_read_other_weights(tmp_path):
         ({"model": "cifar:resnet14"}, r"lacks 'layer1\.1"),
         ({"model": "cifar:resnet9"}, r"Did you mean 'resnet"),
         ({"classes": ["a", "b"]}, "Weights of another architecture or another number of classes"),
-        ({"kd_layers": []}, "lacks 'layer3"),
+        ({"kd_layers": []}, r"'layer3.*kd_layer.*' \(18 of .*\) has no place in the network"),
         ({"kd_layers": [{"after": "layer9", "value_ratio": 1.0}]}, "behind 'layer9', which the network lacks"),
         ({"kd_layers": [{"after": "conv1", "value_ratio": 1.0}]}, "lacks the weights of the KD layer behind 'conv1'"),
         ({"file_version": 2}, "'file_version': Input should be less than or equal to 1"),

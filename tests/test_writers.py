@@ -316,7 +316,10 @@ def test_teachers_over_other_views_are_not_mixed(
     other_teacher, manifest, roots, store_path, where, recipe_file, tmp_path
 ):
     for index, (change, message) in enumerate(
-        [({"seed": 1}, "holds the views"), ({"count": 6}, "holds 6 views of every image in groups of 3")]
+        [
+            ({"seed": 1}, "views.seed: 1 in the store, 0 in the recipe"),
+            ({"count": 6}, "holds 6 views of every image in groups of 3"),
+        ]
     ):
         views = other_teacher.views.model_copy(update=change)
         alone = tmp_path / f"alone{index}"
