@@ -5,6 +5,7 @@ import fcntl
 import itertools
 import json
 import os
+import select
 import shutil
 import subprocess
 import time
@@ -65,7 +66,9 @@ class Browser:
 
     def value(self, expression: str) -> Any:
         """Of JavaScript, as JSON; of a promise, what it is fulfilled with."""
-        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        # To wait for what is no promise might never end, where the page is just being left for another.
+        awaits = expression.startswith("new Promise")
+        answer = self._ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=awaits)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
@@ -84,12 +87,15 @@ class Browser:
             self._ask("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, *keys: str) -> None:
-        """KEYS by name, or characters; until the page shows what they did."""
+        """KEYS by name, or characters."""
         for key in keys:
             code, text = KEYS.get(key, (0, key))
             about = {"key": key, "code": key, "windowsVirtualKeyCode": code}
             self._ask("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
             self._ask("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    def settle(self) -> None:
+        """Until the page's script has done what follows from what was pressed."""
         self.value("new Promise(done => requestAnimationFrame(() => setTimeout(done)))")
 
     def screenshot(self, file: Path, whole: bool = False) -> None:
@@ -121,6 +127,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            assert select.select([self._from], [], [], SECONDS)[0], "Chromium does not answer"
             read = os.read(self._from, 2**20)
             assert read, "Chromium has ended"
             self._rest += read

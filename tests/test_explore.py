@@ -235,11 +235,13 @@ def test_the_page_filters_sorts_and_searches_in_a_real_browser(gallery, page):
     # By keyboard alone: what is first in the form, the next ranking, the search, the link of a card.
     page.value("document.querySelector('select[name=ranking]').focus()")
     page.press("ArrowDown")
+    page.settle()
     by_entropy = page.value(shown)
     entropies = [float(rows[key]["entropy"]) for key in by_entropy]
     assert entropies == sorted(entropies, reverse=True)
     wanted = by_entropy[3]
     page.press("Tab", *wanted)
+    page.settle()
     assert page.value("document.activeElement.name") == "text"
     assert wanted in page.value(shown)
     assert len(page.value(shown)) < len(by_entropy)
@@ -252,12 +254,12 @@ def test_the_page_filters_sorts_and_searches_in_a_real_browser(gallery, page):
     )
     assert all(0.999 <= float(rows[key]["entropy"]) <= 1.301 for key in page.value(shown))
     page.value("document.querySelector('.matrix td:not(.own) a').click()")
-    page.press()
+    page.settle()
     assert {(rows[key]["label"], rows[key]["top1"]) for key in page.value(shown)} <= {
         (row["label"], row["top1"]) for row in rows.values() if row["label"] != row["top1"]
     }
     page.value("document.querySelector('button[type=reset]').click()")
-    page.press()
+    page.settle()
     page.value("document.querySelector('.sample a').focus()")
     page.press("Enter")
     page.value("new Promise((done) => setTimeout(done, 300))")
