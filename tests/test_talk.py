@@ -300,7 +300,7 @@ def test_tensorboard_writes_no_bucket():
 
 @pytest.mark.slow
 def test_of_several_ranks_the_first_one_alone_is_heard(plain, tmp_path):
-    command = ["-m", "offline_kd", *plain, "--out", tmp_path / "run", "--log", "tensorboard"]
+    command = ["-m", "offline_kd", *plain, "--out", tmp_path / "run", "--tracker", "tensorboard"]
     done = torchrun(2, [], *command)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "run/tensorboard").iterdir())) == 1

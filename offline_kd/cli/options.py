@@ -98,7 +98,11 @@ def student_options(command: Callable[..., None]) -> Callable[..., None]:
 def log_option(command: Callable[..., None]) -> Callable[..., None]:
     """--log: the tracker that is told every epoch."""
     return click.option(
-        "--log", type=click.Choice(TRACKERS), help="Tell a tracker of experiments every epoch, too (docs/training.md)."
+        "--log",
+        "--tracker",  # torchrun takes the other for an option of its own
+        "log",
+        type=click.Choice(TRACKERS),
+        help="Tell a tracker of experiments every epoch, too (docs/training.md); under torchrun --tracker.",
     )(command)
 
 
