@@ -50,6 +50,18 @@ RECIPE = {
 }
 
 
+# What a finished run has written.
+RUN_FILES = {
+    "recipe.yaml",
+    "metrics.jsonl",
+    "evaluation.safetensors",
+    "result.json",
+    "student.safetensors",
+    "last.ckpt",
+    "previous.ckpt",
+}
+
+
 def merged(base: dict, over: dict) -> dict:
     return {**base, **{k: merged(base[k], v) if isinstance(v, dict) and k in base else v for k, v in over.items()}}
 

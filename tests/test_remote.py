@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, invoke, refused
+from conftest import ROOT, RUN_FILES, invoke, refused
 from test_signing import key_pair
 
 from offline_kd.store.leases import leases_at
@@ -414,16 +414,7 @@ def test_a_run_is_written_into_a_bucket_goes_on_there_and_is_reported(
     out, options = f"{address}-run", ("--store", store_path, "--objective", "kd", *where)
     assert invoke("distill", recipe_file, *options, "--out", out).exit_code == 0
     place = Bucket(out)
-    names = {
-        "recipe.yaml",
-        "metrics.jsonl",
-        "evaluation.safetensors",
-        "result.json",
-        "student.safetensors",
-        "last.ckpt",
-        "previous.ckpt",
-    }
-    assert set(place.sizes()) == names  # the lease was given back
+    assert set(place.sizes()) == RUN_FILES  # the lease was given back
     assert json.loads(place.read("result.json"))["student_sha256"] == local_student
     assert "finished already" in invoke("distill", recipe_file, *options, "--out", out).stderr
 
