@@ -80,7 +80,9 @@ def declare(place: Folder, identity: StoreIdentity, hashes: Mapping[str, bytes],
     """
     raw, parts, views = json.loads(place.read("store.json")), parts_of(identity), {"": identity.views.num_views}
     names = listed_names(identity, parts, views)
-    assert len(names) == num_pages(identity, views), "templates are not made up"
+    entries = {name: hashes[name].hex() for name in names if name.startswith("templates-")}
+    names = [name for name in names if name not in entries]
+    assert len(names) == num_pages(identity, views)
     pages, per_group = {}, len(names) // len(identity.groups)
     for index, group in enumerate(view_groups(views[""], identity.views_per_group)):
         of_group = b"".join(hashes[ledger_name(block, group)] for block in range(identity.num_blocks))
@@ -92,10 +94,10 @@ def declare(place: Folder, identity: StoreIdentity, hashes: Mapping[str, bytes],
         place.put(name, b"")
     manifest = StoreManifest(
         schema_version=identity.schema_version,
-        digest=store_digest(raw, [], pages),
+        digest=store_digest(raw, [], pages | entries),
         views=views,
         pages=pages,
-        entries={},
+        entries=entries,
         files={name: stored_object(place.read(name)) for name in small_files([], parts)},
         fidelity={"": NOTHING},
         total_bytes=total_bytes,
