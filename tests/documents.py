@@ -1,7 +1,7 @@
 """README, CONTRIBUTING and `docs/`: their pages, blocks of code and headings."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conftest import ROOT
@@ -24,6 +24,9 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
+
+    def with_text(self, text: str) -> "Block":
+        return replace(self, text=text)
 
     def commands(self) -> list[str]:
         """The lines of a shell, without comments and prompts, continued lines joined."""
