@@ -54,6 +54,11 @@ def prose(page: str) -> str:
     return re.sub(r"^```.*?^```$", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
 
 
+def inline(page: str) -> list[str]:
+    """What stands between single backticks."""
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose(page))]
+
+
 def anchors(page: str) -> set[str]:
     """What `#...` may name in a page: its headings, as GitHub makes anchors of them."""
     found: set[str] = set()

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Sequence
 from functools import cache
@@ -12,7 +13,8 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
-from documents import PAGES, Block, anchors, blocks, links
+from documents import PAGES, Block, anchors, blocks, inline, links
+from test_end_to_end import all_commands
 
 from offline_kd.cache.engines import local
 from offline_kd.cli import main as cli
@@ -27,8 +29,6 @@ RUN_BY = {
     **{f"docs/extending/{name}.md": f"test_extending_{name}.py" for name in ("codec", "objective", "operation")},
     **{f"docs/extending/{name}.md": f"test_extending_{name}.py" for name in ("engine", "view_kind")},
 }
-# Pages whose commands are run, one after the other, and not only understood.
-WALKED = ("docs/for-engineers.md", "docs/for-researchers.md", "docs/for-teammates.md")
 # What is neither run nor understood by a parser: how it begins, and why.
 NOT_RUN = {
     "README.md": {
@@ -92,10 +92,15 @@ def test_what_is_named_as_not_run_or_run_elsewhere_is_there():
     for page, test in RUN_BY.items():
         text = (ROOT / "tests" / test).read_text()
         assert Path(page).stem in text, f"tests/{test} does not speak of {page}"
-    assert set(WALKED) <= set(PAGES)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
+
+OPTIONS = {"--help", "--version"} | {
+    name for _, command in all_commands(cli.main) for one in command.params for name in (*one.opts, *one.secondary_opts)
+}
+# Options of other programs, and whose they are.
+OF_OTHERS = {"--max-restarts": "torchrun", "--array": "sbatch", "--threads": "tests/bench_decisions.py"}
 
 
 def understand(words: Sequence[str]) -> None:
@@ -103,6 +108,8 @@ def understand(words: Sequence[str]) -> None:
     command: click.Command = cli.main
     context, left = click.Context(command), list(words)
     while isinstance(command, click.Group):
+        if not left or left[0] == "...":  # a sentence about the group
+            return
         _, found, left = command.resolve_command(context, left)
         assert found is not None
         command, context = found, click.Context(found, parent=context)
@@ -118,6 +125,20 @@ def test_the_command_line_understands_every_command(page):
                     understand(shlex.split(words))
                 except click.UsageError as error:
                     pytest.fail(f"{block}: offline-kd {words}: {error.message}")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_and_options_in_sentences_exist(page):
+    for code in inline(page):
+        if code.startswith("offline-kd ") and "--help" not in code and "--version" not in code:
+            try:
+                understand(shlex.split(code.partition(" > ")[0])[1:])
+            except click.MissingParameter:  # of which the sentence does not speak
+                pass
+            except click.UsageError as error:
+                pytest.fail(f"{page}: {code}: {error.message}")
+        if option := re.match("--[a-z][a-z-]+", code):
+            assert option[0] in OPTIONS or option[0] in OF_OTHERS, f"{page}: {code}: no command has it"
 
 
 def test_a_command_that_does_not_exist_is_found():
