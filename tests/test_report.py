@@ -23,6 +23,7 @@ from offline_kd.distill.results import Run, write_metrics
 from offline_kd.distill.run_records import group_runs, read_runs
 from offline_kd.models.evaluation import Answers
 from offline_kd.recipe import Recipe, dump_recipe, load_recipe
+from offline_kd.support.packaged import recipe_names
 from offline_kd.support.places import Folder
 
 CLASSES = ["zero", "one", "two"]
@@ -229,13 +230,28 @@ def test_the_recipes_of_published_tables_name_their_numbers():
     found = load_recipe(ROOT / "pipelines/cifar100/resnet56_resnet20.yaml").published
     assert found.of("wttm") == (71.92, 0.40)
     assert found.of("dtkd") is None
-    for file in [
-        *(ROOT / "pipelines/cifar100").glob("*_*.yaml"),
-        *(ROOT / "pipelines/cifar100_letkd").glob("*_*.yaml"),
-    ]:
-        recipe = load_recipe(file)
-        assert recipe.published.top1.keys() <= {"teacher", *recipe.objectives}, file
-        assert recipe.published.of("teacher") == (recipe.teacher.expected.top1, None), file
+    assert load_recipe(ROOT / "pipelines/imagenet/resnet34_resnet18.yaml").published.of("wttm") == (72.19, None)
+    for folder in ("cifar100", "cifar100_letkd", "imagenet"):
+        for file in (ROOT / "pipelines" / folder).glob("*_*.yaml"):
+            recipe = load_recipe(file)
+            gate = recipe.teacher.expected
+            assert recipe.published.top1.keys() <= {"teacher", *recipe.objectives}, file
+            assert recipe.published.of("teacher") == (pytest.approx(gate.top1, abs=gate.tolerance), None), file
+
+
+def test_published_numbers_are_listed_for_every_recipe_that_names_some_and_the_page_is_current():
+    page = (ROOT / "docs/published.md").read_text()
+    assert invoke("recipe", "published", "--markdown").stdout == page, (
+        "offline-kd recipe published --markdown > docs/published.md"
+    )
+    for name in recipe_names():
+        found = None if name.endswith("base") else load_recipe(Path(name)).published
+        if found is not None:
+            folder, _, short = name.rpartition("/")
+            section = page.split(f"## {folder}/RECIPE\n")[1].split("\n## ")[0]
+            (row,) = (line for line in section.splitlines() if line.startswith(f"| {short} |"))
+            numbers = (found.of(objective) for objective in found.top1)
+            assert all(f"| {mean:.2f} {f'± {std:.2f} ' if std else ''}|" in row for mean, std in numbers), row
 
 
 # ---- three files ---------------------------------------------------------------------------------------------------

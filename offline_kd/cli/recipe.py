@@ -118,6 +118,24 @@ def fields_command(path: str, markdown: bool) -> None:
         show_table(f"{where}: {one.about}", COLUMNS, one.fields, words=True)
 
 
+@command.command("published")
+@click.option("--markdown", is_flag=True, help="As docs/published.md.")
+def published_command(markdown: bool) -> None:
+    """What papers report for the packaged recipes: top-1 in percent by objective, and where it stands.
+
+    \b
+    offline-kd recipe published
+    """
+    from offline_kd.published import published_page, published_tables
+    from offline_kd.support.console import show_table
+
+    if markdown:
+        click.echo(published_page(), nl=False)
+        return
+    for table in published_tables():
+        show_table(f"{table.folder}/RECIPE: top-1 % as published", table.columns, table.rows)
+
+
 @command.command("schema")
 def schema_command() -> None:
     """JSON Schema of recipes, for editors that complete and check them.
