@@ -1,6 +1,7 @@
 """Features in the store: coded as the format page says, as near to the teacher's as is stated, and kept whole."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,11 @@ import pytest
 import torch
 import yaml
 import zarr
-from conftest import CPU, invoke, make_recipe
+from conftest import CPU, invoke, make_recipe, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Reference
+from torch import nn
 
 import offline_kd as okd
 from offline_kd.cache import asking
@@ -297,3 +299,90 @@ def test_features_that_are_not_the_teachers_keep_a_store_from_being_finished(
     with pytest.raises(StoreCorrupt, match="of the features 'pooled' are those that the teacher gives again"):
         cache_teacher(recipe.model_copy(update={"capture": few}), manifest, roots, tmp_path / "store", CPU)
     assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+# ---- added, chosen, sent ---------------------------------------------------------------------------------------------
+
+
+def test_features_added_later_are_pushed_in_part_described_and_serve_a_loop(
+    recipe, manifest, roots, where, data_root, tmp_path
+):
+    few = {"data": {"tars": [2]}, "views": {"count": 2}, "objectives": {"ce": [{"term": "ce"}]}}
+    weights = recipe.teacher.weights
+    none = make_recipe(teacher={"weights": weights}, capture={"views_per_group": 1, "fidelity_rows": 9}, **few)
+    path = tmp_path / "store"
+    cache_teacher(none, manifest, roots, path, CPU)
+    before, described = open_store(path), (path / "store.json").read_bytes()
+    assert b"features" not in described + (path / "manifest.json").read_bytes()
+    auto = {"module": "body.5", "code": {"name": "auto", "error_budget": 0.2, "centroids": 32, "iterations": 3}}
+    capture = {"views_per_group": 1, "fidelity_rows": 9, "features": {"late": auto}}
+    more = make_recipe(teacher={"weights": weights}, capture=capture, **few)
+    command = ("cache-teacher", written(more, tmp_path), "--store", path, *where)
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    grown = open_store(path)
+    code = grown.identity.features["late"].config.code
+    assert code.name == "pq"
+    assert 16 % code.subspaces == 0
+    assert f"features 'late': pq of {code.subspaces} parts" in result.stderr
+    assert grown.manifest.fidelity[""].features["late"]["relative_l2"] < 0.25
+    assert (path / "store.json").read_bytes() == described
+    assert open_store(path, digest=before.digest).identity.features == {}
+    assert verify(Folder(path)).faults == []
+    assert invoke(*command).exit_code == 0  # nothing to do, and the code that was chosen stays
+    assert open_store(path).digest == grown.digest
+    assert "features 'late'" in invoke("store", "info", path).stdout
+    assert "features 'late'" in (path / "README.md").read_text()
+    assert "late" in yaml.safe_load((path / "recipe.yaml").read_text())["capture"].get("features", {})
+
+    part = tmp_path / "part"
+    assert invoke("store", "push", path, part, "--only", "features").exit_code == 0
+    assert "features only" in invoke("store", "info", part).stdout
+    assert verify(Folder(part)).faults == []
+    opened = okd.open_store(part, data=data_root / "digits")
+    with pytest.raises(okd.OfflineKDError, match="not logits/values"):
+        opened.logits(opened.keys()[:1])
+    assert torch.equal(opened.features("late", opened.keys()), okd.open_store(path).features("late", opened.keys()))
+    assert invoke("store", "push", path, tmp_path / "other", "--only", "logits").exit_code == 0
+    assert not list((tmp_path / "other").rglob("features"))
+    student = nn.Sequential(nn.Flatten(), nn.Linear(192, 16))
+    for batch in okd.open_store(path).loader(data_root / "digits", batch_size=128, features=["late"]).epoch(0):
+        loss = (student(batch.images / 255) - batch.teacher_features["late"]).square().mean()
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ({"a": {"module": "body.5", "code": PQ | {"subspaces": 7}}}, r"cannot be cut into 7 parts.*\[1, 2, 4, 8, 16\]"),
+        ({"a": {"module": "body.6x"}}, r"no module 'body.6x'\. Did you mean"),
+        ({"a": {"module": "body.5", "grid": [2, 2]}}, "a grid is of maps, which pool: none keeps"),
+        ({"a": {"module": "body.5", "code": {"name": "pq"}}}, r"capture\.features\.a\.code\.pq\.subspaces"),
+        ({"a": {"module": "body.5", "code": {"name": "qp"}}}, "unknown name 'qp'. Did you mean 'pq'?"),
+        ({"codec": {"module": "body.5"}}, "'codec' is what the tables of codecs are called"),
+        ({"same": {"module": "body.5"}}, "'same' is what decisions are called"),
+        ({"a": {"module": "body.5", "code": PQ | {"max_vectors": 9}}}, "16 templates from 9 feature vectors"),
+    ],
+)
+def test_features_that_cannot_be_are_refused_in_one_line(features, message, recipe, where, tmp_path):
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    decisions = {"same": {"kind": "templates", "module": "body.5", "templates": 4}}
+    content["capture"] |= {"features": features, "decisions": decisions if "same" in features else {}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    said = refused("cache-teacher", tmp_path / "recipe.yaml", "--store", tmp_path / "store", *where)
+    assert re.search(message, said), said
+
+
+def test_a_store_whose_features_are_another_recipes_is_refused(recipe, path, where, tmp_path):
+    file, out = written(recipe, tmp_path), ("--store", path, "--out", tmp_path / "run", *where)
+    said = refused("distill", file, *out, "--set", "capture.features.pooled.code.subspaces=8")
+    assert "capture.features.pooled.code.subspaces: 4 in the store, 8 in the recipe" in said
+    content = recipe.model_dump(mode="json", exclude_none=True)
+    content["capture"] |= {
+        "features": {},
+        "decisions": {"map": {"kind": "templates", "module": "body.5", "templates": 4}},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    copy = shutil.copytree(path, tmp_path / "copy")
+    said = refused("cache-teacher", tmp_path / "recipe.yaml", "--store", copy, *where)
+    assert "capture.decisions.map: the store has features of that name" in said
