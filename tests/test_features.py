@@ -232,6 +232,17 @@ def test_numpy_decodes_what_the_store_holds_as_the_page_says(path):
         store.features("poled", keys[:1])
 
 
+def test_the_inspect_page_sets_the_features_of_views_beside_each_other(path, where, tmp_path):
+    page = tmp_path / "page.html"
+    assert invoke("store", "inspect", path, "--out", page, *where, "--key", "0000").exit_code == 0
+    lines = re.findall(r"(\w+): length ([\d.]+), cosine to the first view ([\d.]+)", page.read_text())
+    assert [name for name, _, _ in lines] == list(FEATURES)
+    features = okd.open_store(path).features("exact", ["0000"])[0]
+    ((length, cosine),) = [(float(length), float(cosine)) for name, length, cosine in lines if name == "exact"]
+    assert length == pytest.approx(features[1].norm().item(), rel=0.01)
+    assert cosine == pytest.approx(torch.cosine_similarity(features[0], features[1], dim=0).item(), abs=0.001)
+
+
 def test_batches_of_a_resident_run_have_the_same_features_and_the_same_numbers(recipe, path, manifest, roots):
     store = open_store(path)
     training = recipe.training.model_copy(update={"resident": "always"})
@@ -295,9 +306,10 @@ def test_features_that_are_not_the_teachers_keep_a_store_from_being_finished(
     monkeypatch.setattr(
         asking, "pack_features", lambda *about: {name: one.roll(1, dims=0) for name, one in honest(*about).items()}
     )
-    few = recipe.capture.model_copy(update={"features": {"pooled": recipe.capture.features["pooled"]}})
+    capture = recipe.capture.model_copy(update={"features": {"pooled": recipe.capture.features["pooled"]}})
+    few = {"capture": capture, "data": recipe.data.model_copy(update={"tars": [2]})}
     with pytest.raises(StoreCorrupt, match="of the features 'pooled' are those that the teacher gives again"):
-        cache_teacher(recipe.model_copy(update={"capture": few}), manifest, roots, tmp_path / "store", CPU)
+        cache_teacher(recipe.model_copy(update=few), manifest, roots, tmp_path / "store", CPU)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
@@ -344,7 +356,7 @@ def test_features_added_later_are_pushed_in_part_described_and_serve_a_loop(
         opened.logits(opened.keys()[:1])
     assert torch.equal(opened.features("late", opened.keys()), okd.open_store(path).features("late", opened.keys()))
     assert invoke("store", "push", path, tmp_path / "other", "--only", "logits").exit_code == 0
-    assert not list((tmp_path / "other").rglob("features"))
+    assert not (tmp_path / "other/targets.zarr/features/late/codes/c").exists()
     student = nn.Sequential(nn.Flatten(), nn.Linear(192, 16))
     for batch in okd.open_store(path).loader(data_root / "digits", batch_size=128, features=["late"]).epoch(0):
         loss = (student(batch.images / 255) - batch.teacher_features["late"]).square().mean()
@@ -358,7 +370,7 @@ def test_features_added_later_are_pushed_in_part_described_and_serve_a_loop(
         ({"a": {"module": "body.6x"}}, r"no module 'body.6x'\. Did you mean"),
         ({"a": {"module": "body.5", "grid": [2, 2]}}, "a grid is of maps, which pool: none keeps"),
         ({"a": {"module": "body.5", "code": {"name": "pq"}}}, r"capture\.features\.a\.code\.pq\.subspaces"),
-        ({"a": {"module": "body.5", "code": {"name": "qp"}}}, "unknown name 'qp'. Did you mean 'pq'?"),
+        ({"a": {"module": "body.5", "code": {"name": "qp"}}}, "unknown name 'qp'. Known: auto, f16, f32, int, pq"),
         ({"codec": {"module": "body.5"}}, "'codec' is what the tables of codecs are called"),
         ({"same": {"module": "body.5"}}, "'same' is what decisions are called"),
         ({"a": {"module": "body.5", "code": PQ | {"max_vectors": 9}}}, "16 templates from 9 feature vectors"),
@@ -374,7 +386,7 @@ def test_features_that_cannot_be_are_refused_in_one_line(features, message, reci
 
 
 def test_a_store_whose_features_are_another_recipes_is_refused(recipe, path, where, tmp_path):
-    file, out = written(recipe, tmp_path), ("--store", path, "--out", tmp_path / "run", *where)
+    file, out = written(recipe, tmp_path), ("--objective", "ce", "--store", path, "--out", tmp_path / "run", *where)
     said = refused("distill", file, *out, "--set", "capture.features.pooled.code.subspaces=8")
     assert "capture.features.pooled.code.subspaces: 4 in the store, 8 in the recipe" in said
     content = recipe.model_dump(mode="json", exclude_none=True)
