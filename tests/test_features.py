@@ -110,7 +110,7 @@ CODES = [
 ]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(st.integers(0, 2**31), st.sampled_from(CODES), st.sampled_from(["avg", "none"]), st.sampled_from([1e-3, 1, 1e3]))
 def test_what_is_packed_comes_back_as_near_as_its_code_can(seed, code, pool, scale):
     generator = torch.Generator().manual_seed(seed)
@@ -171,12 +171,12 @@ def decode_pq(codes: np.ndarray, centroids: np.ndarray) -> np.ndarray:
 def test_the_error_of_pq_is_within_one_percent_of_scikit_learns():
     rng = np.random.default_rng(0)
     middles = 4 * rng.standard_normal((40, 12))
-    vectors = (middles[rng.integers(40, size=4000)] + rng.standard_normal((4000, 12))).astype(np.float32)
+    vectors = (middles[rng.integers(40, size=2000)] + rng.standard_normal((2000, 12))).astype(np.float32)
     code = Features.model_validate({"module": "any", "code": {**FINE, "iterations": 100}}).code
     centroids, statistics = fit_product(vectors.copy(), code, CPU, "templates")
     parts = np.split(vectors, 3, axis=1)
     fits = [Reference(64, n_init=1, random_state=0, max_iter=100).fit(part) for part in parts]
-    assert statistics["inertia_per_vector"] * 4000 <= 1.01 * sum(one.inertia_ for one in fits)
+    assert statistics["inertia_per_vector"] * 2000 <= 1.01 * sum(one.inertia_ for one in fits)
     config = Features.model_validate({"module": "any", "code": FINE})
     x = torch.from_numpy(vectors)
     decoded = unpack_features(config, pack_features(config, x, {"centroids": centroids}), {"centroids": centroids})
@@ -203,6 +203,7 @@ def test_stored_features_are_the_live_teachers_within_what_the_store_states(reci
                 assert features.dtype == torch.float32
                 assert features.shape == live[name].shape == (len(batch), *SHAPES[name])
                 assert torch.equal(batch.teacher_features[name], features)
+                assert torch.equal(offline(batch).take(slice(2, 5)).features[name], features[2:5])
                 errors[name].append(relative_errors(live[name], features))
     found = {name: torch.cat(some).mean().item() for name, some in errors.items()}
     assert {name: stated[name]["relative_l2"] for name in found} == pytest.approx(found, rel=0.15, abs=1e-6)
@@ -288,6 +289,7 @@ def test_every_flipped_bit_of_features_is_found_and_the_block_is_done_again(reci
     assert open_store(copy).digest == open_store(path).digest
 
 
+@pytest.mark.slow  # crash_points.py kills captures of features
 def test_a_capture_that_was_killed_goes_on_to_the_same_store(recipe, path, where, tmp_path):
     copy = Path(shutil.copytree(path, tmp_path / "copy"))
     for name in ("manifest.json", "ledger/000001-00001-00002.json", "ledger/templates-pooled.json"):
@@ -319,7 +321,7 @@ def test_features_that_are_not_the_teachers_keep_a_store_from_being_finished(
 def test_features_added_later_are_pushed_in_part_described_and_serve_a_loop(
     recipe, manifest, roots, where, data_root, tmp_path
 ):
-    few = {"data": {"tars": [2]}, "views": {"count": 2}, "objectives": {"ce": [{"term": "ce"}]}}
+    few = {"data": {"tars": [2]}, "views": {"count": 1}, "objectives": {"ce": [{"term": "ce"}]}}
     weights = recipe.teacher.weights
     none = make_recipe(teacher={"weights": weights}, capture={"views_per_group": 1, "fidelity_rows": 9}, **few)
     path = tmp_path / "store"
@@ -355,8 +357,6 @@ def test_features_added_later_are_pushed_in_part_described_and_serve_a_loop(
     with pytest.raises(okd.OfflineKDError, match="not logits/values"):
         opened.logits(opened.keys()[:1])
     assert torch.equal(opened.features("late", opened.keys()), okd.open_store(path).features("late", opened.keys()))
-    assert invoke("store", "push", path, tmp_path / "other", "--only", "logits").exit_code == 0
-    assert not (tmp_path / "other/targets.zarr/features/late/codes/c").exists()
     student = nn.Sequential(nn.Flatten(), nn.Linear(192, 16))
     for batch in okd.open_store(path).loader(data_root / "digits", batch_size=128, features=["late"]).epoch(0):
         loss = (student(batch.images / 255) - batch.teacher_features["late"]).square().mean()
