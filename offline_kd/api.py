@@ -1,4 +1,4 @@
-"""The public API: open a store and take logits, decisions or whole batches from it; make a store with a module.
+"""The public API: open a store and take logits, decisions, features or batches from it; make one with a module.
 
 `offline_kd/__init__.py` offers these names without importing this file; docs/api.md shows each of them at work.
 """
@@ -18,7 +18,7 @@ from offline_kd.cache.in_memory import ModuleOptions, cache_module
 from offline_kd.data.fetching import is_url, root_at
 from offline_kd.data.manifest import MANIFEST_NAME, Manifest, Normalisation, load_manifest
 from offline_kd.store.info import store_info
-from offline_kd.store.lookup import decisions_of, keys_from_tars, logits_of, rows_of, stored_keys
+from offline_kd.store.lookup import decisions_of, features_of, keys_from_tars, logits_of, rows_of, stored_keys
 from offline_kd.store.reader import Store
 from offline_kd.store.signing import open_as_demanded
 from offline_kd.support.errors import DataError, RecipeError, StoreError
@@ -40,6 +40,7 @@ class LoaderOptions(TypedDict, total=False):
     rank: int  # which share of every batch this process gets; 0 if absent
     world: int  # of how many processes, 1 to `batch_size`, which is that of all together; 1 if absent
     decisions: Sequence[str]  # names of decisions that batches hold beside the logits; none if absent
+    features: Sequence[str]  # names of features, of which `batch.teacher_features` has each; none if absent
     normalisation: AnyNormalisation | None  # of `batch.images`, which are then float32; uint8 if absent
 
 
@@ -110,6 +111,13 @@ class TeacherStore:
         """
         return decisions_of(self.reader, name, self._rows(keys), self._views(views))
 
+    def features(self, name: str, keys: Sequence[str], views: Sequence[int] | None = None) -> Tensor:
+        """`[n, V, D]` float32 features of n samples in V views, or `[n, V, D, H, W]` where maps were kept, on the CPU.
+
+        Raises StoreMismatch for a name, key or view that the store does not have, StoreCorrupt for damaged bytes.
+        """
+        return features_of(self.reader, name, self._rows(keys), self._views(views))
+
     def loader(self, data: str | Path | None = None, *, batch_size: int, **options: Unpack[LoaderOptions]) -> "Loader":
         """Batches for a training loop of your own: `for batch in store.loader(...).epoch(0)`.
 
@@ -139,6 +147,7 @@ class TeacherStore:
             ),
             device=options.get("device", "cpu"),
             decisions=options.get("decisions", ()),
+            features=options.get("features", ()),
             normalisation=None if wanted is None else _normalisation(wanted),
         )
 

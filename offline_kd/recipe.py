@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 import yaml
 from pydantic import (
+    AfterValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -32,6 +33,7 @@ from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
+from offline_kd.store.features import WantedFeatures, names_of_their_own
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
@@ -142,6 +144,9 @@ class Capture(Strict):
         Float16(name="f16"), description="how logits are stored"
     )
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
+    features: Annotated[dict[Name, WantedFeatures], AfterValidator(names_of_their_own)] = Field(
+        {}, exclude_if=lambda features: not features, description="features themselves, by a name of your own"
+    )
     views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")
     batch_size: Count | Literal["auto"] = Field(
         "auto",
@@ -253,7 +258,7 @@ def kd_layer_terms(terms: Sequence[AnyTerm]) -> list[KDLayerTerm]:
 
 
 def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
-    return any(term.needs.logits or term.needs.decisions for term in terms)
+    return any(term.needs.logits or term.needs.decisions or term.needs.features for term in terms)
 
 
 def parse_codec(text: str) -> AnyCodec:

@@ -44,6 +44,7 @@ RECIPE = {
     "training": {"epochs": 1, "optimizer": {"name": "sgd", "lr": 0.1}, "schedule": {"name": "cosine"}},
     "objectives": {"kd": [{"term": "kd", "temperature": 4}]},
 }
+CODED = {"module": "body.5", "code": {"name": "pq", "subspaces": 2, "centroids": 2}}
 TAP = {"kind": "templates", "module": "body.5", "templates": 2, "top": 1}
 
 
@@ -96,7 +97,7 @@ def make_inputs(folder: Path) -> None:
     for seed, name in enumerate(("tiny", "other")):
         torch.manual_seed(seed)
         torch.save(build("networks:small", 10, {"width": 2}).state_dict(), folder / f"{name}.pt")
-    more = {"views": {"count": 4}, "capture": {"decisions": {"late": TAP}}}
+    more = {"views": {"count": 4}, "capture": {"decisions": {"late": TAP}, "features": {"kept": CODED}}}
     for file, name, changes in (("recipe", "tiny", {}), ("more", "tiny", more), ("other", "other", {})):
         recipe: dict[str, Any] = {**RECIPE, "name": name}
         for field, values in {**changes, "teacher": {"weights": str(folder / f"{name}.pt")}}.items():

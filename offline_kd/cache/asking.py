@@ -19,10 +19,11 @@ from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.codecs.codec import Tables
 from offline_kd.store.decisions import pack
+from offline_kd.store.features import FeaturesIdentity, pack_features, pooled
 from offline_kd.store.join import row_arrays
 from offline_kd.store.layout import PROBES_PER_GROUP, probe_pixels
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
+from offline_kd.store.schema import StoreIdentity, Tapped
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import DataError, StoreMismatch, TeacherError
 from offline_kd.views.choice import choose
@@ -40,7 +41,7 @@ class Inquiry:
 
     teacher: Teacher
     identity: StoreIdentity  # says what is kept of the answers, and how
-    tables: Mapping[str, dict[str, Tensor]]  # on the device, by decisions and array; CODEC_TABLES are the codec's
+    tables: Mapping[str, dict[str, Tensor]]  # on the device, by name and array; CODEC_TABLES are the codec's
     device: torch.device
 
     @cached_property
@@ -82,8 +83,8 @@ class Answer:
     row: NDArray[np.int64]  # [m]
     view: NDArray[np.int64]  # [m]
     logits: Tensor  # [m, C] float32
-    finite: Tensor  # [1 + decisions] bool: whether the logits are, and each map
-    decided: dict[str, Tensor]  # [m, ...] by full name of the array
+    finite: Tensor  # [1 + taps] bool: whether the logits are, and each map and what is kept of it
+    decided: dict[str, Tensor]  # [m, ...] by full name of the array: decisions and features
     is_there: torch.cuda.Event | None  # happens when all of it has come from a GPU
 
 
@@ -212,15 +213,15 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
         stream.wait_event(batch.is_there)
         for one in (pixels, batch.labels):
             one.record_stream(stream)  # their memory is another stream's, which must not use it again before
-    points: list[TapPoint] = [about.config for about in identity.decisions.values()]
+    points: list[TapPoint] = [about.config for about in identity.tapped.values()]
     logits, maps = teacher.logits_and_maps(pixels, points)
     if logits.shape[1] != identity.num_classes:
         raise TeacherError(
             f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
             f"{identity.num_classes} classes."
         )
-    decided = _decisions(inquiry, portion.block.name, batch.labels, maps)
-    finite = torch.stack([one.isfinite().all() for one in (logits, *maps)])
+    decided, maps_are = _of_taps(inquiry, portion.block.name, batch.labels, maps)
+    finite = torch.stack([logits.isfinite().all(), *maps_are])
     return Answer(
         batch.row,
         batch.view,
@@ -231,22 +232,35 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
     )
 
 
-def _decisions(inquiry: Inquiry, where: str, labels: Tensor, maps: list[Tensor]) -> dict[str, Tensor]:
-    """The arrays of all decisions for these rows, by full name, from the maps of the taps."""
-    decided: dict[str, Tensor] = {}
-    for (name, about), features in zip(inquiry.identity.decisions.items(), maps, strict=True):
+def _of_taps(
+    inquiry: Inquiry, where: str, labels: Tensor, maps: list[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The arrays of all decisions and features for these rows, by full name; and of every map whether all is finite."""
+    kept: dict[str, Tensor] = {}
+    finite = []
+    for (name, about), features in zip(inquiry.identity.tapped.items(), maps, strict=True):
         if tuple(features.shape[1:]) != (about.channels, about.height, about.width):
             raise _other_map(about, features.shape, where)
-        for array, values in pack(about.config, features, labels, inquiry.tables[name]).items():
-            decided[f"decisions/{name}/{array}"] = values
-    return decided
+        tables = inquiry.tables.get(name, {})
+        if isinstance(about, FeaturesIdentity):
+            of_tap = pack_features(about.config, pooled(about.config, features), tables)
+        else:
+            of_tap = pack(about.config, features, labels, tables)
+        kind = "features" if isinstance(about, FeaturesIdentity) else "decisions"
+        kept |= {f"{kind}/{name}/{array}": values for array, values in of_tap.items()}
+        numbers = [features, *(values for values in of_tap.values() if values.is_floating_point())]
+        finite.append(torch.stack([one.isfinite().all() for one in numbers]).all())
+    return kept, finite
 
 
-def _other_map(about: DecisionsIdentity, shape: Sequence[int], where: str) -> TeacherError:
+def _other_map(about: Tapped, shape: Sequence[int], where: str) -> TeacherError:
     expected = [about.channels, about.height, about.width]
+    is_short = isinstance(about, FeaturesIdentity) and about.config.code.name == "f16"
+    too_large = ", or larger than the 65504 of f16" if is_short else ""
     return TeacherError(
         f"tap '{about.config.module}': gave a map of {list(shape[1:])} for {where}, the store is for "
-        f"{expected}, or features that are not finite. The block was not committed. Check weights and images."
+        f"{expected}, or features that are not finite{too_large}. The block was not committed. Check weights and "
+        "images."
     )
 
 
@@ -263,7 +277,7 @@ def _refuse_not_finite(inquiry: Inquiry, block: ImageBlock, group: int, one: Ans
             f"'{block.keys[one.row[at]]}' of {block.name}, view {identity.groups[group][one.view[at]]}. "
             "The block was not committed. Check the weights, and the dtype if it is not float32."
         )
-    for about, is_finite in zip(identity.decisions.values(), maps_are, strict=True):
+    for about, is_finite in zip(identity.tapped.values(), maps_are, strict=True):
         if not is_finite:
             raise _other_map(about, (0, about.channels, about.height, about.width), block.name)
 

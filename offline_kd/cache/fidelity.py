@@ -20,8 +20,11 @@ from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.objectives import kd, power_sum
 from offline_kd.recipe import CaptureRecipe
+from offline_kd.store.codecs.codec import ARITHMETIC
 from offline_kd.store.comparison import images_of
 from offline_kd.store.decisions import SubclassDecisions, pack, unpack_probs
+from offline_kd.store.feature_reading import features_decoder
+from offline_kd.store.features import FeatureErrors, FeaturesIdentity, are_the_teachers, pack_features, pooled
 from offline_kd.store.join import Wanted, as_stored, codec_tables_on, join, tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate
@@ -81,8 +84,8 @@ def ask_again(
     held = store.manifest.held
     if held and not held.has("logits/"):
         raise StoreMismatch(f"{store.place}: holds {describe(held)}: there are no logits to ask the teacher about.")
-    if held and not held.has("decisions/"):
-        store = replace(store, identity=store.identity.model_copy(update={"decisions": {}}))
+    lacking: dict[str, object] = {kind: {} for kind in ("decisions", "features") if held and not held.has(f"{kind}/")}
+    store = replace(store, identity=store.identity.model_copy(update=lacking))
     images = images_of(store, manifest, roots)
     return measure_fidelity(store, images, teacher, num_rows, device, seed=secrets.randbits(32))
 
@@ -107,7 +110,7 @@ def measure_fidelity(
         fetch_ahead: is told of which block the images will be asked for next.
 
     Raises StoreCorrupt when a logit is further from the teacher's than codec and arithmetic explain, or when decisions
-    are not the teacher's.
+    or features are not the teacher's.
     """
     views = store.identity.views.num_views
     counts = store.side_by_side(lambda number: store.entry("", number, 0).rows * views, store.blocks)
@@ -134,7 +137,7 @@ def measure_fidelity(
                     meter.advance(len(part.labels))
         if waiting:
             answers.compare(concatenate(waiting))
-    answers.compare_decisions()
+    answers.compare_tapped()
     return answers.fidelity(of_rows=sum(there.values()), of_blocks=len(there))
 
 
@@ -160,7 +163,7 @@ def _some_rows(store: Store, block: ImageBlock, number: int, count: int, seed: i
     """So many different rows of a block, as evenly over its view groups as can be."""
     groups = store.identity.groups
     first = int(counter_hash(FIDELITY_STREAM, seed, number).item() % len(groups))
-    wanted = Wanted(decisions=list(store.identity.decisions))
+    wanted = Wanted(decisions=list(store.identity.decisions), features=list(store.identity.features))
     for index in range(len(groups)):
         group = (first + index) % len(groups)
         left = count // len(groups) + (index < count % len(groups))
@@ -192,12 +195,16 @@ class _Answers:
     max_error: float = 0.0
     max_allowed: float = 0.0
     max_dropped: dict[str, float] = field(default_factory=dict)  # by decisions
-    places: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # same, of, in a row: by decisions and block
+    places: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # same, of, in a row: by name and block
+    errors: dict[str, FeatureErrors] = field(default_factory=dict)  # by features
 
     def __post_init__(self) -> None:
-        store = self.store
+        store, cpu = self.store, torch.device("cpu")
+        features = store.identity.features
         self.tables = {name: tables_on(store, name, self.device) for name in store.identity.decisions}
-        self.codec_tables = codec_tables_on(store, torch.device("cpu"))
+        self.tables |= {name: tables_on(store, name, cpu) for name, about in features.items() if about.has_tables}
+        self.decoders = {name: features_decoder(store, name, cpu) for name in features}
+        self.codec_tables = codec_tables_on(store, cpu)
 
     def came_from(self, number: int, block: ImageBlock, rows: Rows) -> None:
         self.where += [(number, block.keys[row]) for row in rows.view.row]
@@ -207,7 +214,7 @@ class _Answers:
         identity, (signal,) = self.store.identity, rows.signal
         assert signal.logits is not None
         assert rows.pixels is not None
-        points: list[TapPoint] = [about.config for about in identity.decisions.values()]
+        points: list[TapPoint] = [about.config for about in identity.tapped.values()]
         answer, maps = self.teacher.logits_and_maps(rows.pixels.to(self.device), points)
         z_t, z = answer.cpu(), identity.codec.decode(signal.logits, identity.num_classes, self.codec_tables)
         self._compare_logits(z, z_t, signal.logits)
@@ -217,7 +224,10 @@ class _Answers:
             self._add(field_and_key, len(z) * mean)
         self._add(("teacher_top1", ""), 100 * (z.argmax(1) == rows.labels).float().sum().item())
         self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
-        for (name, about), features in zip(identity.decisions.items(), maps, strict=True):
+        for (name, about), features in zip(identity.tapped.items(), maps, strict=True):
+            if isinstance(about, FeaturesIdentity):
+                self._compare_features(name, pooled(about.config, features).cpu(), signal.features[name])
+                continue
             again = pack(about.config, features, rows.labels.to(self.device), self.tables[name])
             self._count_decisions(name, again, signal.decisions[name])
         self.where.clear()
@@ -246,10 +256,7 @@ class _Answers:
             equal = (stored["subclass"].long() == again["subclass"].cpu()).flatten(1)
         else:
             equal = (stored["id"].long() == again["id"].cpu())[..., 0].flatten(1)
-        for (number, _), same in zip(self.where, equal.sum(1).tolist(), strict=True):
-            counts = self.places.setdefault((name, number), [0, 0, equal.shape[1]])
-            counts[0] += same
-            counts[1] += equal.shape[1]
+        self._count_same(name, equal)
         if "prob" in stored:
             probs = unpack_probs(stored["prob"])
             dropped = 1 - probs.sum(-1).flatten(1)
@@ -257,18 +264,34 @@ class _Answers:
             self._add((f"{name} dropped", ""), dropped.mean(1).sum().item())
             self.max_dropped[name] = max(self.max_dropped.get(name, 0.0), dropped.max().item())
 
-    def compare_decisions(self) -> None:
-        """Raise StoreCorrupt for decisions that are not the teacher's, of the whole store or of any block."""
+    def _compare_features(self, name: str, live: Tensor, stored: Mapping[str, Tensor]) -> None:
+        """Compare decoded features, view by view, with those that are coded now."""
+        config, decode = self.store.identity.features[name].config, self.decoders[name]
+        decoded, again = decode(stored), decode(pack_features(config, live, self.tables.get(name, {})))
+        precision = ARITHMETIC[self.store.identity.teacher.precision]
+        self._count_same(name, are_the_teachers(live, decoded, again, precision)[:, None])
+        self.errors.setdefault(name, FeatureErrors()).add(live, decoded)
+
+    def _count_same(self, name: str, equal: Tensor) -> None:
+        """Where `[n, places]` the store says what the teacher says again."""
+        for (number, _), same in zip(self.where, equal.sum(1).tolist(), strict=True):
+            counts = self.places.setdefault((name, number), [0, 0, equal.shape[1]])
+            counts[0] += same
+            counts[1] += equal.shape[1]
+
+    def compare_tapped(self) -> None:
+        """Raise StoreCorrupt for decisions or features that are not the teacher's, of all of the store or any block."""
         least = DECISION_AGREEMENT[self.store.identity.teacher.precision]
         # All places of a row may fall the other way together, when they are alike: rows of a block are counted.
-        agreement = {name: self._agreement(name) for name in self.store.identity.decisions}
+        agreement = {name: self._agreement(name) for name in self.store.identity.tapped}
         for (name, number), (same, of, in_row) in self.places.items():
             ties = (1 - least) * of / in_row
             of_block = of - same > (ties + 4 * ties**0.5 + 1) * in_row
             if of_block or agreement[name] < least:
                 share = f"{same / of:.2%} in block {number}" if of_block else f"{agreement[name]:.2%}"
+                kind, does = ("features", "gives") if name in self.errors else ("decisions", "takes")
                 raise StoreCorrupt(
-                    f"{self.store.place}: only {share} of the decisions '{name}' are those that the teacher takes "
+                    f"{self.store.place}: only {share} of the {kind} '{name}' are those that the teacher {does} "
                     "again: delete the store, check data and weights, and capture again."
                 )
 
@@ -298,6 +321,7 @@ class _Answers:
             max_error_allowed=self.max_allowed,
             **_distortion(means),
             decisions=decisions,
+            features={name: errors.figures() for name, errors in self.errors.items()},
         )
 
 

@@ -19,6 +19,7 @@ from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.codecs import Codec
 from offline_kd.store.decisions import AnyDecisions
+from offline_kd.store.features import WantedFeatures
 from offline_kd.support.errors import DataError
 from offline_kd.support.strict import parse
 from offline_kd.views.kind import ViewSpec
@@ -29,6 +30,7 @@ class ModuleOptions(TypedDict, total=False):
 
     codec: str | Codec | Mapping[str, object]  # as recipes write it, or its name alone; "f16" if absent
     decisions: Mapping[str, AnyDecisions | Mapping[str, object]]  # on feature maps, by a name of your own
+    features: Mapping[str, WantedFeatures | Mapping[str, object]]  # of modules, by a name of your own
     device: str | torch.device  # the module is moved there; where its parameters are if absent
     name: str  # of the store and of the teacher; that of the module's class if absent
     classes: list[str]  # names in the order of the logits, of a folder's dataset; "0", "1", ... if absent
@@ -68,6 +70,7 @@ def cache_module(
     capture: dict[str, object] = {
         "codec": {"name": codec} if isinstance(codec, str) else codec,
         "decisions": options.get("decisions", {}),
+        "features": options.get("features", {}),
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
     asked: dict[str, object] = {"model": model, "normalisation": normalisation}

@@ -4,10 +4,12 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
 from offline_kd.cache.codec_choice import choose_codec
+from offline_kd.cache.feature_codes import identify_features
 from offline_kd.cache.tables import identify_decisions
 from offline_kd.cache.teacher import gate
 from offline_kd.data.blocks import BlockLoader, ImageBlock
@@ -17,9 +19,9 @@ from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
-from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.decisions import SubclassDecisions
-from offline_kd.store.layout import parts_of, plan_views_per_group
+from offline_kd.store.features import FeaturesIdentity
+from offline_kd.store.layout import Part, parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, parse_metadata, stored_object
@@ -27,9 +29,9 @@ from offline_kd.store.schema import (
     SCHEMA_VERSION,
     Addition,
     DatasetIdentity,
-    DecisionsIdentity,
     StoreIdentity,
     StoreManifest,
+    Tapped,
     TeacherIdentity,
 )
 from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes, read_entries
@@ -38,6 +40,8 @@ from offline_kd.support.errors import StoreCorrupt, StoreMismatch
 from offline_kd.support.places import Place
 from offline_kd.views.epochs import view_groups
 from offline_kd.views.render import decoder_versions, plain_images
+
+TAPPED = "decisions", "features"  # fields of an identity, to which more may be added later
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,12 @@ class Capture:
         update = {"views": self.created.views.with_count(self.num_views)}
         if added is None:
             return self.created.model_copy(update=update)
-        about = {"teacher": added.teacher, "codec": added.codec, "decisions": added.decisions}
+        about = {name: getattr(added, name) for name in ("teacher", "codec", *TAPPED)}
         return self.created.model_copy(update=update | about)
 
 
 def refuse_uneven_views(capture: Capture) -> None:
-    """Views come in whole groups, and the same ones for a teacher's logits and all its decisions.
+    """Views come in whole groups, and the same ones for a teacher's logits and all its decisions and features.
 
     Raises StoreMismatch otherwise.
     """
@@ -86,8 +90,8 @@ def refuse_uneven_views(capture: Capture) -> None:
         same_targets = parts[part].targets == parts[capture.own_parts[0]].targets
         if same_targets and part not in capture.own_parts and num_views > count:
             raise StoreMismatch(
-                f"{place}: holds decisions {', '.join(parts[part].decisions)} of {count} views, and the recipe, which "
-                f"has {num_views} views, does not have them. Add them to capture.decisions."
+                f"{place}: holds {_named(parts[part])} of {count} views, and the recipe, which has {num_views} views, "
+                "does not have them. Add them to capture."
             )
     most = max((count for part, count in stored.items() if part in capture.own_parts), default=0)
     lacking = [part for part in capture.own_parts if stored.get(part, 0) < most]
@@ -96,6 +100,10 @@ def refuse_uneven_views(capture: Capture) -> None:
             f"{place}: holds {most} views, the recipe adds {', '.join(lacking)} for {num_views} only. Add for all: "
             f"--set views.count={most}"
         )
+
+
+def _named(part: Part) -> str:
+    return " and ".join(f"{kind} {', '.join(names)}" for kind, names in _by_kind(part.tapped).items() if names)
 
 
 def store_of(capture: Capture, targets: str, identity: StoreIdentity, names: Iterable[str]) -> Store:
@@ -131,8 +139,7 @@ def announce(
                 f"{place}: is a partial copy ({manifest.held.model_dump(mode='json')}), which cannot be added to. Pull "
                 "all of the store, or capture into another --store."
             )
-        files = [name for name in sorted(place.sizes("additions")) if name.endswith(".json")]
-        additions = [read_addition(place, name.removeprefix("additions/").removesuffix(".json")) for name in files]
+        additions = _additions_at(place)
     planned = plan_announcement(wanted, existing, additions, recipe.name if add else None)
     created = create_or_resume(place, planned.created)
     all_additions = planned.additions
@@ -153,31 +160,48 @@ def plan_announcement(
         return Announcement(wanted, [], [], [""])
     same_teacher = (existing.teacher.what_is_asked, existing.codec) == (wanted.teacher.what_is_asked, wanted.codec)
     new: list[Addition] = []
+    began: StoreIdentity | Addition  # these targets
     if same_teacher or add_as is None:
-        targets, first_decisions = "", existing.decisions
-        first = {"name": existing.name, "decisions": _only(wanted.decisions, existing.decisions)}
+        targets, began = "", existing
+        first = {"name": existing.name, **_only(wanted.tapped, existing)}
     else:
         targets = add_as
-        known = next((one for one in additions if one.name == targets), None)
-        first_decisions = known.decisions if known else wanted.decisions
-        first = {field: getattr(existing, field) for field in ("name", "teacher", "codec", "decisions")}
-        decisions = _only(wanted.decisions, first_decisions)
-        about = {"teacher": wanted.teacher, "codec": wanted.codec, "decisions": decisions}
+        began = next((one for one in additions if one.name == targets), wanted)
+        first = {field: getattr(existing, field) for field in ("name", "teacher", "codec", *TAPPED)}
+        about = {"teacher": wanted.teacher, "codec": wanted.codec, **_only(wanted.tapped, began)}
         new.append(Addition(name=targets, extends=None, **about))
-    more = {tap: about for tap, about in wanted.decisions.items() if tap not in first_decisions}
-    for one in [one for one in additions if one.extends == targets]:
-        if taken := {tap: more.pop(tap) for tap in one.decisions if tap in more}:
-            new.append(one.model_copy(update={"decisions": {**one.decisions, **taken}}))
+    extending = [one for one in additions if one.extends == targets]
+    _refuse_other_kind(wanted, [began, *extending])
+    more = {name: about for name, about in wanted.tapped.items() if name not in began.tapped}
+    for one in extending:
+        if taken := {name: more.pop(name) for name in one.tapped if name in more}:
+            new.append(one.model_copy(update=_by_kind({**one.tapped, **taken})))
     if more:
         tap_name = "-".join([*([targets] if targets else []), *more])[:100]
-        about = {"teacher": wanted.teacher, "codec": wanted.codec, "decisions": more}
+        about = {"teacher": wanted.teacher, "codec": wanted.codec, **_by_kind(more)}
         new.append(Addition(name=tap_name, extends=targets, **about))
     own_parts = list(dict.fromkeys([targets, *(one.name for one in new)]))
     return Announcement(wanted.model_copy(update=first), additions, new, own_parts)
 
 
-def _only(decisions: Mapping[str, DecisionsIdentity], names: Iterable[str]) -> dict[str, DecisionsIdentity]:
-    return {name: about for name, about in decisions.items() if name in names}
+def _only(tapped: Mapping[str, Tapped], of: StoreIdentity | Addition) -> dict[str, Any]:
+    """Decisions and features of the names that are there already, as fields of an identity."""
+    return _by_kind({name: about for name, about in tapped.items() if name in of.tapped})
+
+
+def _by_kind(tapped: Mapping[str, Tapped]) -> dict[str, Any]:
+    """As fields of an identity."""
+    features = {name: about for name, about in tapped.items() if isinstance(about, FeaturesIdentity)}
+    return {"decisions": {name: tapped[name] for name in tapped if name not in features}, "features": features}
+
+
+def _refuse_other_kind(wanted: StoreIdentity, there: Sequence[StoreIdentity | Addition]) -> None:
+    """Raise StoreMismatch for features that are called like decisions of the same targets, or the other way round."""
+    for name, about in wanted.tapped.items():
+        if any(name in one.tapped and type(one.tapped[name]) is not type(about) for one in there):
+            kinds = ["features", "decisions"]
+            here, other = kinds if isinstance(about, FeaturesIdentity) else reversed(kinds)
+            raise StoreMismatch(f"capture.{here}.{name}: the store has {other} of that name. Use another one.")
 
 
 def _with(additions: list[Addition], one: Addition) -> list[Addition]:
@@ -206,8 +230,21 @@ def identify(
         evaluated_on, measured = gate(teacher, recipe, manifest, roots, device)
         expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
         say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
-    codec = known.codec if known else None
-    return describe_capture(recipe, loader, teacher, (evaluated_on, measured), existing, codec, device)
+    if known:
+        targets = "" if isinstance(known, StoreIdentity) else known.name
+        later = {
+            name: about
+            for one in _additions_at(place)
+            if one.extends == targets
+            for name, about in one.features.items()
+        }
+        known = known.model_copy(update={"features": {**known.features, **later}})
+    return describe_capture(recipe, loader, teacher, (evaluated_on, measured), existing, known, device)
+
+
+def _additions_at(place: Place) -> list[Addition]:
+    files = [name for name in sorted(place.sizes("additions")) if name.endswith(".json")]
+    return [read_addition(place, name.removeprefix("additions/").removesuffix(".json")) for name in files]
 
 
 def describe_capture(
@@ -216,14 +253,14 @@ def describe_capture(
     teacher: Teacher,
     measured: tuple[str, float],
     existing: StoreIdentity | None,
-    known_codec: AnyCodec | None,
+    known: StoreIdentity | Addition | None,
     device: torch.device,
 ) -> StoreIdentity:
     """The identity of the store that a recipe makes; one that exists already decides how views are grouped.
 
     Args:
         measured: of the teacher, by its gate: where, and top-1 in percent.
-        known_codec: of the same teacher's targets in that store, which an automatic choice does not change.
+        known: the same teacher's targets in that store, whose codes an automatic choice does not change.
     """
     for name, config in recipe.capture.decisions.items():
         if isinstance(config, SubclassDecisions):
@@ -237,6 +274,9 @@ def describe_capture(
         num_classes=len(loader.dataset.classes),
         requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
     )
+    codec = recipe.capture.codec
+    if isinstance(codec, AutoCodec):
+        codec = known.codec if known else choose_codec(codec, teacher, recipe.views, views_per_group, loader, device)
     return StoreIdentity(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
@@ -258,10 +298,11 @@ def describe_capture(
             licence=teacher.licence,
         ),
         views=recipe.views,
-        codec=known_codec or choose_codec(recipe.capture.codec, teacher, recipe.views, views_per_group, loader, device)
-        if isinstance(recipe.capture.codec, AutoCodec)
-        else recipe.capture.codec,
+        codec=codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
+        features=identify_features(
+            teacher, recipe.capture.features, known.features if known else {}, recipe.views, loader, example.to(device)
+        ),
         rows_per_block=rows_per_block,
         views_per_group=views_per_group,
         versions={"python": platform.python_version()}

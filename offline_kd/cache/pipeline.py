@@ -69,7 +69,7 @@ def cache_teacher(
 ) -> StoreManifest | None:
     """Make, go on making, or add to the teacher store of a recipe.
 
-    A store grows by itself when the recipe has more views, or more decisions of the same teacher.
+    A store grows by itself when the recipe has more views, or more decisions or features of the same teacher.
 
     Returns:
         The manifest of the finished store; None when other writers have blocks to do yet.

@@ -5,7 +5,7 @@ dataset alone: any writer takes the same ones, whenever it begins.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -49,34 +49,56 @@ def sampled_logits(
 
     Raises DataError when none of the images can be decoded.
     """
+    found = sampled(teacher, teacher.logits, views.with_count(num_views), loader, num_rows, device, most_tars)
+    return torch.cat(list(found)).numpy()
+
+
+def sampled(
+    teacher: Teacher,
+    ask: Callable[[Tensor], Tensor],
+    views: ViewSpec,
+    loader: BlockLoader,
+    num_rows: int,
+    device: torch.device,
+    most_tars: int | None = None,
+) -> Iterator[Tensor]:
+    """What a teacher says of all `views` of such images, tar by tar: `[rows, views, ...]` on the CPU.
+
+    Args:
+        ask: gives what is wanted `[B, ...]` of `[B, 3, H, W]` uint8 pixels.
+
+    Raises DataError when none of the images can be decoded.
+    """
     tars = loader.split.tars
     count = min(most_tars or len(tars), len(tars))
     chosen = [index * len(tars) // count for index in range(count)]
-    answers: list[Tensor] = []
+    found_any = False
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         shares = dict(zip(chosen, spread(num_rows, [tars[one].count for one in chosen]), strict=True))
         for number, block in loader.in_order(number for number, wanted in shares.items() if wanted):
             rows = np.sort(counter_hash(SAMPLE_STREAM, block.key_hash).argsort(kind="stable")[: shares[number]])
-            answers += _ask(teacher, views.with_count(num_views), block, rows, device, threads)
-    if not answers:
+            for answers in _ask(teacher, ask, views, block, rows, device, threads):
+                found_any = True
+                yield answers
+    if not found_any:
         raise DataError(f"{loader.files[0]} and others: none of {num_rows} images can be decoded. Pack them anew.")
-    return torch.cat(answers).numpy()
 
 
 def _ask(
     teacher: Teacher,
+    ask: Callable[[Tensor], Tensor],
     views: ViewSpec,
     block: ImageBlock,
     rows: NDArray[np.int64],
     device: torch.device,
     threads: ThreadPoolExecutor,
 ) -> list[Tensor]:
-    """`[m, v, C]` logits of all views of some rows of a tar, without rows that cannot be rendered; [] if none can."""
+    """`[m, v, ...]` of all views of some rows of a tar, without rows that cannot be rendered; [] if none can."""
     parameters = draw(views, block.key_hash, block.sizes())
     num_views = parameters["flip"].shape[1]
     size, decoder = teacher.crop.size if teacher.crop else 0, Decoder(block)
     row, view = np.repeat(rows, num_views), np.tile(np.arange(num_views), len(rows))
-    logits, good = [], []
+    answers, good = [], []
     for start in range(0, len(row), teacher.batch_size):
         part = slice(start, start + teacher.batch_size)
         choice = choose(parameters, row[part], view[part])
@@ -85,7 +107,10 @@ def _ask(
         else:
             pixels, rendered = render_choice(decoder, choice, views, size, threads)
             decoder.forget()
-        logits.append(teacher.logits(pixels.to(device)).cpu())
+        answers.append(ask(pixels.to(device)).cpu())
         good.append(rendered)
     whole = torch.from_numpy(np.concatenate(good).reshape(len(rows), num_views).all(axis=1))
-    return [torch.cat(logits).view(len(rows), num_views, -1)[whole]] if whole.any() else []
+    if not whole.any():
+        return []
+    said = torch.cat(answers)
+    return [said.view(len(rows), num_views, *said.shape[1:])[whole]]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from offline_kd.cache.feature_codes import fit_feature_templates
 from offline_kd.cache.kmeans import KMeans, Vectors, kmeans
 from offline_kd.cache.lda import fit_subclasses
 from offline_kd.cache.sample import SAMPLE_STREAM, sampled_logits
@@ -50,14 +51,17 @@ def fit_tables(
     scratch: Path,
     device: torch.device,
 ) -> dict[str, tuple[Arrays, dict[str, float]]]:
-    """Templates of every decision in `names`: arrays by full name, and statistics.
+    """Templates of the decisions and features in `names`, tables of the codec: arrays by full name, and statistics.
 
     Raises TeacherError for features that are not finite or change their size, DataError for too few vectors.
     """
     scratch.mkdir(exist_ok=True)
     try:
         fitted = {CODEC_TABLES: _fit_codec(teacher, identity, loader, device)} if CODEC_TABLES in names else {}
-        decisions = [name for name in names if name != CODEC_TABLES]
+        for name in [name for name in names if name in identity.features]:
+            about_features = identity.features[name]
+            fitted[name] = fit_feature_templates(teacher, about_features, name, identity.views, loader, scratch, device)
+        decisions = [name for name in names if name in identity.decisions]
         if decisions:
             vectors, rows = _collect(teacher, identity, decisions, loader, scratch, device)
         for name in decisions:

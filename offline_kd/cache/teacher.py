@@ -174,7 +174,7 @@ def with_fastest_batches(teacher: Teacher, recipe: CaptureRecipe, loader: BlockL
     if device.type != "cuda" or recipe.capture.batch_size != "auto":
         return teacher
     shape = plain_images(loader[0], teacher.crop, 0, 1)[0].shape[1:]
-    points: list[TapPoint] = list(recipe.capture.decisions.values())
+    points: list[TapPoint] = [*recipe.capture.decisions.values(), *recipe.capture.features.values()]
 
     def seconds(size: int) -> float:
         images = torch.zeros(size, *shape, dtype=torch.uint8, device=device)

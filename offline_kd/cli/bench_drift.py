@@ -73,7 +73,7 @@ def measure_drift(
     drifts = {name: {"online": measure(live[name], live[name])} for name in objectives}
     for codec_name, codec in DRIFT_CODECS.items():
         with tempfile.TemporaryDirectory() as folder:
-            capture = recipe.capture.model_copy(update={"codec": codec, "decisions": {}})
+            capture = recipe.capture.model_copy(update={"codec": codec, "decisions": {}, "features": {}})
             path = Path(folder) / "store"
             cache_teacher(recipe.model_copy(update={"capture": capture}), manifest, roots, path, device)
             store = open_store(path)

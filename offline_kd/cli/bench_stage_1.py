@@ -1,4 +1,4 @@
-"""What `bench` measures of stage 1: all of it, with and without decisions, and what it is made of."""
+"""What `bench` measures of stage 1: all of it, with and without decisions and features, and what it is made of."""
 
 import shutil
 from collections.abc import Callable
@@ -25,8 +25,8 @@ def stage_1_parts(this: Bench) -> dict[str, Timed]:
     views = this.batches * this.store.identity.views.num_views
     parts = {"bare teacher": Timed(_bare_teacher(this), this.batches)}
     parts["stage 1"] = Timed(*_stage_1(this, this.store.identity, views))
-    if this.store.identity.decisions:
-        logits_only = this.store.identity.model_copy(update={"decisions": {}})
+    if this.store.identity.tapped:
+        logits_only = this.store.identity.model_copy(update={"decisions": {}, "features": {}})
         parts["stage 1, logits only"] = Timed(*_stage_1(this, logits_only, views))
     if not this.recipe.views.is_exact:
         parts["decoding alone"] = Timed(_decoding(this), views)

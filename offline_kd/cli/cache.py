@@ -31,7 +31,7 @@ def command(
     """Stage 1: ask the teacher about every view of every image, once. The same command again resumes.
 
     Several processes may run it on one store, on any machines: blocks that one works on are left alone by the others,
-    and taken over when it dies. A recipe with more views, or more decisions, adds them to the store.
+    and taken over when it dies. A recipe with more views, or more decisions or features, adds them to the store.
 
     \b
     offline-kd cache-teacher cifar10/resnet56_resnet20_cpu --store stores/cifar10-resnet56

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 MANIFEST_NAME = "data_manifest.yaml"
 SEED = click.IntRange(0, 2**64 - 1)
 DOWNLOAD_BYTES = 10 * 2**30
-TARGET_KINDS = ("logits", "decisions")
+TARGET_KINDS = ("logits", "decisions", "features")
 TRACKERS = ("tensorboard", "wandb", "trackio")
 
 

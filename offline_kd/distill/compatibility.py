@@ -8,6 +8,7 @@ from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.weights import known_sha256
 from offline_kd.recipe import AnyTerm, Recipe
+from offline_kd.store.features import AutoCode, Features, FeaturesIdentity, WantedFeatures
 from offline_kd.store.reader import Store
 from offline_kd.support.console import say
 from offline_kd.support.errors import ModelError, StoreMismatch
@@ -61,13 +62,27 @@ def check_store(store: Store, recipe: Recipe, loader: BlockLoader) -> None:
             f"{identity.views_per_group}, the recipe says {recipe.views.num_views}. Use so many whole groups: --set "
             f"views.count={identity.views.num_views}; or add views to the store: `offline-kd cache-teacher`."
         )
-    for name, about in identity.decisions.items():
-        wanted = recipe.capture.decisions.get(name)
-        if wanted is not None and (different := _in_words(about.config, wanted, f"capture.decisions.{name}")):
+    _check_tapped(store, recipe)
+
+
+def _check_tapped(store: Store, recipe: Recipe) -> None:
+    for name, about in store.identity.tapped.items():
+        kind = "decisions" if name in store.identity.decisions else "features"
+        wanted: Strict | None = recipe.capture.decisions.get(name)
+        if isinstance(about, FeaturesIdentity):
+            wanted = _features_wanted(recipe.capture.features.get(name), about)
+        if wanted is not None and (different := _in_words(about.config, wanted, f"capture.{kind}.{name}")):
             raise StoreMismatch(
-                f"{store.place}: decisions '{name}' were made in another way: {different}. Correct capture.decisions, "
+                f"{store.place}: {kind} '{name}' were made in another way: {different}. Correct capture.{kind}, "
                 "or capture another store."
             )
+
+
+def _features_wanted(wanted: WantedFeatures | None, about: FeaturesIdentity) -> Features | None:
+    """As the recipe describes them; where it leaves the code to stage 1, with that of the store."""
+    if wanted is None:
+        return None
+    return wanted.coded(about.config.code if isinstance(wanted.code, AutoCode) else wanted.code)
 
 
 def _in_words(here: Strict, wanted: Strict, where: str) -> str:

@@ -6,7 +6,7 @@ batch ahead, into pinned memory and on a stream of its own: no step waits for it
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +23,8 @@ from offline_kd.distill.reader import Options, Piece, Reader, Source
 from offline_kd.distill.resident import Resident
 from offline_kd.distill.sampler import Order
 from offline_kd.models.networks import normalise
-from offline_kd.store.join import codec_tables_on
+from offline_kd.store.feature_reading import features_decoder
+from offline_kd.store.join import Wanted, codec_tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
 from offline_kd.support.console import say
@@ -64,6 +65,7 @@ class Loader:
         self.reader = Reader(source, options)
         has_logits = len(source.stores) == 1 and source.wanted[0].logits
         self._decode = logits_decoder(source.stores[0], device) if has_logits else None
+        self._decode_features = all_features_decoder(source.stores, source.wanted, device)
         self._thread = ThreadPoolExecutor(1)  # only a GPU's batches are made in it: a CPU has enough to do
         is_remote = source.images.is_remote or any(store.place.is_remote for store in source.stores)
         # One loader of one process each: pieces are taken from the worker that has the next tar, and from no other.
@@ -163,7 +165,7 @@ class Loader:
         self._report(resident.bad)
         for rows in resident.batches(order, self.options, first_step):
             pixels = rows.images if self.normalisation is None else normalise(rows.images, self.normalisation)
-            yield replace(rows, pixels=pixels, decode=self._decode)
+            yield replace(rows, pixels=pixels, decode=self._decode, decode_features=self._decode_features)
 
     def _pieces_of(self, order: Order, pool: int, workers: Sequence[Iterator[Piece]]) -> list[Piece]:
         """All pieces of a pool, and nothing of later ones."""
@@ -189,7 +191,9 @@ class Loader:
             images = render(images, moved.box, moved.flip, size_of_boxes(rows.box.numpy()), self.source.views.outside)
         if self.normalisation is not None:
             images = normalise(images, self.normalisation)
-        return replace(moved, pixels=images, box=None, flip=None, decode=self._decode)
+        return replace(
+            moved, pixels=images, box=None, flip=None, decode=self._decode, decode_features=self._decode_features
+        )
 
 
 def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal], Tensor]:
@@ -201,6 +205,18 @@ def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal
         return identity.codec.decode(signal.logits, identity.num_classes, tables)
 
     return logits
+
+
+def all_features_decoder(
+    stores: Sequence[Store], wanted: Sequence[Wanted], device: torch.device
+) -> Callable[[Mapping[str, Mapping[str, Tensor]]], dict[str, Tensor]]:
+    """A function from all the arrays of features that are wanted of stores, by name, to those features, decoded."""
+    decoders = {
+        name: features_decoder(store, name, device)
+        for store, one in zip(stores, wanted, strict=True)
+        for name in one.features
+    }
+    return lambda arrays: {name: decode(arrays[name]) for name, decode in decoders.items()}
 
 
 def one_ahead(items: Iterator[T], thread: ThreadPoolExecutor) -> Iterator[T]:

@@ -23,6 +23,7 @@ def open_loader(
     *,
     device: str | torch.device = "cpu",
     decisions: Sequence[str] = (),
+    features: Sequence[str] = (),
     normalisation: Normalisation | None = None,
 ) -> Loader:
     """Batches of images with what a store says of them, in the order in which `distill` shows them.
@@ -34,9 +35,10 @@ def open_loader(
         data: the folder or URL of the image tars that the store was made from.
         options: size of batches, their order, how many processes read, and which share of every batch this rank gets.
         decisions: names of the decisions that batches hold beside the logits.
+        features: names of the features that batches hold beside them, as `teacher_features`.
         normalisation: give images as the float32 input of a network, `(pixels / 255 - mean) / std`; None: uint8 pixels.
 
-    Raises DataError when a tar is not there, StoreMismatch when the store holds no such decisions; and, while batches
+    Raises DataError when a tar is not there, StoreMismatch when the store holds no such features; and, while batches
     are read, StoreMismatch for a sample that is not the one the teacher saw.
     """
     root = root_at(data)
@@ -49,5 +51,6 @@ def open_loader(
     # The join proves every image, unless the store is an old one, which knows the sha256 of tars only.
     prove: Proof = "never" if store.created.keeps_digests else "once"
     images = BlockLoader(dataset, split, [folder], decode=store.identity.views.is_exact, prove=prove)
-    source = Source(images, store.identity.views, store.identity.groups, [store], [Wanted(decisions=decisions)])
+    wanted = Wanted(decisions=decisions, features=features)
+    source = Source(images, store.identity.views, store.identity.groups, [store], [wanted])
     return Loader(source, options, torch.device(device), normalisation)

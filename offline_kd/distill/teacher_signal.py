@@ -3,20 +3,22 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from offline_kd.distill.loader import logits_decoder
+from offline_kd.distill.loader import all_features_decoder, logits_decoder
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
 from offline_kd.store.decisions import pack, unpack_probs
+from offline_kd.store.feature_reading import held_features
+from offline_kd.store.features import FeatureTap, pooled
 from offline_kd.store.join import Wanted, decision_arrays, tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows
-from offline_kd.support.errors import RecipeError
+from offline_kd.support.errors import RecipeError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class TeacherSignal:
 
     logits: Tensor | None = None  # [B, C]; None where no term asks for them
     decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by name in the recipe, then by array
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # [B, D] or [B, D, H, W] float32 by name in the recipe
 
     def take(self, rows: slice) -> "TeacherSignal":
         """What it says of some rows; the table of sub-classes is about all."""
@@ -32,7 +35,8 @@ class TeacherSignal:
             decided: {name: array if name == "table" else array[rows] for name, array in arrays.items()}
             for decided, arrays in self.decisions.items()
         }
-        return TeacherSignal(None if self.logits is None else self.logits[rows], decisions)
+        features = {name: one[rows] for name, one in self.features.items()}
+        return TeacherSignal(None if self.logits is None else self.logits[rows], decisions, features)
 
 
 def said_of(logits: Tensor, batch: Rows) -> Tensor:
@@ -92,12 +96,39 @@ def decisions_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> lis
     return wanted
 
 
+class OnFeatures(Protocol):
+    """A term that needs features."""
+
+    @property
+    def features(self) -> str:
+        """Their name."""
+
+
+def feature_terms(terms: Sequence[AnyTerm]) -> list[OnFeatures]:
+    """The terms that need features of the teacher."""
+    return [cast(OnFeatures, term) for term in terms if term.needs.features]
+
+
+def features_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> list[list[str]]:
+    """Which features the terms want of which store: of the first that has them.
+
+    Raises StoreMismatch when none has features of that name.
+    """
+    wanted: list[list[str]] = [[] for _ in stores]
+    for name in sorted({term.features for term in feature_terms(terms)}) if stores else ():
+        owner = next((index for index, store in enumerate(stores) if name in store.identity.features), 0)
+        held_features(stores[owner], name)
+        wanted[owner].append(name)
+    return wanted
+
+
 def wanted_of(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> list[Wanted]:
     """What the terms want of every store; logits only where a term uses them.
 
-    Raises StoreMismatch when no store has decisions that a term names.
+    Raises StoreMismatch when no store has decisions or features that a term names.
     """
-    return [Wanted(needs_logits(terms), names) for names in decisions_by_store(stores, terms)]
+    of_taps = zip(decisions_by_store(stores, terms), features_by_store(stores, terms), strict=True)
+    return [Wanted(needs_logits(terms), decisions, features) for decisions, features in of_taps]
 
 
 def needs_logits(terms: Sequence[AnyTerm]) -> bool:
@@ -121,13 +152,15 @@ def stored_signal(
     for store, names in zip(stores, decisions_by_store(stores, terms), strict=True):
         tables |= _subclass_tables(store, [term for term in kd_layer_terms(terms) if term.decisions in names], device)
     decoders = [logits_decoder(store, device) for store in stores] if needs_logits(terms) else []
+    features_of = all_features_decoder(stores, wanted_of(stores, terms), device)
 
     def ask(batch: Rows) -> TeacherSignal:
         decided = {name: _unpacked(one) | tables.get(name, {}) for name, one in batch.decisions.items()}
+        features = features_of(batch.features)
         if not decoders:
-            return TeacherSignal(None, decided)
+            return TeacherSignal(None, decided, features)
         logits = [decoder(signal) for decoder, signal in zip(decoders, batch.signal, strict=True)]
-        return TeacherSignal(ensemble_logits(logits, ensemble), decided)
+        return TeacherSignal(ensemble_logits(logits, ensemble), decided, features)
 
     return ask
 
@@ -135,14 +168,19 @@ def stored_signal(
 def live_signal(
     teacher: Teacher, recipe: Recipe, terms: Sequence[AnyTerm], store: Store | None, device: torch.device
 ) -> AskTeacher:
-    """The teacher signal of the live teacher, asked for every batch. Its decisions need the store's templates."""
+    """The teacher signal of the live teacher, asked for every batch. Its decisions need the store's templates.
+
+    Features are the teacher's own, not coded, from where capture.features says; raises RecipeError for a name that is
+    not there.
+    """
     names = sorted({term.decisions for term in kd_layer_terms(terms)})
     if names and store is None:
         raise RecipeError("decisions of the live teacher need templates: give --store beside --online.")
     templates = {name: tables_on(store, name, device) for name in names} if store else {}
     configs = {name: recipe.capture.decisions[name] for name in names}
     tables = _subclass_tables(store, terms, device) if store else {}
-    points: list[TapPoint] = list(configs.values())
+    taps = _live_taps(recipe, terms)
+    points: list[TapPoint] = [*configs.values(), *taps.values()]
 
     def ask(batch: Rows) -> TeacherSignal:
         images = batch.images if batch.live_images is None else batch.live_images
@@ -150,11 +188,24 @@ def live_signal(
         labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
         decided = {
             name: _unpacked(pack(config, features, labels, templates[name])) | tables.get(name, {})
-            for (name, config), features in zip(configs.items(), maps, strict=True)
+            for (name, config), features in zip(configs.items(), maps[: len(configs)], strict=True)
         }
-        return TeacherSignal(logits, decided)
+        of_taps = zip(taps.items(), maps[len(configs) :], strict=True)
+        return TeacherSignal(logits, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
 
     return ask
+
+
+def _live_taps(recipe: Recipe, terms: Sequence[AnyTerm]) -> dict[str, FeatureTap]:
+    known, found = recipe.capture.features, dict[str, FeatureTap]()
+    for name in sorted({term.features for term in feature_terms(terms)}):
+        if name not in known:
+            raise RecipeError(
+                f"recipe '{recipe.name}': features '{name}' of the live teacher are not in capture.features."
+                f"{did_you_mean(name, known)}"
+            )
+        found[name] = known[name]
+    return found
 
 
 def no_signal(batch: Rows) -> TeacherSignal:

@@ -29,6 +29,11 @@ class TapPoint(Strict):
     at: Literal["input", "output"] = Field("output", description="which map of the module: what comes in, or goes out")
     grid: tuple[int, int] | None = Field(None, description="height and width that the map is averaged to")
 
+    @property
+    def takes_vectors(self) -> bool:
+        """Whether vectors `[B, D]`, which have no places, are read as maps of one place."""
+        return False
+
 
 @contextmanager
 def tapped(model: nn.Module, points: Sequence[TapPoint]) -> Iterator[list[Tensor | None]]:
@@ -73,6 +78,8 @@ def _module(model: nn.Module, point: TapPoint) -> nn.Module:
 
 def as_map(tensor: object, point: TapPoint) -> Tensor:
     """`[B, D, H, W]` float32 of what a module gave; raises ModelError when it is no map."""
+    if point.takes_vectors and isinstance(tensor, Tensor) and tensor.ndim == 2:
+        return tensor[:, :, None, None].float()
     if not isinstance(tensor, Tensor) or tensor.ndim not in (3, 4):
         shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise ModelError(f"tap '{point.module}': gives {shape}, neither a map [B, D, H, W] nor tokens [B, T, D].")

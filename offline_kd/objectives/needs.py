@@ -15,3 +15,4 @@ class Needs:
     tail_temperature: float | None = None
     # Field of `store.schema.Fidelity` that bounds it, and what a message says of that field's value.
     measured: tuple[str, str] | None = None
+    features: bool = False  # features of a module

@@ -168,6 +168,12 @@ def warnings_of(store: Store, answers: Answers | None, fidelity: Fidelity | None
                 f"Decisions '{name}' leave out {figures['mean_dropped']:.0%} of the probability of templates, more "
                 f"than {MUCH_DROPPED:.0%}: keep more of them with `top`."
             )
+    for name, figures in (fidelity.features if fidelity else {}).items():
+        if figures["relative_l2"] > MUCH_DROPPED:
+            warnings.append(
+                f"Features '{name}' are off by {figures['relative_l2']:.0%} of their length on average, more than "
+                f"{MUCH_DROPPED:.0%}: more `subspaces` or `stages` keep more of them."
+            )
     return warnings
 
 

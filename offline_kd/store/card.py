@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from offline_kd.store.answers import BINS, Answers, calibration, read_answers, warnings_of
+from offline_kd.store.features import arrays_of
 from offline_kd.store.info import measured
 from offline_kd.store.layout import RECIPE_FILE
 from offline_kd.store.reader import Store
@@ -159,6 +160,15 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
         facts[f"decisions '{name}'"] = (
             f"{in_words(about.config.model_dump(mode='json'))}, on a map of {about.channels} x {about.height} x "
             f"{about.width}; " + ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in figures.items())
+        )
+    for name, kept in identity.features.items() if held is None or held.has("features/") else ():
+        size = sum(one.size * np.dtype(one.dtype).itemsize for one in arrays_of(kept).values())
+        places = kept.height * kept.width if kept.config.pool == "none" else 1
+        learned = store.tables_statistics(name) if kept.has_tables else {}
+        facts[f"features '{name}'"] = (
+            f"{' x '.join(map(str, kept.shape))} numbers of each view in {size * places:,} bytes: "
+            + in_words(kept.config.model_dump(mode="json"))
+            + "".join(f", {key.replace('_', ' ')} {value:.4g}" for key, value in learned.items())
         )
     return facts
 

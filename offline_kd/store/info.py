@@ -24,7 +24,8 @@ def store_info(store: Store) -> dict[str, object]:
         "group digests": group_digests(store),
         "bytes": manifest.total_bytes,
         "bytes by array": manifest.bytes_by_array,
-        "codecs": {"logits": identity.codec.model_dump(mode="json")},
+        "codecs": {"logits": identity.codec.model_dump(mode="json")}
+        | {f"features/{name}": about.config.code.model_dump(mode="json") for name, about in identity.features.items()},
         "teacher": identity.teacher.model_dump(mode="json"),
         "other teachers": [one.name for one in store.additions if one.extends is None],
         "dataset": identity.dataset.model_dump(mode="json", exclude={"tars", "classes"})
@@ -84,6 +85,11 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
                 f"decisions '{name}'": in_words(about.config.model_dump(mode="json"))
                 for name, about in identity.decisions.items()
             },
+            **{
+                f"features '{name}'": f"{' x '.join(map(str, about.shape))}: "
+                + in_words(about.config.model_dump(mode="json"))
+                for name, about in identity.features.items()
+            },
             "serves": ", ".join(served_terms(store)) or "nothing",
         },
         "Fidelity": measured(fidelity),
@@ -122,6 +128,7 @@ def measured(fidelity: Fidelity | None) -> dict[str, str]:
         "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
         "WTTM weight / DTKD temperature error": f"{_error(fidelity.wttm_weight_error)} / "
         f"{_error(fidelity.dtkd_temperature_error)}",
+        **{f"features '{name}'": in_words(figures) for name, figures in fidelity.features.items()},
     }
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.layout import RECIPE_FILE, ArraySpec, Part, small_files
 from offline_kd.store.reader import Store, page_bytes
 from offline_kd.store.schema import PAGE_BLOCKS, Held, StoreIdentity, ledger_name, page_name, tables_ledger_name
@@ -28,7 +27,7 @@ class PromisedEntry:
 
     name: str
     part: str
-    decisions: str  # whose templates these are; '' for a block
+    decisions: str  # or features, whose templates these are; '' for a block
     block: int
     group: int
     views: range  # of that group; empty for templates
@@ -49,7 +48,7 @@ def promised_entries(store: Store, held: Held | None) -> Iterator[PromisedEntry]
     them."""
     for part in store.parts.values():
         for name, specs in part.tables.items():
-            if held is None or held.has("logits/" if name == CODEC_TABLES else "decisions/"):
+            if held is None or held.has(part.kind_of_tables(name)):
                 yield PromisedEntry(tables_ledger_name(name, part.name), part.name, name, 0, 0, range(0), specs)
         specs = [spec for spec in part.specs if held is None or held.has(spec.name)]
         groups = promised_groups(store, part, held)

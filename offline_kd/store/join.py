@@ -19,6 +19,7 @@ from offline_kd.data.blocks import ImageBlock
 from offline_kd.data.labels import UNLABELLED
 from offline_kd.data.tars import pack_keys
 from offline_kd.store.decisions import SubclassDecisions
+from offline_kd.store.feature_reading import feature_arrays
 from offline_kd.store.layout import NO_LABEL, probe_pixels
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.rows import Rows, StoredSignal
@@ -39,6 +40,7 @@ class Wanted:
 
     logits: bool = True
     decisions: Sequence[str] = ()  # by name
+    features: Sequence[str] = ()  # by name
 
 
 # ---- joining -------------------------------------------------------------------------------------------------------
@@ -129,7 +131,11 @@ def _signal(store: Store, found: Arrays, wanted: Wanted) -> StoredSignal:
         name: {array: _tensor(_by_row(found[f"decisions/{name}/{array}"])) for array in decision_arrays(store, name)}
         for name in wanted.decisions
     }
-    return StoredSignal(logits, decisions)
+    features = {
+        name: {array: _tensor(_by_row(found[f"features/{name}/{array}"])) for array in feature_arrays(store, name)}
+        for name in wanted.features
+    }
+    return StoredSignal(logits, decisions, features)
 
 
 def _by_row(array: NDArray[Any]) -> NDArray[Any]:
@@ -215,7 +221,8 @@ def joined_arrays(store: Store, wanted: Wanted) -> list[str]:
         names.append("key_hash")
     if wanted.logits:
         names += [f"logits/{name}" for name in store.identity.codec.arrays()]
-    return names + [f"decisions/{name}/{array}" for name in wanted.decisions for array in decision_arrays(store, name)]
+    names += [f"decisions/{name}/{array}" for name in wanted.decisions for array in decision_arrays(store, name)]
+    return names + [f"features/{name}/{array}" for name in wanted.features for array in feature_arrays(store, name)]
 
 
 def decision_arrays(store: Store, name: str) -> list[str]:
@@ -235,7 +242,7 @@ def decision_arrays(store: Store, name: str) -> list[str]:
 
 
 def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
-    """Templates (or LDA and sub-classes) of decisions, by the last part of their name."""
+    """Templates (or LDA and sub-classes) of decisions or features, by the last part of their name."""
     return {part: _tensor(array).to(device) for part, array in store.read_tables(name).items()}
 
 

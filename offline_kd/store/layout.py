@@ -19,12 +19,15 @@ from offline_kd.data.blocks import DIGEST_BYTES
 from offline_kd.data.tars import MAX_KEY_BYTES
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.decisions import NEAREST, SubclassDecisions, TemplateDecisions
+from offline_kd.store.features import FeaturesIdentity, ProductCode, arrays_of
 from offline_kd.store.schema import (
+    KINDS,
     PAGE_BLOCKS,
     PAGES_SINCE,
     Addition,
-    DecisionsIdentity,
     StoreIdentity,
+    Tapped,
+    kind_of,
     ledger_name,
     page_name,
     tables_ledger_name,
@@ -85,7 +88,7 @@ class ArraySpec:
 
 
 def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
-    """The arrays, one object each, that decisions of that name (or CODEC_TABLES: the logits) refer to."""
+    """The arrays, one object each, that decisions or features of that name (or CODEC_TABLES: the logits) refer to."""
     if name == CODEC_TABLES:
         return [
             ArraySpec(
@@ -93,7 +96,7 @@ def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
             )
             for part, (dtype, shape) in identity.codec.tables(identity.num_classes).items()
         ]
-    about = identity.decisions[name]
+    about = identity.tapped[name]
     config, channels = about.config, about.channels
 
     def table(part: str, dtype: str, fill: float, description: str, *inner: tuple[str, int]) -> ArraySpec:
@@ -101,6 +104,12 @@ def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
         dimensions = tuple(label for label, _ in inner)
         return ArraySpec(f"templates/{name}/{part}", dtype, shape, shape, dimensions, fill, "whole", description)
 
+    if isinstance(about, FeaturesIdentity):
+        code = about.config.code
+        assert isinstance(code, ProductCode), "no other code has tables"
+        parts, length = ("part", code.subspaces), ("channel", channels // code.subspaces)
+        inner = ("stage", code.stages), parts, ("template", code.centroids), length
+        return [table("centroids", "<f4", np.nan, "templates of every part of a vector", *inner)]
     if isinstance(config, TemplateDecisions):
         templates = ("template", config.templates)
         return [
@@ -109,6 +118,7 @@ def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
             table("nearest_row", "<i8", -1, "rows with the vectors closest to each", templates, ("rank", NEAREST)),
             table("nearest_place", "<i4", -1, "their places: y * width + x", templates, ("rank", NEAREST)),
         ]
+    assert isinstance(config, SubclassDecisions)
     classes, per_class = identity.num_classes, config.per_class
     component = ("component", config.components)
     subclasses = classes * per_class
@@ -179,6 +189,11 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         if about.config.top > 1:
             specs.append(per_view(f"{of}/prob", "<u2", 65535, "probability * 16383", *places, top))
         specs.append(per_view(f"{of}/dropped", "<f4", np.nan, "largest mass that was not kept"))
+    for name, held in identity.features.items():
+        places = [] if held.config.pool == "avg" else [("height", held.height), ("width", held.width)]
+        for part, one in arrays_of(held).items():
+            inner = [("code" if part == "codes" else "channel", one.size), *places] if one.size else []
+            specs.append(per_view(f"features/{name}/{part}", one.dtype, one.fill, one.description, *inner))
     return specs
 
 
@@ -194,15 +209,18 @@ def _prefix(addition: Addition) -> str:
 
 def addition_specs(identity: StoreIdentity, addition: Addition) -> list[ArraySpec]:
     """The arrays of an addition; rows and views are those that the store was created with."""
-    kinds = ("logits/", "decisions/") if addition.extends is None else ("decisions/",)
-    of_addition = identity.model_copy(update={"codec": addition.codec, "decisions": addition.decisions})
-    specs = [spec for spec in array_specs(of_addition) if spec.name.startswith(kinds)]
+    kinds = KINDS if addition.extends is None else KINDS[1:]
+    specs = [spec for spec in array_specs(_as_created(identity, addition)) if kind_of(spec.name) in kinds]
     return [replace(spec, prefix=_prefix(addition)) for spec in specs]
 
 
 def addition_table_specs(identity: StoreIdentity, addition: Addition, name: str) -> list[ArraySpec]:
-    of_addition = identity.model_copy(update={"codec": addition.codec, "decisions": addition.decisions})
-    return [replace(spec, prefix=_prefix(addition)) for spec in table_specs(of_addition, name)]
+    return [replace(spec, prefix=_prefix(addition)) for spec in table_specs(_as_created(identity, addition), name)]
+
+
+def _as_created(identity: StoreIdentity, addition: Addition) -> StoreIdentity:
+    about = {"codec": addition.codec, "decisions": addition.decisions, "features": addition.features}
+    return identity.model_copy(update=about)
 
 
 @dataclass(frozen=True)
@@ -212,38 +230,46 @@ class Part:
     name: str  # "" for what the store was created with
     targets: str  # that it belongs to; "" are the first ones
     specs: list[ArraySpec]
-    tables: dict[str, list[ArraySpec]]  # by name of the decisions
+    tables: dict[str, list[ArraySpec]]  # by name of the decisions or features
     codec: AnyCodec
-    decisions: Mapping[str, DecisionsIdentity]
+    tapped: Mapping[str, Tapped]  # decisions and features
 
     @property
     def all_specs(self) -> list[ArraySpec]:
         """Of blocks and of tables."""
         return [*self.specs, *(spec for specs in self.tables.values() for spec in specs)]
 
+    def kind_of_tables(self, name: str) -> str:
+        """What cannot be read without the tables of that name: one of KINDS, and a slash."""
+        if name == CODEC_TABLES:
+            return "logits/"
+        return "features/" if isinstance(self.tapped[name], FeaturesIdentity) else "decisions/"
+
 
 def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dict[str, Part]:
     """The parts of a store, the first one first."""
-    tables = {name: table_specs(identity, name) for name in _tables(identity.codec, identity.decisions)}
-    return {"": Part("", "", array_specs(identity), tables, identity.codec, identity.decisions)} | {
+    tables = {name: table_specs(identity, name) for name in _tables(identity.codec, identity.tapped)}
+    return {"": Part("", "", array_specs(identity), tables, identity.codec, identity.tapped)} | {
         one.name: Part(
             one.name,
             one.targets,
             addition_specs(identity, one),
             {
                 name: addition_table_specs(identity, one, name)
-                for name in _tables(one.codec if one.extends is None else None, one.decisions)
+                for name in _tables(one.codec if one.extends is None else None, one.tapped)
             },
             one.codec,
-            one.decisions,
+            one.tapped,
         )
         for one in additions
     }
 
 
-def _tables(codec: AnyCodec | None, decisions: Iterable[str]) -> list[str]:
-    """Which tables there are: of the codec if it has any, and of all decisions."""
-    return [*([CODEC_TABLES] if codec is not None and codec.learns_from else []), *decisions]
+def _tables(codec: AnyCodec | None, tapped: Mapping[str, Tapped]) -> list[str]:
+    """Which tables there are: of the codec if it has any, of all decisions, and of features in templates' numbers."""
+    coded = [CODEC_TABLES] if codec is not None and codec.learns_from else []
+    without = {name for name, about in tapped.items() if isinstance(about, FeaturesIdentity) and not about.has_tables}
+    return [*coded, *(name for name in tapped if name not in without)]
 
 
 def check_bounds(where: str, parts: Mapping[str, Part]) -> None:

@@ -17,6 +17,7 @@ from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import locate
 from offline_kd.data.tars import hash_key, read_tar, tars_in, unpack_keys
 from offline_kd.store.decisions import unpack_probs
+from offline_kd.store.feature_reading import features_decoder, held_features
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
 
@@ -113,6 +114,24 @@ def decisions_of(store: Store, name: str, rows: NDArray[np.int64], views: Sequen
                 found[part] = np.empty((len(rows), len(views), *values.shape[2:]), dtype=values.dtype)
             found[part][np.ix_(of_rows, of_views)] = values
     return found
+
+
+def features_of(store: Store, name: str, rows: NDArray[np.int64], views: Sequence[int]) -> Tensor:
+    """`[n, v, D]` or `[n, v, D, H, W]` float32 features of `[n]` rows in v views, as far as their code kept them.
+
+    Raises StoreMismatch when the store has no features of that name.
+    """
+    decode, prefix = features_decoder(store, name, torch.device("cpu")), f"features/{name}/"
+    out = torch.empty(len(rows), len(views), *held_features(store, name).shape)
+    names = [one for one in store.arrays if one.startswith(prefix)]
+    for of_rows, of_views, arrays in read_rows(store, rows, views, names):
+        coded = {
+            one.removeprefix(prefix): torch.from_numpy(array.reshape(-1, *array.shape[2:]))
+            for one, array in arrays.items()
+        }
+        at = torch.from_numpy(of_rows)[:, None], torch.from_numpy(of_views)[None]
+        out[at] = decode(coded).view(len(of_rows), len(of_views), *out.shape[2:])
+    return out
 
 
 def stored_keys(store: Store) -> list[str]:

@@ -22,6 +22,7 @@ from offline_kd.store.layout import ArraySpec, Part, parts_of
 from offline_kd.store.memory import Memory
 from offline_kd.store.objects import ENTRY_BYTES
 from offline_kd.store.schema import (
+    KINDS,
     PAGE_BLOCKS,
     Addition,
     LedgerEntry,
@@ -83,7 +84,7 @@ class Store:
             spec.name: (part, spec)
             for part in self.parts.values()
             for spec in part.specs
-            if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in ("logits", "decisions"))
+            if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in KINDS)
         }
 
     @cached_property
@@ -191,7 +192,7 @@ class Store:
                 memory.coming[place] = self._threads.submit(self._content, block, group, name), spec.chunk_bytes
 
     def read_tables(self, name: str) -> Arrays:
-        """The templates (or LDA and sub-classes) behind decisions of that name, by the last part of their names.
+        """The templates (or LDA and sub-classes) behind decisions or features, by the last part of their names.
 
         Raises StoreCorrupt also for tables of the codec that cannot be what it learned.
         """

@@ -20,12 +20,16 @@ class StoredSignal:
 
     logits: dict[str, Tensor] | None = None  # [n, ...] by array of the codec, unpacked; None: not asked for
     decisions: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # [n, ...] by name, then by array
+    features: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # likewise
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "StoredSignal":
         """`change` done to every array."""
         return StoredSignal(
             None if self.logits is None else {name: change(array) for name, array in self.logits.items()},
-            {name: {part: change(array) for part, array in one.items()} for name, one in self.decisions.items()},
+            *(
+                {name: {part: change(array) for part, array in one.items()} for name, one in of_taps.items()}
+                for of_taps in (self.decisions, self.features)
+            ),
         )
 
 
@@ -43,8 +47,10 @@ class Rows:
     box: Tensor | None = None  # [n, 4] int16 and
     flip: Tensor | None = None  # [n] uint8: what is still to be rendered of un-augmented pixels
     live_images: Tensor | None = None  # [n, 3, h, w] uint8: the same views in the size of a live teacher
+    number: Tensor | None = None  # [n] int64, of the row among all that a run is about: the same in every pass
     step: int = 0  # of the pass
     decode: Callable[[StoredSignal], Tensor] | None = None  # of the only store: from encoded arrays to logits [n, C]
+    decode_features: Callable[[Mapping[str, Mapping[str, Tensor]]], dict[str, Tensor]] | None = None  # of all stores
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -72,6 +78,16 @@ class Rows:
         """By name, then by array, of all stores."""
         return {name: one for signal in self.signal for name, one in signal.decisions.items()}
 
+    @property
+    def features(self) -> Mapping[str, Mapping[str, Tensor]]:
+        """By name, then by array, of all stores: as they are coded."""
+        return {name: one for signal in self.signal for name, one in signal.features.items()}
+
+    @cached_property
+    def teacher_features(self) -> Mapping[str, Tensor]:
+        """`[n, D]` or `[n, D, H, W]` float32 by name, decoded when first asked for, on the device of the batch."""
+        return self.decode_features(self.features) if self.decode_features else {}
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
         """`change` done to every tensor."""
 
@@ -88,6 +104,7 @@ class Rows:
             box=maybe(self.box),
             flip=maybe(self.flip),
             live_images=maybe(self.live_images),
+            number=maybe(self.number),
         )
 
     def take(self, index: Index) -> "Rows":

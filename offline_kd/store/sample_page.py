@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from offline_kd.data.blocks import Decoder, ImageBlock, OnBadImage, load_block
 from offline_kd.data.fetching import Root
@@ -19,6 +20,7 @@ from offline_kd.data.packing import encode_png
 from offline_kd.data.tars import hash_key
 from offline_kd.store.decisions import TemplateDecisions, unpack_probs
 from offline_kd.store.join import as_stored, codec_tables_on, join
+from offline_kd.store.lookup import features_of
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.rows import Rows
 from offline_kd.store.schema import StoreIdentity
@@ -64,6 +66,9 @@ def sample_pages(images: "SampleImages", number: int, rows: Sequence[int], back:
     maps = [name for name in maps if held is None or held.has("decisions/")]
     shown = [(group, view) for group, stored in enumerate(identity.groups) for view in stored][:MAX_VIEWS]
     views = [_read_view(images, number, np.array(rows), group, view, maps) for group, view in shown]
+    store_rows = number * identity.rows_per_block + np.array(rows)
+    names = identity.features if held is None or held.has("features/") else {}
+    features = {name: features_of(images.store, name, store_rows, [view for _, view in shown]) for name in names}
     for index, row in enumerate(rows):
         used: dict[str, list[int]] = {name: [] for name in maps}
         choice = side_by_side([view.joined.view.take(np.array([index])) for view in views])
@@ -78,7 +83,11 @@ def sample_pages(images: "SampleImages", number: int, rows: Sequence[int], back:
                 f"row {row}; teacher {identity.teacher.name}; store {identity.name}",
                 digest=f"sha256:{images.store.digest[:16]}",
                 back=back,
-                views=[_shown(images, block, view, index, pixels[at], used) for at, view in enumerate(views)],
+                views=[
+                    _shown(images, block, view, index, pixels[at], used)
+                    | {"features": [_beside_first(name, one[index], at) for name, one in features.items()]}
+                    for at, view in enumerate(views)
+                ],
                 maps=[] if back else [_templates(images.store, name, used[name], images) for name in maps],
             ),
         )
@@ -178,6 +187,13 @@ def _shown(
             for probability, index in zip(values, indices, strict=True)
         ],
     }
+
+
+def _beside_first(name: str, features: Tensor, at: int) -> str:
+    """Features `[v, ...]` of one view of a sample beside those of the first, in words."""
+    first, own = features[0].flatten(), features[at].flatten()
+    cosine = "" if at == 0 else f", cosine to the first view {torch.cosine_similarity(first, own, dim=0):.3f}"
+    return f"{name}: length {own.norm():.3g}{cosine}"
 
 
 def _describe(choice: Choice, block: ImageBlock, identity: StoreIdentity) -> str:

@@ -2,10 +2,10 @@
 
     NAME/
       store.json                    identity, written first, never changed (`StoreIdentity`)
-      additions/NAME.json           what was added later: another teacher, or more decisions of one (`Addition`)
+      additions/NAME.json           what was added later: another teacher, or more decisions or features (`Addition`)
       targets.zarr/                 zarr v3 arrays with core codecs only (`array_specs`, `addition_specs`)
       ledger/BLOCK-FROM-TO.json     one per committed block and view group, written last, exclusively (`LedgerEntry`);
-                                    BLOCK-FROM-TO.NAME.json of an addition; templates-DECISIONS.json (`TablesEntry`)
+                                    BLOCK-FROM-TO.NAME.json of an addition; templates-TARGET.json (`TablesEntry`)
       hashes/BLOCK-FROM-TO.bin      by `finish`: sha256 of the ledger entries of PAGE_BLOCKS blocks from BLOCK on
       manifest.json                 by `finish`: sha256 of every page of hashes, store digest, measured fidelity
       README.md, index.html         the card people read; recipe.yaml, which trains from the store as it is
@@ -30,12 +30,13 @@ legal value equals, are the second line of defence.
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from offline_kd.data.labels import LabelRule
 from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.decisions import DecisionsConfig
+from offline_kd.store.features import FeaturesIdentity, names_of_their_own
 from offline_kd.support.strict import Sha256, Strict, fingerprint
 from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
@@ -47,6 +48,7 @@ DIGESTS_SINCE = 3  # the version from which a store keeps a sha256 of every imag
 PAGES_SINCE = 4  # the version from which manifest.json lists pages of hashes; before, it lists every ledger entry
 PAGE_BLOCKS = 1024  # whose entries a page vouches for: 32 KiB
 MAX_TARS = 2**17  # of one store
+KINDS = "logits", "decisions", "features"  # of targets: what their arrays' names begin with
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
 Side = Annotated[int, Field(gt=0, lt=2**15)]
@@ -65,6 +67,16 @@ def _is_false(value: object) -> bool:
 def _is_unused(value: object) -> bool:
     """Left out of JSON, so that stores of teachers with classes of their own are described as before."""
     return value in (None, "")
+
+
+def _is_none(value: object) -> bool:
+    """Left out of JSON, so that manifests of earlier versions are written as they were."""
+    return value is None
+
+
+def _is_empty(value: dict[str, object]) -> bool:
+    """Left out of JSON, so that stores without are described as before."""
+    return not value
 
 
 class DatasetIdentity(Strict):
@@ -126,6 +138,10 @@ class DecisionsIdentity(Strict):
     width: Side
 
 
+Tapped = DecisionsIdentity | FeaturesIdentity
+StoredFeatures = Annotated[dict[Name, FeaturesIdentity], AfterValidator(names_of_their_own)]
+
+
 class StoreIdentity(Strict):
     """`store.json`: what everything in the store is about. The same command must produce the same identity."""
 
@@ -136,9 +152,15 @@ class StoreIdentity(Strict):
     views: Views
     codec: AnyCodec
     decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
+    features: StoredFeatures = Field(default_factory=dict, exclude_if=_is_empty)
     rows_per_block: int = Field(gt=0, le=2**24)
     views_per_group: int = Field(gt=0, le=2**15)
     versions: dict[str, str] = Field(description="of the software that created the store; not part of its digest")
+
+    @property
+    def tapped(self) -> dict[str, Tapped]:
+        """What was made of maps of the teacher, by name: decisions, then features."""
+        return {**self.decisions, **self.features}
 
     @property
     def num_classes(self) -> int:
@@ -182,11 +204,17 @@ class Addition(Strict):
 
     name: Name
     extends: Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]*$")] | None = Field(
-        description="None: another teacher. Else more decisions of the targets of that name, '' being the first ones"
+        description="None: another teacher. Else more decisions or features of the targets of that name, '' the first"
     )
     teacher: TeacherIdentity
     codec: AnyCodec
     decisions: dict[Name, DecisionsIdentity] = Field(default_factory=dict)
+    features: StoredFeatures = Field(default_factory=dict, exclude_if=_is_empty)
+
+    @property
+    def tapped(self) -> dict[str, Tapped]:
+        """As of the store."""
+        return {**self.decisions, **self.features}
 
     @property
     def targets(self) -> str:
@@ -222,25 +250,16 @@ class LedgerEntry(Strict):
 
 
 class TablesEntry(Strict):
-    """The proof that the templates (or LDA and sub-classes) of one tap exist."""
+    """The proof that the templates (or LDA and sub-classes) of decisions or features exist."""
 
     addition: str = ""
-    decisions: str
+    decisions: str  # their name, or that of features
     objects: dict[str, StoredObject]
     statistics: dict[str, float]
 
     @property
     def file_name(self) -> str:
         return tables_ledger_name(self.decisions, self.addition)
-
-
-def _is_none(value: object) -> bool:
-    """Left out of JSON, so that manifests of earlier versions are written as they were."""
-    return value is None
-
-
-def _is_empty(value: dict[str, str]) -> bool:
-    return not value
 
 
 class Fidelity(Strict):
@@ -263,6 +282,7 @@ class Fidelity(Strict):
     wttm_weight_error: float | None = Field(None, description="mean relative, at the worst of gamma .25, .5, .8")
     dtkd_temperature_error: float | None = Field(None, description="mean relative error of the teacher's temperature")
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)
+    features: dict[str, dict[str, float]] = Field(default_factory=dict, exclude_if=_is_empty)
 
     @property
     def looked_at(self) -> str:
@@ -290,10 +310,10 @@ class Held(Strict):
     first_block: int = Field(ge=0)
     end_block: int
     views: int
-    arrays: list[str] | None = Field(description="kinds of arrays beside keys and views: logits, decisions; None: all")
+    arrays: list[str] | None = Field(description="kinds of arrays beside keys and views, of KINDS; None: all")
 
     def has(self, array: str) -> bool:
-        return self.arrays is None or not array.startswith(("logits/", "decisions/")) or kind_of(array) in self.arrays
+        return self.arrays is None or kind_of(array) not in KINDS or kind_of(array) in self.arrays
 
 
 class StoreManifest(Strict):
@@ -351,12 +371,14 @@ def identity_of_targets(
     """The store as if it had been created with these targets and so many views."""
     update: dict[str, object] = {"views": identity.views.with_count(num_views)}
     decisions = dict(identity.decisions) if targets == "" else {}
+    features = dict(identity.features) if targets == "" else {}
     for addition in additions:
         if addition.targets == targets:
             decisions |= addition.decisions
+            features |= addition.features
             if addition.extends is None:
                 update |= {"teacher": addition.teacher, "codec": addition.codec}
-    return identity.model_copy(update=update | {"decisions": decisions})
+    return identity.model_copy(update=update | {"decisions": decisions, "features": features})
 
 
 def store_digest(

@@ -17,6 +17,9 @@ def served_terms(store: Store) -> list[str]:
     terms: list[str] = []
     if held is None or held.has("logits/"):
         terms += [name for name, term in examples.items() if _serves_at_some_temperature(store, term.needs)]
+    if held is None or held.has("features/"):
+        for features in store.identity.features:
+            terms += [f"{name}({features})" for name, term in examples.items() if term.needs.features]
     if held is None or held.has("decisions/"):
         for decisions, about in store.identity.decisions.items():
             terms += [

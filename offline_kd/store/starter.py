@@ -45,9 +45,11 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
         "licence": teacher.licence or None,
     }
     decisions = identity.decisions if held is None or held.has("decisions/") else {}
+    features = identity.features if held is None or held.has("features/") else {}
     capture = {
         "codec": identity.codec.model_dump(mode="json"),
         "decisions": {name: one.config.model_dump(mode="json") for name, one in decisions.items()} or None,
+        "features": {name: about.config.model_dump(mode="json") for name, about in features.items()} or None,
         "views_per_group": identity.views_per_group,
     }
     small = _side(identity) <= SMALL

@@ -21,7 +21,7 @@ from offline_kd.store.memory import Memory
 from offline_kd.store.objects import ENTRY_BYTES, metadata_limit, read_metadata
 from offline_kd.store.opening import all_digests, open_store
 from offline_kd.store.reader import Store, parse_metadata, stored_object
-from offline_kd.store.schema import Held, StoredObject, StoreManifest
+from offline_kd.store.schema import KINDS, Held, StoredObject, StoreManifest, kind_of
 from offline_kd.store.signing import check_signed, damage, read_signature, signature_names
 from offline_kd.store.writer import holds, manifest_bytes
 from offline_kd.support.console import progress
@@ -29,7 +29,6 @@ from offline_kd.support.errors import RecipeError, StoreCorrupt, StoreError, Sto
 from offline_kd.support.places import Place, can_list, place_at
 from offline_kd.support.proven import read_proven
 
-KINDS = ("logits", "decisions")
 PUTS = 2  # of a file that did not arrive as it was sent
 
 
@@ -228,7 +227,7 @@ def _selection(store: Store, blocks: range | None, views: int | None, only: Sequ
     before, per_group = store.manifest.held, store.created.views_per_group
     all_blocks, all_views = store.blocks, before.views if before else max(store.manifest.views.values())
     if unknown := set(only or ()) - set(KINDS):
-        raise RecipeError(f"--only {', '.join(sorted(unknown))}: there are {' and '.join(KINDS)}.")
+        raise RecipeError(f"--only {', '.join(sorted(unknown))}: there are {', '.join(KINDS)}.")
     if blocks is not None and not (all_blocks.start <= blocks.start < blocks.stop <= all_blocks.stop):
         raise RecipeError(
             f"--blocks {blocks.start}:{blocks.stop}: {store.place} holds {all_blocks.start}:{all_blocks.stop}."
@@ -238,11 +237,13 @@ def _selection(store: Store, blocks: range | None, views: int | None, only: Sequ
             f"--views 0:{views}: {store.place} holds 0:{all_views} in groups of {per_group}: take whole groups."
         )
     kinds = [kind for kind in KINDS if (only is None or kind in only) and (before is None or before.has(f"{kind}/"))]
+    has_features = any(kind_of(spec.name) == "features" for part in store.parts.values() for spec in part.specs)
+    all_kinds = [kind for kind in KINDS if kind != "features" or has_features]
     chosen = Held(
         first_block=(blocks or all_blocks).start,
         end_block=(blocks or all_blocks).stop,
         views=views or all_views,
-        arrays=None if kinds == list(KINDS) else kinds,
+        arrays=None if set(all_kinds) <= set(kinds) else kinds,
     )
     everything = Held(
         first_block=0,

@@ -15,7 +15,8 @@ from offline_kd.data.tars import unpack_keys
 from offline_kd.store.card import CARD_FILES, is_whole_card
 from offline_kd.store.chunks import decode_chunk
 from offline_kd.store.comparison import compare_block, view_problem
-from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions
+from offline_kd.store.decisions import PROB_LEVELS, SubclassDecisions, TemplateDecisions
+from offline_kd.store.features import Features, legal_codes
 from offline_kd.store.inventory import Listing, PromisedEntry, few_files, num_promised, promised_entries, promised_pages
 from offline_kd.store.layout import NO_KEY, NO_LABEL, RECIPE_FILE, ArraySpec, small_files
 from offline_kd.store.leftovers import is_leftover
@@ -324,13 +325,15 @@ def _range(store: Store, task: PromisedEntry, spec: ArraySpec) -> tuple[float | 
     part = store.parts[task.part]
     if spec.name.startswith("logits/"):
         return part.codec.legal_range(spec.name.removeprefix("logits/")) or (None, None)
-    if spec.name.startswith("decisions/"):
+    if spec.name.startswith(("decisions/", "features/")):
         _, name, array = spec.name.split("/")
-        config = part.decisions[name].config
+        config = part.tapped[name].config
         if isinstance(config, SubclassDecisions):
             return 0, config.per_class - 1
-        if array in ("id", "prob"):
+        if isinstance(config, TemplateDecisions) and array in ("id", "prob"):
             return 0, config.templates - 1 if array == "id" else PROB_LEVELS
+        if isinstance(config, Features) and array == "codes":
+            return legal_codes(config)
     return None, None
 
 
