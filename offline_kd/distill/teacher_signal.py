@@ -25,6 +25,7 @@ class TeacherSignal:
 
     logits: Tensor | None = None  # [B, C]; None where no term asks for them
     decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by name in the recipe, then by array
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # [B, D] or [B, D, H, W] by name in the recipe
 
     def take(self, rows: slice) -> "TeacherSignal":
         """What it says of some rows; the table of sub-classes is about all."""
@@ -32,7 +33,8 @@ class TeacherSignal:
             decided: {name: array if name == "table" else array[rows] for name, array in arrays.items()}
             for decided, arrays in self.decisions.items()
         }
-        return TeacherSignal(None if self.logits is None else self.logits[rows], decisions)
+        features = {name: one[rows] for name, one in self.features.items()}
+        return TeacherSignal(None if self.logits is None else self.logits[rows], decisions, features)
 
 
 def said_of(logits: Tensor, batch: Rows) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs of a teacher's logits."""
+    """What an objective needs of a teacher."""
 
     logits: bool = True  # False: none, as cross-entropy on labels, and losses on decisions
     offset: bool = False  # the raw logits' common offset, which probabilities lack
@@ -15,3 +15,4 @@ class Needs:
     tail_temperature: float | None = None
     # Field of `store.schema.Fidelity` that bounds it, and what a message says of that field's value.
     measured: tuple[str, str] | None = None
+    features: bool = False  # features of a module
