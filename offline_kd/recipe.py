@@ -28,6 +28,7 @@ from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
+from offline_kd.objectives.features import FeatureTerm
 from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
@@ -252,8 +253,13 @@ def kd_layer_terms(terms: Sequence[AnyTerm]) -> list[KDLayerTerm]:
     return [term for term in terms if isinstance(term, KDLayerTerm)]
 
 
+def feature_terms(terms: Sequence[AnyTerm]) -> list[FeatureTerm]:
+    """The terms that compare features of the student with the teacher's."""
+    return [term for term in terms if isinstance(term, FeatureTerm)]
+
+
 def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
-    return any(term.needs.logits or term.needs.decisions for term in terms)
+    return any(term.needs.logits or term.needs.decisions or term.needs.features for term in terms)
 
 
 def parse_codec(text: str) -> AnyCodec:

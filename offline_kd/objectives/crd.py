@@ -100,7 +100,7 @@ class ContrastiveMemory(Head):
     ) -> None:
         super().__init__()
         self.temperature, self.momentum = temperature, momentum
-        self.fingerprint, self.seed, self.updates = rows.fingerprint, rows.seed, 0
+        self.fingerprint, self.seed, self.updates = rows.fingerprint, rows.seed, 0  # updates: the draws' counter
         self.num_rows = len(rows.labels)
         self.embed_s, self.embed_t = nn.Linear(student_width, width), nn.Linear(teacher_width, width)
         self.negatives = Negatives(rows.labels, negatives, mode)

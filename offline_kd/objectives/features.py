@@ -39,8 +39,9 @@ class FeatureTerm(Term):
     term: str
     features: str = Field(description="name in capture.features, of the teacher")
     student_module: str | None = Field(
-        None, description="module of the student whose output, averaged over its places, is compared; by default what "
-        "comes into its classifier"
+        None,
+        description="module of the student whose output, averaged over its places, is compared; by default what "
+        "comes into its classifier",
     )
 
     @property

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +33,8 @@ class Negatives(nn.Module):
         super().__init__()
         self.count, self.mode, self.num_rows = count, mode, len(labels)
         apart = int(labels.max()) + 1 + torch.arange(len(labels))
-        _, kind, sizes = torch.where(labels >= 0, labels, apart).unique(return_inverse=True, return_counts=True)
+        own = torch.where(labels >= 0, labels, apart).numpy()
+        kind, sizes = map(torch.from_numpy, np.unique(own, return_inverse=True, return_counts=True)[1:])
         # How many rows have another class: of the largest class and of the smallest.
         self.fewest, self.most = len(labels) - int(sizes.max()), len(labels) - int(sizes.min())
         if self.fewest == 0:
@@ -68,9 +70,11 @@ class Negatives(nn.Module):
         every = torch.arange(self.num_rows, device=state.device)
         at_once = max(DRAWS_AT_ONCE // self.num_rows, 1)
         found = []
-        for some, first, length in zip(*(one.split(at_once) for one in (state, start, size)), strict=True):
-            draws = device_hash(some, every, device=state.device)
-            draws.masked_fill_((every >= first) & (every < first + length), torch.iinfo(torch.int64).max)
+        for begin in range(0, len(state), at_once):
+            some = slice(begin, begin + at_once)
+            draws = device_hash(state[some], every, device=state.device)
+            own_class = (every >= start[some]) & (every < start[some] + size[some])
+            draws.masked_fill_(own_class, torch.iinfo(torch.int64).max)
             found.append(draws.topk(self.count, dim=1, largest=False, sorted=False).indices)
         return torch.cat(found)
 

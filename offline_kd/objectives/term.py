@@ -1,11 +1,14 @@
 """What every objective is: a weighted term of a recipe, which says what it needs and computes its bare value."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -33,11 +36,17 @@ class Signal(Protocol):
 
 @dataclass(frozen=True)
 class DatasetRows:
-    """What a head may know of the rows that a run trains on, which are numbered from 0."""
+    """The rows that a run trains on, which are numbered from 0: what a term may remember something of."""
 
+    key_hash: NDArray[np.uint64]  # [n] rising, so that a row's number follows from its key
     labels: Tensor  # [n] int64, on the CPU; -1: hidden, or there is none
-    fingerprint: str  # of which row is which image
     seed: int  # of the run
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which row is which image, and of what label."""
+        content = self.key_hash.astype("<u8").tobytes() + self.labels.numpy().astype("<i8").tobytes()
+        return hashlib.sha256(content).hexdigest()
 
 
 class Head(nn.Module):

@@ -4,9 +4,7 @@ import torch
 from torch import Tensor
 
 # What `counter_rng` multiplies by and adds, as signed numbers: their products and sums have the same lowest 64 bits.
-FIRST, SECOND, GOLDEN = (
-    number - 2**64 for number in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15)
-)
+FIRST, SECOND, GOLDEN = (number - 2**64 for number in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15))
 
 
 def device_hash(*counters: int | Tensor, device: torch.device) -> Tensor:
