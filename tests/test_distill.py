@@ -315,7 +315,7 @@ def test_the_published_pairs_have_their_published_hyperparameters():
 
 
 def test_wttm_with_features_has_its_published_hyperparameters():
-    """Gamma and beta of both sums in the appendix of arXiv:2402.11148, ITRD's alpha and weights, and what they reached."""
+    """Of arXiv:2402.11148: gamma, beta and mu of both sums, what belongs to ITRD, and what they reached."""
     for name, crd, itrd, alpha, information, reached in (
         ("resnet56_resnet20", (0.3, 0.6), (0.5, 5), 1.01, 1, (72.20, 72.16)),
         ("wrn40_2_wrn40_1", (0.1, 2), (0.4, 0.08), 1.01, 1, (74.94, 75.34)),

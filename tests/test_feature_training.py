@@ -17,7 +17,7 @@ from offline_kd.distill.loop import fit, train_step
 from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import make_optimizer
 from offline_kd.distill.results import Result, Run
-from offline_kd.distill.student import Student, new_student, with_states
+from offline_kd.distill.student import Student, compiled, new_student, with_states
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import evaluation_images, make_loader, source_of, training_images
 from offline_kd.models.networks import CIFAR, build, classifier_of
@@ -52,9 +52,10 @@ def recipe_with(terms: Sequence[dict[str, object]] = TERMS, **training: object) 
 
 
 def ask(batch: Rows) -> TeacherSignal:
-    """A teacher whose features are some of the pixels."""
+    """A teacher whose features are some of the pixels; one channel never varies."""
     pixels = batch.images[:, :, ::2, ::2] / 64
-    return TeacherSignal(features={"made": pixels[:, 0].flatten(1), "map": pixels})
+    vectors = torch.cat([pixels[:, 0].flatten(1), torch.full((len(batch), 1), 0.1)], dim=1)
+    return TeacherSignal(features={"made": vectors, "map": pixels})
 
 
 def prepared(recipe: Recipe, manifest, roots, out: Path, seed: int = 0):
@@ -120,6 +121,8 @@ def test_a_student_is_used_without_what_was_trained_beside_it(finished):
     assert heads_of_terms == {"1", "2", "3"}
     losses = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
     assert {f"loss_{term['term']}" for term in TERMS} <= set(losses)
+    passes = OPTIONS["accumulate"] * result["steps"] // result["epochs"]  # of parts of batches, in an epoch
+    assert losses["itrd_dropped"] >= passes
 
 
 def test_heads_change_no_other_draw_of_a_run(manifest, roots, tmp_path):
@@ -199,8 +202,13 @@ def test_rows_are_numbered_by_key_whether_a_store_or_the_images_say_so(recipe, m
 # ---- which features --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [f"cifar:{name}" for name in CIFAR if "110" not in name and "56" not in name])
+SOME = ("resnet8", "resnet20_a", "wrn_16_2", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2")  # of every family
+NETWORKS = [*SOME, *(pytest.param(name, marks=pytest.mark.slow) for name in CIFAR if name not in SOME)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_the_features_of_a_network_give_its_logits_through_its_classifier(name):
+    name = f"cifar:{name}"
     network = build(name, 10).eval()
     classifier = network.get_submodule(classifier_of(name, 10))
     vectors = put_vector_taps(network, {None: TapPoint(module=classifier_of(name, 10), at="input")})
@@ -231,7 +239,7 @@ def test_maps_are_averaged_and_gradients_reach_the_student(manifest, roots, tmp_
         (
             {"term": "embedding", "features": "made", "projection": False},
             RecipeError,
-            "the student's features are 128 wide, 'made' of the teacher 16",
+            "the student's features are 128 wide, 'made' of the teacher 17",
         ),
         ({"term": "crd", "features": "made", "width": 2**30}, TrainingError, r"term 'crd': needs [\d,]+ bytes for"),
     ],
@@ -257,3 +265,22 @@ def test_a_store_without_features_is_refused_by_the_command_line(recipe, where, 
     assert "'made'" in refused(*command, "--store", store_path)
     assert "needs a teacher" in refused(*command)
     assert "crd" in invoke("distill", "--help").output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"compile": True}, {"amp": True}])
+def test_a_compiled_student_has_the_features_of_the_plain_one(options, manifest, roots, tmp_path):
+    found = []
+    for name, training in (("plain", {}), ("other", options)):
+        recipe = recipe_with(TERMS[1:], **training)
+        run, student, loader = prepared(recipe, manifest, roots, tmp_path / name)
+        student = compiled(student, recipe.training)
+        optimizer = make_optimizer(recipe.training, student.network, list(student.heads.values()))
+        weights, batches = term_weights(run.terms, 0, CPU), loader.epoch(0)
+        values = []
+        for _ in range(3):
+            batch = next(batches)
+            values.append(train_step(run, student, optimizer, batch, ask(batch), weights)[1])
+        assert all(one.dtype == torch.float32 for one in student.features.values())
+        found.append(torch.stack(values))
+    torch.testing.assert_close(*found, rtol=0.02 if "amp" in options else 1e-3, atol=1e-3)

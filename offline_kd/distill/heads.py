@@ -54,8 +54,10 @@ def row_numbers(student: Student, batch: Rows) -> Tensor | None:
     """`[B]` int64 on the device of a batch: the number of each sample in the training split; None: no head asks."""
     if student.row_hashes is None:
         return None
-    numbers = np.searchsorted(student.row_hashes, batch.key_hash)
-    return torch.from_numpy(numbers).to(batch.labels.device, non_blocking=True)
+    numbers = torch.from_numpy(np.searchsorted(student.row_hashes, batch.key_hash))
+    if batch.labels.device.type == "cuda":
+        numbers = numbers.pin_memory()  # else the copy might wait for what the device is doing
+    return numbers.to(batch.labels.device, non_blocking=True)
 
 
 def dataset_rows(loader: Loader) -> DatasetRows:

@@ -128,6 +128,8 @@ def _train(
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
             found = _evaluate(run, student, evaluation, is_last=epochs_done >= training.epochs)
             counted = _counted(whole, len(set().union(*of_all(loader.bad))))
+            for head in student.heads.values():
+                counted |= head.counts()
             done.history.append({"epoch": epochs_done, **losses, "lr": lr, **found, **counted})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)

@@ -109,6 +109,20 @@ def _concentration(matrix: Tensor) -> Tensor:
     return (matrix / torch.where(trace > 0, trace, 1)).square().sum()
 
 
+class CountingProjection(Projection):
+    """A projection that counts the channels that are left out of the correlation, over the steps of a pass."""
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__(student_width, teacher_width)
+        self.dropped: Tensor
+        self.register_buffer("dropped", torch.zeros((), dtype=torch.int64))
+
+    def counts(self) -> dict[str, int]:
+        found = {"itrd_dropped": int(self.dropped)}
+        self.dropped.zero_()
+        return found
+
+
 class ITRD(FeatureTerm):
     """Correlate features with the teacher's, and find the same images similar."""
 
@@ -121,16 +135,18 @@ class ITRD(FeatureTerm):
     information_weight: float = Field(1.0, ge=0, description="how much the similarities between images count")
 
     def head(self, student_width: int, teacher_width: int, rows: Callable[[], DatasetRows]) -> Head | None:
-        return Projection(student_width, teacher_width)
+        return CountingProjection(student_width, teacher_width)
 
     def __call__(self, student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
         """As `itrd` says, over the batch of all ranks."""
         student, teacher = self.vectors(signal, batch)
-        assert batch.head is not None, "the term was given no head"
+        assert isinstance(batch.head, CountingProjection), "the term was given no head of its own"
+        embedded: Tensor = batch.head(student)
+        batch.head.dropped += itrd_dropped(embedded.detach(), teacher)
         return itrd(
             student,
             teacher,
-            batch.head(student),
+            embedded,
             alpha=self.alpha,
             correlation_weight=self.correlation_weight,
             information_weight=self.information_weight,

@@ -58,6 +58,10 @@ class Head(nn.Module):
     def end_step(self) -> None:
         """After the optimizer has changed the weights; not where it left a step out."""
 
+    def counts(self) -> dict[str, int]:
+        """By name in `metrics.jsonl`: what was counted since the last call, which ends a pass."""
+        return {}
+
 
 @dataclass(frozen=True)
 class LossBatch:
