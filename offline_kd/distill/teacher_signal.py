@@ -25,7 +25,7 @@ class TeacherSignal:
 
     logits: Tensor | None = None  # [B, C]; None where no term asks for them
     decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)  # by name in the recipe, then by array
-    features: Mapping[str, Tensor] = field(default_factory=dict)  # [B, D] or [B, D, H, W] by name in the recipe
+    features: Mapping[str, Tensor] = field(default_factory=dict)  # [B, D] or [B, D, H, W] float32 by name in the recipe
 
     def take(self, rows: slice) -> "TeacherSignal":
         """What it says of some rows; the table of sub-classes is about all."""
