@@ -84,7 +84,7 @@ def finished(manifest, roots, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("steps", [3, 6])
+@pytest.mark.parametrize("steps", [3, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_stopped_run_goes_on_with_its_heads_and_memory(finished, manifest, roots, tmp_path, monkeypatch, steps):
     done = 0
 
