@@ -29,6 +29,7 @@ from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
+from offline_kd.objectives.features import FeatureTerm
 from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
@@ -255,6 +256,11 @@ class Recipe(CaptureRecipe):
 def kd_layer_terms(terms: Sequence[AnyTerm]) -> list[KDLayerTerm]:
     """The terms that put a KD layer into the student."""
     return [term for term in terms if isinstance(term, KDLayerTerm)]
+
+
+def feature_terms(terms: Sequence[AnyTerm]) -> list[FeatureTerm]:
+    """The terms that compare features of the student with the teacher's."""
+    return [term for term in terms if isinstance(term, FeatureTerm)]
 
 
 def needs_teacher(terms: Sequence[AnyTerm]) -> bool:

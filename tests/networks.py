@@ -119,3 +119,8 @@ def group_norm(num_classes: int) -> nn.Module:
     for before, after in ((3, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(4, after), nn.ReLU()]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, num_classes))
+
+
+def no_classes(num_classes: int) -> nn.Module:
+    """For ten classes, whatever is asked for."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 10))

@@ -312,3 +312,25 @@ def test_the_published_pairs_have_their_published_hyperparameters():
         assert (terms["wttm"][1].gamma, terms["wttm"][1].weight) == wttm
         assert (terms["dtkd"][1].weight, terms["dtkd"][2].weight) == weights
         assert (terms["kd"][0].weight, terms["kd"][1].weight, terms["kd"][1].temperature) == (0.1, 0.9, 4)
+
+
+def test_wttm_with_features_has_its_published_hyperparameters():
+    """Of arXiv:2402.11148: gamma, beta and mu of both sums, what belongs to ITRD, and what they reached."""
+    for name, crd, itrd, alpha, information, reached in (
+        ("resnet56_resnet20", (0.3, 0.6), (0.5, 5), 1.01, 1, (72.20, 72.16)),
+        ("wrn40_2_wrn40_1", (0.1, 2), (0.4, 0.08), 1.01, 1, (74.94, 75.34)),
+        ("vgg13_vgg8", (0.2, 4), (0.1, 0.5), 1.01, 1, (74.71, 75.13)),
+        ("resnet50_mobilenetv2", (0.3, 3), (0.2, 0.02), 1.5, 0, (70.84, 71.56)),
+        ("resnet32x4_shufflenetv2", (0.4, 12), (0.4, 0.8), 1.5, 1, (77.04, 77.68)),
+    ):
+        recipe = load_recipe(ROOT / f"pipelines/cifar100/{name}.yaml")
+        (_, wttm, one), (_, other_wttm, other) = (recipe.objectives[sum_] for sum_ in ("wttm_crd", "wttm_itrd"))
+        assert ((wttm.gamma, wttm.weight), (other_wttm.gamma, other_wttm.weight)) == (crd, itrd)
+        assert (one.weight, one.width, one.negatives, one.temperature, one.momentum) == (0.8, 128, 16384, 0.07, 0.5)
+        assert (other.weight, other.alpha, other.correlation_weight, other.information_weight) == (
+            1,
+            alpha,
+            2,
+            information,
+        )
+        assert tuple(recipe.published.top1[sum_][0] for sum_ in ("wttm_crd", "wttm_itrd")) == reached

@@ -36,6 +36,13 @@ OBJECTIVES = {
     "letkd1": [{"term": "ce"}, {"term": "decisions", "decisions": "last"}],
     "letkd2": [{"term": "ce"}, {"term": "subclass_decisions", "decisions": "first", "after": "body.4"}],
     "decisions_alone": [{"term": "decisions", "decisions": "last"}],
+    "features": [  # of the made teacher in rank_steps.py
+        {"term": "ce"},
+        {"term": "crd", "features": "made", "width": 8, "negatives": 20, "temperature": 0.5},
+        {"term": "itrd", "features": "made"},
+        {"term": "embedding", "features": "made", "student_module": "body.2"},
+        {"term": "relational", "features": "made", "distance_weight": 1, "angle_weight": 1},
+    ],
 }
 DECISIONS = {
     "last": {"kind": "templates", "module": "body.5", "templates": 16, "top": 2, "iterations": 5},

@@ -280,7 +280,9 @@ def one_step(term: dict[str, object], accumulate: int) -> tuple[list[Tensor], fl
 
 
 TERMS: list[dict[str, object]] = [
-    {"term": name, **one.example} for name, one in OBJECTIVES.items() if "decisions" not in one.example
+    {"term": name, **one.example}
+    for name, one in OBJECTIVES.items()
+    if not {"decisions", "features"} & set(one.example)
 ] + [
     {"term": "decisions", "decisions": "made", "after": "4"},
     {"term": "subclass_decisions", "decisions": "made", "after": "4"},

@@ -21,7 +21,7 @@ from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, stored_
 from offline_kd.distill.training import evaluation_images, make_loader, source_of, training_images
 from offline_kd.models.evaluation import evaluate
 from offline_kd.models.networks import normalise
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
+from offline_kd.recipe import AnyTerm, Recipe, feature_terms, kd_layer_terms, needs_teacher
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.f32 import Float32
@@ -44,7 +44,9 @@ def measure_drift(
     same initial weights with the samples in another order.
     """
     objectives = {
-        name: terms for name, terms in recipe.objectives.items() if needs_teacher(terms) and not kd_layer_terms(terms)
+        name: terms
+        for name, terms in recipe.objectives.items()
+        if needs_teacher(terms) and not kd_layer_terms(terms) and not feature_terms(terms)
     }
     loader, evaluation = training_images(recipe, manifest, roots), evaluation_images(recipe, manifest, roots)
     teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)

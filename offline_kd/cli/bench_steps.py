@@ -18,6 +18,7 @@ from offline_kd.cli.bench_stage_1 import stage_1_parts
 from offline_kd.cli.bench_timing import STAGE_1, STAGE_1_TINY, Quartiles, Timed, quartiles, ratios_of, time_in_turn
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
+from offline_kd.distill.heads import with_heads
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import train_step
 from offline_kd.distill.optimisation import make_optimizer, set_learning_rate
@@ -159,9 +160,9 @@ def _step_from(this: Bench, codec: AnyCodec) -> Timed:
 
 def _training(this: Bench, stream: Loader, terms: Sequence[AnyTerm], ask: AskTeacher) -> Callable[[], None]:
     """One epoch of the training loop's own steps, reading included."""
-    student = new_student(this.recipe, this.images, 0, this.device, terms)
+    student = with_heads(new_student(this.recipe, this.images, 0, this.device, terms), terms, stream, ask)
     student.network.train()
-    optimizer = make_optimizer(this.recipe.training, student.network)
+    optimizer = make_optimizer(this.recipe.training, student.network, list(student.heads.values()))
     set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
     weights = torch.tensor([term.weight for term in terms], device=this.device)
     run = Run(this.recipe, "bench", terms, 0, Folder(Path()), this.device)

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
+from offline_kd.distill.heads import row_numbers
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -59,7 +60,7 @@ def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask
         _refuse_different_ranks(run)
         training = run.recipe.training
         student = with_states(student, training, run.device)
-        optimizer = make_optimizer(training, student.network)
+        optimizer = make_optimizer(training, student.network, list(student.heads.values()))
         done = load_progress(run.out, run.identity, student.network, optimizer, run.device, student.beside)
         result = from_first(lambda: begin(run, done))
         if result is not None:
@@ -121,9 +122,14 @@ def _train(
                     _save(run, student, optimizer, now)
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
             losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
+            # Every rank has made the same steps of heads, but for roundings of different devices, which end here.
+            states = [one for head in student.heads.values() for one in head.state_dict().values()]
+            copy_from_first(one for one in states if isinstance(one, Tensor))
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
             found = _evaluate(run, student, evaluation, is_last=epochs_done >= training.epochs)
             counted = _counted(whole, len(set().union(*of_all(loader.bad))))
+            for head in student.heads.values():
+                counted |= head.counts()
             done.history.append({"epoch": epochs_done, **losses, "lr": lr, **found, **counted})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)
@@ -267,7 +273,7 @@ def train_step(
     """One update of the student.
 
     With `training.accumulate` the parts of the batch pass one after the other, and their gradients add up to that of
-    the whole batch; DIST correlates over, and BatchNorm normalises by, the rows of a part.
+    the whole batch; DIST and terms on features compare, and BatchNorm normalises by, the rows of a part.
 
     Args:
         weights: `[terms]` float32 on the device, as `term_weights` gives them: of every term of the run, in this epoch.
@@ -279,6 +285,8 @@ def train_step(
     Raises StoreMismatch when decisions were made on another grid than the student's map.
     """
     optimizer.zero_grad(set_to_none=True)
+    for head in student.heads.values():
+        head.begin_step()
     pieces = _pieces(len(batch), run.recipe.training.accumulate)
     if len(pieces) == 1:
         logits, values = _add_gradients(run, student, batch, signal, weights)
@@ -331,8 +339,15 @@ def _add_gradients(
     refuse_no_logits(logits, student.model, len(inputs), student.num_classes)
     logits = logits.float()
     mixing = (batch.other_labels, batch.share) if recipe.views.mixes else None
-    known = LossBatch(batch.labels, mixing, recipe.training.label_smoothing, kd_layer_scores(student))
-    parts = own_parts(run.terms, logits, signal, known, items)
+    known = LossBatch(
+        batch.labels,
+        mixing,
+        recipe.training.label_smoothing,
+        kd_layer_scores(student),
+        student.features,
+        row_numbers(student, batch),
+    )
+    parts = own_parts(run.terms, logits, signal, known, items, student.heads)
     # What is shared divides the sum of the ranks' gradients by their number.
     loss = world() * (parts * weights).sum()
     if student.scaler is not None:

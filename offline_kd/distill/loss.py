@@ -1,25 +1,35 @@
 """The loss of a recipe's objective: the bare value of each term for a batch, and how much it counts in an epoch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from offline_kd.objectives.term import LossBatch, Signal, Term
+from offline_kd.objectives.term import Head, LossBatch, Signal, Term
 from offline_kd.support.ranks import total, world
 
 
-def bare_values(terms: Sequence[Term], student_logits: Tensor, signal: Signal, batch: LossBatch) -> Tensor:
+def bare_values(
+    terms: Sequence[Term], student_logits: Tensor, signal: Signal, batch: LossBatch, heads: Mapping[int, Head]
+) -> Tensor:
     """`[terms]`: the bare value of every term for a batch.
 
     Args:
         student_logits: `[B, C]` float32, with gradient.
+        heads: of the terms that have one, by number of the term.
     """
-    return torch.stack([term(student_logits, signal, batch) for term in terms])
+    known = [replace(batch, head=heads[number]) if number in heads else batch for number in range(len(terms))]
+    return torch.stack([term(student_logits, signal, one) for term, one in zip(terms, known, strict=True)])
 
 
 def own_parts(
-    terms: Sequence[Term], student_logits: Tensor, signal: Signal, batch: LossBatch, items: Tensor | None = None
+    terms: Sequence[Term],
+    student_logits: Tensor,
+    signal: Signal,
+    batch: LossBatch,
+    items: Tensor | None = None,
+    heads: Mapping[int, Head] | None = None,
 ) -> Tensor:
     """`[terms]`: what these rows contribute to the bare values for the whole batch.
 
@@ -29,8 +39,9 @@ def own_parts(
 
     Args:
         items: `[terms]`, their numbers in all; None: the rows of all ranks are the whole batch.
+        heads: of the terms that have one, by number of the term.
     """
-    values = bare_values(terms, student_logits, signal, batch)
+    values = bare_values(terms, student_logits, signal, batch, heads or {})
     if items is None and world() == 1:
         return values
     counts = counts_of(terms, batch)

@@ -2,12 +2,13 @@
 
 import fnmatch
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from offline_kd.models.kd_layer import WithKDLayer
+from offline_kd.objectives.term import Head
 from offline_kd.support.errors import RecipeError, did_you_mean
 from offline_kd.training_recipe import SGD, ParameterGroups, Step, Training
 
@@ -24,18 +25,35 @@ def learning_rate(training: Training, epochs_done: float) -> float:
     return full * (schedule.final_fraction + (1 - schedule.final_fraction) * cosine)
 
 
-def make_optimizer(training: Training, network: nn.Module) -> torch.optim.Optimizer:
-    """Raises RecipeError for a pattern that matches nothing, or layers of a network that does not tell its depth."""
-    wanted, groups = training.optimizer, parameter_groups(training.optimizer, network)
+def make_optimizer(training: Training, network: nn.Module, heads: Sequence[Head] = ()) -> torch.optim.Optimizer:
+    """Of a student, and of the heads of its terms, which are told of every step that is applied.
+
+    Raises RecipeError for a pattern that matches nothing, or layers of a network that does not tell its depth.
+    """
+    wanted, groups = training.optimizer, parameter_groups(training.optimizer, network, heads)
+    optimizer: torch.optim.Optimizer
     if isinstance(wanted, SGD):
-        return torch.optim.SGD(
+        optimizer = torch.optim.SGD(
             groups,
             lr=wanted.lr,
             momentum=wanted.momentum,
             nesterov=wanted.nesterov,
             weight_decay=wanted.weight_decay,
         )
-    return torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, eps=wanted.eps, weight_decay=wanted.weight_decay)
+    else:
+        optimizer = torch.optim.AdamW(
+            groups, lr=wanted.lr, betas=wanted.betas, eps=wanted.eps, weight_decay=wanted.weight_decay
+        )
+    for head in heads:
+        optimizer.register_step_post_hook(_telling(head))
+    return optimizer
+
+
+def _telling(head: Head) -> Callable[..., None]:
+    def stepped(*_: object) -> None:
+        head.end_step()
+
+    return stepped
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -47,27 +65,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 # ---- groups --------------------------------------------------------------------------------------------------------
 
 
-def parameter_groups(wanted: ParameterGroups, network: nn.Module) -> list[dict[str, object]]:
+def parameter_groups(
+    wanted: ParameterGroups, network: nn.Module, heads: Sequence[Head] = ()
+) -> list[dict[str, object]]:
     """What optimizers take: all parameters, or groups with a `weight_decay` or `lr_scale` of their own.
 
-    The groups with the whole rate come first.
+    The groups with the whole rate come first. Heads have it, and their parameters are called `heads.NUMBER.NAME`.
     """
+    parameters = dict(network.named_parameters())
+    for number, head in enumerate(heads):
+        parameters |= {f"heads.{number}.{name}": one for name, one in head.named_parameters()}
     if not wanted.no_decay and wanted.layer_decay is None:
-        return [{"params": list(network.parameters())}]
-    spared = _without_decay(network, wanted.no_decay)
+        return [{"params": list(parameters.values())}]
+    spared = _without_decay(network, list(parameters), wanted.no_decay)
     scales = {} if wanted.layer_decay is None else _rate_scales(network, wanted.layer_decay)
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in network.named_parameters():
+    for name, parameter in parameters.items():
         groups.setdefault((scales.get(name, 1.0), name in spared), []).append(parameter)
     return [
-        {"params": parameters, "lr_scale": scale} | ({"weight_decay": 0.0} if is_spared else {})
-        for (scale, is_spared), parameters in sorted(groups.items(), key=lambda item: -item[0][0])
+        {"params": members, "lr_scale": scale} | ({"weight_decay": 0.0} if is_spared else {})
+        for (scale, is_spared), members in sorted(groups.items(), key=lambda item: -item[0][0])
     ]
 
 
-def _without_decay(network: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the parameters that are not decayed; a normalisation layer is a module whose class says `norm`."""
-    names = [name for name, _ in network.named_parameters()]
+def _without_decay(network: nn.Module, names: Sequence[str], patterns: Sequence[str]) -> set[str]:
+    """Which of the parameters `names` are not decayed; a normalisation layer is a module whose class says `norm`."""
     spared: set[str] = set()
     for pattern in patterns:
         if pattern == "bias":

@@ -1,11 +1,13 @@
-"""The network that learns: built by name, with the KD layers that an objective's terms put into it."""
+"""The network that learns: built by name, with the KD layers and taps that an objective's terms put into it."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -14,11 +16,14 @@ from offline_kd.distill.averaging import WeightAverage
 from offline_kd.distill.checkpoint import Stateful
 from offline_kd.models.checkpoints import StateDict
 from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
-from offline_kd.models.networks import build, head_of, normalise
+from offline_kd.models.networks import build, classifier_of, head_of, normalise
 from offline_kd.models.sync_batchnorm import synchronise_batchnorm
+from offline_kd.models.taps import TapPoint, put_vector_taps
 from offline_kd.models.weights import begin_from
 from offline_kd.network_recipe import Head
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.objectives.decisions import KDLayerTerm
+from offline_kd.objectives.term import Head as TermHead
+from offline_kd.recipe import AnyTerm, Recipe, feature_terms, kd_layer_terms
 from offline_kd.support.console import say
 from offline_kd.support.errors import ModelError, RecipeError, TrainingError
 from offline_kd.support.ranks import world
@@ -35,6 +40,11 @@ class Student:
     trained: nn.Module | None = None
     average: WeightAverage | None = None  # of the weights
     scaler: torch.amp.GradScaler | None = None  # of the loss, in float16
+    # [B, D] float32 of the last pass that kept gradients, by the `student_module` of terms on features.
+    features: Mapping[str | None, Tensor] = field(default_factory=dict)
+    # By number of the term: what is trained, or remembered, beside the network. `with_heads` makes them.
+    heads: Mapping[int, TermHead] = field(default_factory=dict)
+    row_hashes: NDArray[np.uint64] | None = None  # [n] rising: key hash of every row that heads know by its number
 
     @property
     def networks(self) -> dict[str, nn.Module]:
@@ -44,7 +54,12 @@ class Student:
     @property
     def beside(self) -> dict[str, Stateful]:
         """What a run goes on with, beside network and optimizer."""
-        states: dict[str, Stateful | None] = {"average": self.average, "scaler": self.scaler}
+        heads = nn.ModuleDict({str(number): head for number, head in self.heads.items()})
+        states: dict[str, Stateful | None] = {
+            "average": self.average,
+            "scaler": self.scaler,
+            "heads": heads if len(heads) else None,
+        }
         return {name: one for name, one in states.items() if one is not None}
 
 
@@ -71,14 +86,40 @@ def new_student(
     begin = Beginning(about.model, about.model_args, recipe.training.train, "student.head", about.head)
     prepare_network(network, num_classes, begin, weights)
     network = network.to(device)
-    wanted = kd_layer_terms(terms)
-    if not wanted:
+    wanted, compared = kd_layer_terms(terms), feature_terms(terms)
+    if not wanted and not compared:
         return Student(network, {}, about.model, num_classes)
     if (size := recipe.views.output_size) is None:
         images = loader[0].images[:1]
     else:
         images = torch.zeros((1, 3, size, size), dtype=torch.uint8)
     example = normalise(images.to(device), recipe.data.normalisation)
+    # Before KD layers change the names of modules: a tap reads what a module gives, not what such a layer adds to it.
+    features = _tapped(network, {term.student_module for term in compared}, recipe, num_classes, example)
+    layers = _with_kd_layers(network, recipe, wanted, num_classes, example)
+    return Student(network, layers, about.model, num_classes, features=features)
+
+
+def _tapped(
+    network: nn.Module, modules: set[str | None], recipe: Recipe, num_classes: int, example: Tensor
+) -> dict[str | None, Tensor]:
+    """Vectors of these modules, those of `example` for a start. None: what comes into the classifier."""
+    about = recipe.student
+    points: dict[str | None, TapPoint] = {name: TapPoint(module=name) for name in modules if name is not None}
+    if None in modules:
+        points[None] = TapPoint(module=classifier_of(about.model, num_classes, about.model_args), at="input")
+    vectors = put_vector_taps(network, points)
+    if points:
+        network.eval()(example)
+        network.train()
+    if missing := [point.module for key, point in points.items() if key not in vectors]:
+        raise ModelError(f"student_module: '{about.model}' never runs '{missing[0]}'. Name a module that it does.")
+    return vectors
+
+
+def _with_kd_layers(
+    network: nn.Module, recipe: Recipe, wanted: Sequence[KDLayerTerm], num_classes: int, example: Tensor
+) -> dict[str, WithKDLayer]:
     places = {term.after: find_map(network, term.after, example) for term in wanted}
     if len(set(places.values())) < len(wanted):
         raise RecipeError(
@@ -91,7 +132,7 @@ def new_student(
         layers[term.after], _ = insert_kd_layer(
             network, places[term.after], num_templates, value_ratio=term.value_ratio, example=example
         )
-    return Student(network, layers, about.model, num_classes)
+    return layers
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.compatibility import check_all, check_teachers
+from offline_kd.distill.heads import with_heads
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import fit
 from offline_kd.distill.reader import Options, Source
@@ -159,6 +160,7 @@ def prepare(
     groups = group_views(recipe, images, opened[0] if opened else None)
     source = source_of(recipe, images, [] if online else opened, terms, groups)
     loader = make_loader(recipe, source, seed, device, live_size, shared)
+    student = with_heads(student, terms, loader, ask)
     digest = "+".join(store.digest for store in opened)
     run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=options.get("log"))
     return run, student, loader, evaluated, ask

@@ -82,6 +82,21 @@ def head_of(name: str, num_classes: int, args: Mapping[str, int | float | str | 
     return head
 
 
+def classifier_of(name: str, num_classes: int, args: Mapping[str, int | float | str | bool] | None = None) -> str:
+    """Name of the module whose weights depend on the number of classes: what comes into it are the last features.
+
+    Raises ModelError where that is not one module inside the network.
+    """
+    modules = {key.rpartition(".")[0] for key in head_of(name, num_classes, args)}
+    if len(modules) != 1 or modules == {""}:
+        found = ", ".join(sorted(modules)) if modules - {""} else "none"
+        raise ModelError(
+            f"'{name}': its features are what comes into its classifier, the one module that depends on num_classes, "
+            f"and found is {found}. Name a module: `student_module` of the term."
+        )
+    return modules.pop()
+
+
 def refuse_no_logits(output: object, name: str, rows: int | None = None, num_classes: int | None = None) -> None:
     """Raise ModelError for what a network gives instead of logits `[rows, num_classes]`, as far as these are known."""
     shape = list(output.shape) if isinstance(output, Tensor) else []

@@ -6,7 +6,7 @@ folded into their square grid, without the class and register tokens that come b
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -66,6 +66,36 @@ def put_taps(model: nn.Module, points: Sequence[TapPoint]) -> tuple[list[Tensor 
         else:
             handles.append(module.register_forward_pre_hook(lambda _, inputs, index=index: keep(index, inputs[0])))
     return maps, handles
+
+
+def put_vector_taps(model: nn.Module, points: Mapping[str | None, TapPoint]) -> dict[str | None, Tensor]:
+    """Make every forward pass of `model` that keeps gradients put its vectors into the dict that is returned.
+
+    They are `[B, D]` float32 with gradient, by the keys of `points`: maps and tokens are averaged over their places.
+    Passes without gradients, as of an evaluation, leave the dict as it is. The taps stay as long as the modules do.
+
+    Raises ModelError when a module does not exist, and later when what it gives is no vector, map or tokens.
+    """
+    vectors: dict[str | None, Tensor] = {}
+
+    def keep(key: str | None, tensor: object) -> None:
+        if torch.is_grad_enabled():
+            vectors[key] = as_vector(tensor, points[key])
+
+    for key, point in points.items():
+        module = _module(model, point)
+        if point.at == "output":
+            module.register_forward_hook(lambda _, __, output, key=key: keep(key, output))
+        else:
+            module.register_forward_pre_hook(lambda _, inputs, key=key: keep(key, inputs[0]))
+    return vectors
+
+
+def as_vector(tensor: object, point: TapPoint) -> Tensor:
+    """`[B, D]` float32 of what a module gave, averaged over places; raises ModelError where it cannot be."""
+    if isinstance(tensor, Tensor) and tensor.ndim == 2:
+        return tensor.float().clone()  # the next module may overwrite it in place
+    return as_map(tensor, point).mean(dim=(2, 3))
 
 
 def _module(model: nn.Module, point: TapPoint) -> nn.Module:

@@ -15,6 +15,7 @@ class _Logits:
 
     logits: Tensor
     decisions: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    features: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def example_student(teacher: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective needs of a teacher's logits."""
+    """What an objective needs of a teacher."""
 
     logits: bool = True  # False: none, as cross-entropy on labels, and losses on decisions
     offset: bool = False  # the raw logits' common offset, which probabilities lack

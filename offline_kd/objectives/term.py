@@ -1,13 +1,16 @@
 """What every objective is: a weighted term of a recipe, which says what it needs and computes its bare value."""
 
+import hashlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from offline_kd.objectives.needs import Needs
 from offline_kd.support.strict import Strict
@@ -26,6 +29,39 @@ class Signal(Protocol):
     def decisions(self) -> Mapping[str, Mapping[str, Tensor]]:
         """By name in the recipe, then by array: `id` and `prob`, or `subclass` and `table` (see `decisions.py`)."""
 
+    @property
+    def features(self) -> Mapping[str, Tensor]:
+        """By name in the recipe: `[B, D]` or `[B, D, H, W]` float32, constant."""
+
+
+@dataclass(frozen=True)
+class DatasetRows:
+    """The rows that a run trains on, which are numbered from 0: what a term may remember something of."""
+
+    key_hash: NDArray[np.uint64]  # [n] rising, so that a row's number follows from its key
+    labels: Tensor  # [n] int64, on the CPU; -1: hidden, or there is none
+    seed: int  # of the run
+
+    @property
+    def fingerprint(self) -> str:
+        """Of which row is which image, and of what label."""
+        content = self.key_hash.astype("<u8").tobytes() + self.labels.numpy().astype("<i8").tobytes()
+        return hashlib.sha256(content).hexdigest()
+
+
+class Head(nn.Module):
+    """What a term trains beside the student, or remembers from step to step; the student is used without it."""
+
+    def begin_step(self) -> None:
+        """Before the first forward pass of a step."""
+
+    def end_step(self) -> None:
+        """After the optimizer has changed the weights; not where it left a step out."""
+
+    def counts(self) -> dict[str, int]:
+        """By name in `metrics.jsonl`: what was counted since the last call, which ends a pass."""
+        return {}
+
 
 @dataclass(frozen=True)
 class LossBatch:
@@ -38,6 +74,10 @@ class LossBatch:
     mixing: tuple[Tensor, Tensor] | None = None
     label_smoothing: float = 0.0
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # [B, K, H, W] of the KD layer behind each module
+    # [B, D] float32 of the student by `student_module`, with gradient: maps are averaged over their places.
+    features: Mapping[str | None, Tensor] = field(default_factory=dict)
+    rows: Tensor | None = None  # [B] int64: number of each sample in the training split; None: no term asked
+    head: Head | None = None  # of the term that is asked
 
 
 class Term(Strict):
@@ -72,6 +112,18 @@ class Term(Strict):
         A term that couples rows computes its value from `whole_batch`, the same on every rank, and counts 1.
         """
         return len(batch.labels)
+
+    def head(self, student_width: int, teacher_width: int, rows: Callable[[], DatasetRows]) -> Head | None:
+        """What it trains or remembers, for features of these widths; made once for a run, under the run's seed.
+
+        Args:
+            rows: reads labels of the whole training split: to be called only where they are needed.
+        """
+        return None
+
+    def memory(self, batch_size: int, num_rows: int) -> int:
+        """Bytes on the device for its head, and what a step of it takes; 0 where that is little."""
+        return 0
 
     def fallbacks(self, student_logits: Tensor, signal: Signal) -> Tensor | int:
         """For how many samples of a batch the term is undefined, so that it takes another's value for them."""
