@@ -240,6 +240,16 @@ class Recipe(CaptureRecipe):
             )
         return config
 
+    def features_of(self, term: FeatureTerm) -> WantedFeatures:
+        """The features that a term is about; raises RecipeError when there are none of that name."""
+        known = self.capture.features
+        if term.features not in known:
+            raise RecipeError(
+                f"recipe '{self.name}': term '{term.term}' asks for features '{term.features}', which are not in "
+                f"capture.features.{did_you_mean(term.features, known)}"
+            )
+        return known[term.features]
+
     def objective(self, name: str | None) -> tuple[str, list[AnyTerm]]:
         """The objective of that name, or the only one."""
         if name is None and len(self.objectives) == 1:
@@ -302,6 +312,8 @@ def recipe_of(content: object, where: str) -> Recipe:
     for terms in recipe.objectives.values():
         for term in kd_layer_terms(terms):
             recipe.decisions_of(term)  # a wrong name should not wait until its turn comes
+        for one in feature_terms(terms):
+            recipe.features_of(one)
     return recipe
 
 

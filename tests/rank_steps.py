@@ -19,13 +19,11 @@ import torch
 
 from offline_kd.cli.main import main
 from offline_kd.data.manifest import data_roots, load_manifest
-from offline_kd.distill import training
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import train_step
 from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.student import among_ranks
-from offline_kd.distill.teacher_signal import AskTeacher, stored_signal
 from offline_kd.distill.training import prepare
 from offline_kd.recipe import load_recipe
 from offline_kd.store.rows import Rows
@@ -54,10 +52,9 @@ def steps_of(
     """
     read = load_recipe(Path(recipe), ["training.sync_batchnorm=true", *sets])
     options = {"objective": objective, "stores": [store] if store else [], "online": not store and objective != "ce"}
-    with patch.object(training, "stored_signal", lambda *about: with_features(stored_signal(*about))):
-        run, student, loader, _, ask = prepare(
-            read, load_manifest(Path(manifest)), data_roots([Path(root)]), Folder(Path("unused")), CPU, options
-        )
+    run, student, loader, _, ask = prepare(
+        read, load_manifest(Path(manifest)), data_roots([Path(root)]), Folder(Path("unused")), CPU, options
+    )
     if uneven:
         loader = Loader(loader.source, replace(loader.options, rank=0, world=1), CPU)
     if double:
@@ -74,11 +71,6 @@ def steps_of(
         ids = sorted(one for of_rank in of_all(mine.key_hash.tolist()) for one in of_rank)
         found.append({"losses": total(parts).tolist(), "ids": ids})
     return found
-
-
-def with_features(ask: AskTeacher) -> AskTeacher:
-    """A teacher that says features `made`, too: of sixteen of the pixels."""
-    return lambda batch: replace(ask(batch), features={"made": batch.images[:, 0, ::2, ::2].flatten(1) / 64})
 
 
 def batches(loader: Loader, steps: int) -> Iterator[tuple[int, Rows]]:

@@ -23,10 +23,10 @@ from offline_kd.cache.feature_codes import fit_product
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.teacher_signal import feature_terms, live_signal, stored_signal, wanted_of
+from offline_kd.distill.teacher_signal import live_signal, stored_signal, wanted_of
 from offline_kd.distill.training import make_loader, source_of, training_images
-from offline_kd.objectives.needs import Needs
-from offline_kd.objectives.term import Term
+from offline_kd.objectives.features import FeatureTerm
+from offline_kd.recipe import feature_terms
 from offline_kd.store.features import (
     Features,
     FeaturesIdentity,
@@ -52,15 +52,10 @@ FEATURES = {
 SHAPES = {"pooled": (16,), "map": (16, 2, 2), "exact": (256,), "short": (16, 4, 4), "coarse": (16,)}
 
 
-class Near(Term):
+class Near(FeatureTerm):
     """The mean square of what features are: enough to be asked for."""
 
     term: Literal["near"] = "near"
-    features: str
-
-    @property
-    def needs(self):
-        return Needs(logits=False, features=True)
 
     def __call__(self, student_logits, signal, batch):
         return signal.features[self.features].square().mean() + 0 * student_logits.sum()
@@ -244,23 +239,17 @@ def test_the_inspect_page_sets_the_features_of_views_beside_each_other(path, whe
     assert cosine == pytest.approx(torch.cosine_similarity(features[0], features[1], dim=0).item(), abs=0.001)
 
 
-def test_batches_of_a_resident_run_have_the_same_features_and_the_same_numbers(recipe, path, manifest, roots):
+def test_batches_of_a_resident_run_have_the_same_features(recipe, path, manifest, roots):
     store = open_store(path)
     training = recipe.training.model_copy(update={"resident": "always"})
     streamed = loader_of(recipe, manifest, roots, store)
     resident = loader_of(recipe.model_copy(update={"training": training}), manifest, roots, store)
     assert resident.resident is not None
-    numbers = {}
     for epoch in range(2):
         for one, other in zip(streamed.epoch(epoch), resident.epoch(epoch), strict=True):
-            assert torch.equal(one.number, other.number)
+            assert one.key_hash.tolist() == other.key_hash.tolist()
             for name in FEATURES:
                 assert torch.equal(one.teacher_features[name], other.teacher_features[name])
-            for key, number in zip(one.key_hash.tolist(), one.number.tolist(), strict=True):
-                assert numbers.setdefault(key, number) == number
-    assert sorted(numbers.values()) == list(range(len(numbers)))
-    order = [key for block in (0, 1) for key in store.read(block, 0, ["key_hash"])["key_hash"].tolist()]
-    assert [numbers[key] for key in order] == list(range(len(order)))
 
 
 def test_only_terms_on_features_are_served_with_them(recipe, path):

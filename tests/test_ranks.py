@@ -36,7 +36,7 @@ OBJECTIVES = {
     "letkd1": [{"term": "ce"}, {"term": "decisions", "decisions": "last"}],
     "letkd2": [{"term": "ce"}, {"term": "subclass_decisions", "decisions": "first", "after": "body.4"}],
     "decisions_alone": [{"term": "decisions", "decisions": "last"}],
-    "features": [  # of the made teacher in rank_steps.py
+    "features": [
         {"term": "ce"},
         {"term": "crd", "features": "made", "width": 8, "negatives": 20, "temperature": 0.5},
         {"term": "itrd", "features": "made"},
@@ -44,6 +44,7 @@ OBJECTIVES = {
         {"term": "relational", "features": "made", "distance_weight": 1, "angle_weight": 1},
     ],
 }
+FEATURES = {"made": {"module": "body.5"}}
 DECISIONS = {
     "last": {"kind": "templates", "module": "body.5", "templates": 16, "top": 2, "iterations": 5},
     "first": {"kind": "subclasses", "module": "body.5", "per_class": 2, "iterations": 5},
@@ -67,7 +68,7 @@ def made(teacher_weights, manifest, roots, data_root, tmp_path_factory) -> dict[
         data={"tars": [2], "labelled_fraction": 0.1},
         teacher={"weights": str(teacher_weights)},
         views={"count": 3},
-        capture={"decisions": DECISIONS, "fidelity_rows": 20},
+        capture={"decisions": DECISIONS, "features": FEATURES, "fidelity_rows": 20},
         objectives=OBJECTIVES,
     )
     cache_teacher(recipe, manifest, roots, folder / "store", CPU)

@@ -117,11 +117,6 @@ class Reader(IterableDataset[Piece]):
         """The worker that reads a tar whenever it can, by number of the tar: it keeps what it has read."""
         return home_workers([tar.count for tar in self.source.images.split.tars], max(self.options.workers, 1))
 
-    @cached_property
-    def first_rows(self) -> NDArray[np.int64]:
-        """The number of the first row of every tar, by the counts of the manifest, and of all rows."""
-        return np.cumsum([0, *(tar.count for tar in self.source.images.split.tars)])
-
     def workers(self, order: Order, pool: int) -> list[int]:
         """Which worker reads each tar of a pool."""
         uneven = UNEVEN_DECODED if self.source.views.is_exact else UNEVEN_ENCODED
@@ -168,11 +163,9 @@ class Reader(IterableDataset[Piece]):
         block = whole.without(known_bad) if known_bad else whole
         # A tar that lacks bad images has fewer rows than its count: then the last slots show nothing.
         good = np.array([row for row in range(len(whole)) if row not in known_bad], dtype=np.int64)
-        number = torch.from_numpy(self.first_rows[order.tars[position]] + good)
         slots = slots[:, good]
         wanted = (slots >= done) & (order.ranks(slots, options.world) == options.rank)
-        epochs = range(order.first_epoch, order.first_epoch + order.epochs)
-        joined = [replace(self._joined(block, epoch), number=number) for epoch in epochs]
+        joined = [self._joined(block, epoch) for epoch in range(order.first_epoch, order.first_epoch + order.epochs)]
         decoder = Decoder(block)
         bad = [f"{block.where}: sample '{one.key}': {one.problem}" for one in block.left_out]
         step = self.rows_in_piece(0 if block.pixels is None else block.pixels[0].nbytes)

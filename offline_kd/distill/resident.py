@@ -150,7 +150,7 @@ class Resident:
             rows = rows_at(
                 self.table, self.images, at[some], row[some], known[some], self.view_size, self.source.views.outside
             )
-            yield replace(rows, key_hash=key_hash[some], number=row[some], step=step)
+            yield replace(rows, key_hash=key_hash[some], step=step)
 
     def _shown(self, order: Order, options: Options) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The slots of this rank in a pass, rising, and the view that each shows: `[n]`, `[n]`."""

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch import Tensor
 from offline_kd.distill.loader import all_features_decoder, logits_decoder
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms
+from offline_kd.recipe import AnyTerm, Recipe, feature_terms, kd_layer_terms
 from offline_kd.store.decisions import pack, unpack_probs
 from offline_kd.store.feature_reading import held_features
-from offline_kd.store.features import FeatureTap, pooled
+from offline_kd.store.features import pooled
 from offline_kd.store.join import Wanted, decision_arrays, tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows
-from offline_kd.support.errors import RecipeError, did_you_mean
+from offline_kd.support.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -96,19 +96,6 @@ def decisions_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> lis
     return wanted
 
 
-class OnFeatures(Protocol):
-    """A term that needs features."""
-
-    @property
-    def features(self) -> str:
-        """Their name."""
-
-
-def feature_terms(terms: Sequence[AnyTerm]) -> list[OnFeatures]:
-    """The terms that need features of the teacher."""
-    return [cast(OnFeatures, term) for term in terms if term.needs.features]
-
-
 def features_by_store(stores: Sequence[Store], terms: Sequence[AnyTerm]) -> list[list[str]]:
     """Which features the terms want of which store: of the first that has them.
 
@@ -179,7 +166,7 @@ def live_signal(
     templates = {name: tables_on(store, name, device) for name in names} if store else {}
     configs = {name: recipe.capture.decisions[name] for name in names}
     tables = _subclass_tables(store, terms, device) if store else {}
-    taps = _live_taps(recipe, terms)
+    taps = {term.features: recipe.features_of(term) for term in feature_terms(terms)}
     points: list[TapPoint] = [*configs.values(), *taps.values()]
 
     def ask(batch: Rows) -> TeacherSignal:
@@ -194,18 +181,6 @@ def live_signal(
         return TeacherSignal(logits, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
 
     return ask
-
-
-def _live_taps(recipe: Recipe, terms: Sequence[AnyTerm]) -> dict[str, FeatureTap]:
-    known, found = recipe.capture.features, dict[str, FeatureTap]()
-    for name in sorted({term.features for term in feature_terms(terms)}):
-        if name not in known:
-            raise RecipeError(
-                f"recipe '{recipe.name}': features '{name}' of the live teacher are not in capture.features."
-                f"{did_you_mean(name, known)}"
-            )
-        found[name] = known[name]
-    return found
 
 
 def no_signal(batch: Rows) -> TeacherSignal:

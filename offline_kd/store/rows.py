@@ -47,7 +47,6 @@ class Rows:
     box: Tensor | None = None  # [n, 4] int16 and
     flip: Tensor | None = None  # [n] uint8: what is still to be rendered of un-augmented pixels
     live_images: Tensor | None = None  # [n, 3, h, w] uint8: the same views in the size of a live teacher
-    number: Tensor | None = None  # [n] int64, of the row among all that a run is about: the same in every pass
     step: int = 0  # of the pass
     decode: Callable[[StoredSignal], Tensor] | None = None  # of the only store: from encoded arrays to logits [n, C]
     decode_features: Callable[[Mapping[str, Mapping[str, Tensor]]], dict[str, Tensor]] | None = None  # of all stores
@@ -104,7 +103,6 @@ class Rows:
             box=maybe(self.box),
             flip=maybe(self.flip),
             live_images=maybe(self.live_images),
-            number=maybe(self.number),
         )
 
     def take(self, index: Index) -> "Rows":
