@@ -243,7 +243,8 @@ def test_the_trainer_of_transformers_trains_from_a_store_and_goes_on_in_the_midd
 
 
 @pytest.mark.slow
-def test_the_notebook_of_a_new_objective_runs_as_it_stands_and_keeps_what_it_said(folder):
+def test_the_notebook_of_a_new_objective_runs_as_it_stands_and_keeps_what_it_said(folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "docs/new-objective.ipynb", as_version=4)
     kept = _printed(notebook)
