@@ -19,7 +19,7 @@ from offline_kd.support.lazy import lazy
 
 if TYPE_CHECKING:
     from offline_kd import objectives
-    from offline_kd.api import TeacherStore, cache_teacher, open_store
+    from offline_kd.api import TeacherStore, cache_teacher, evaluation_loader, open_store
     from offline_kd.models.student_file import TrainedStudent, load_student
     from offline_kd.support.version import __version__
 else:
@@ -30,6 +30,7 @@ else:
             "TrainedStudent": "offline_kd.models.student_file",
             "__version__": "offline_kd.support.version",
             "cache_teacher": "offline_kd.api",
+            "evaluation_loader": "offline_kd.api",
             "load_student": "offline_kd.models.student_file",
             "objectives": "offline_kd.objectives",
             "open_store": "offline_kd.api",
@@ -42,6 +43,7 @@ __all__ = [
     "TrainedStudent",
     "__version__",
     "cache_teacher",
+    "evaluation_loader",
     "load_student",
     "objectives",
     "open_store",

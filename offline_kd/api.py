@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from offline_kd.cache.in_memory import ModuleOptions, cache_module
 from offline_kd.data.fetching import is_url, root_at
-from offline_kd.data.manifest import MANIFEST_NAME, Manifest, Normalisation, load_manifest
+from offline_kd.data.manifest import MANIFEST_NAME, EvaluationCrop, Manifest, Normalisation, load_manifest
 from offline_kd.store.info import store_info
 from offline_kd.store.lookup import decisions_of, features_of, keys_from_tars, logits_of, rows_of, stored_keys
 from offline_kd.store.reader import Store
@@ -224,6 +225,41 @@ def cache_teacher(
     """
     cache_module(network, dataset, manifest_here(), views, out, _normalisation(normalisation), options)
     return open_store(out, data=dataset if is_url(dataset) or Path(dataset).is_dir() else None)
+
+
+def evaluation_loader(
+    images: str | Path,
+    data: str | Path | None = None,
+    *,
+    batch_size: int,
+    normalisation: AnyNormalisation,
+    crop: EvaluationCrop | Mapping[str, object] | None = None,
+    device: str | torch.device = "cpu",
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Images without augmentation and their labels, to measure a student on: `for images, labels in loader`.
+
+    Every image comes once, in the order of the tars. Images are `[B, 3, H, W]` float32, the input of a network, labels
+    `[B]` int64; a batch ends where its tar does. Of several processes each gets all images.
+
+    Args:
+        images: a folder or URL of image tars, all of which are read, or DATASET/SPLIT of the `data_manifest.yaml` of
+            the current folder.
+        data: the folder or URL of the tars of DATASET/SPLIT; by default they are looked for where
+            `OFFLINE_KD_DATA` says, and in `./data`.
+        normalisation: of the network's input: `{"mean": [r, g, b], "std": [r, g, b]}` of pixels in 0..1.
+        crop: of images of different sizes: `{"size": 224, "resize": 256}`, and `interpolation` if it is not bilinear.
+
+    Raises RecipeError for what is neither a folder nor in the manifest, and DataError when a tar is not there, images
+    are not what they should be, or they have no labels.
+    """
+    from offline_kd.distill.evaluation_loader import EvaluationBatches, images_to_evaluate
+
+    if batch_size < 1:
+        raise RecipeError(f"batches of {batch_size}: give at least 1.")
+    cropped = parse(EvaluationCrop, crop, where="crop") if isinstance(crop, Mapping) else crop
+    found = images_to_evaluate(images, data, manifest_here(), decode=cropped is None)
+    batches = EvaluationBatches(found, batch_size, torch.device(device), _normalisation(normalisation), cropped)
+    return DataLoader(batches, batch_size=None)
 
 
 def manifest_here() -> Manifest:

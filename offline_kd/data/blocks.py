@@ -205,7 +205,7 @@ def _with_pixels(block: ImageBlock) -> ImageBlock:
             raise DataError(
                 f"{block.where}: sample '{key}': the image is {_size(pixels[-1])}, the first of the tar is "
                 f"{_size(pixels[0])}. Images of different sizes need views that resize them: `views: {{kind: "
-                "random_resized_crop, ...}` or `{kind: center_crop, ...}`."
+                "random_resized_crop, ...}` or `{kind: center_crop, ...}`; to be evaluated, they need a crop."
             )
     if not pixels:
         raise DataError(f"{block.where}: none of its {len(block)} images can be decoded. Fetch or pack the file again.")

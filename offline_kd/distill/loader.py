@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
@@ -28,12 +28,13 @@ from offline_kd.store.join import Wanted, codec_tables_on
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
 from offline_kd.support.console import say
+from offline_kd.support.errors import RecipeError
 from offline_kd.views.render import render, size_of_boxes
 
 T = TypeVar("T")
 
 
-class Loader:
+class Loader(IterableDataset[Rows]):
     """The batches of a training run.
 
     Order and views are pure functions of seed, epoch and dataset: the same with and without a store, for any number of
@@ -42,7 +43,8 @@ class Loader:
     alone skips a batch of which no image can be decoded.
 
     `for batch in loader` goes through one pass, and the next time through the one after it; `state_dict` says how far
-    it is. A pass is an epoch, or `views_per_decode` epochs at once.
+    it is. A pass is an epoch, or `views_per_decode` epochs at once. It is a dataset of whole batches, as torch's
+    DataLoader takes it with `batch_size=None`.
 
     Args:
         normalisation: give images as the float32 input of a network; None: as uint8 pixels.
@@ -97,7 +99,15 @@ class Loader:
         return self.steps_per_pass
 
     def __iter__(self) -> Iterator[Rows]:
-        """What is left of the pass that is next: all of it, unless a saved state says otherwise."""
+        """What is left of the pass that is next: all of it, unless a saved state says otherwise.
+
+        Raises RecipeError in a worker of a DataLoader, each of which would show every batch.
+        """
+        if get_worker_info() is not None:
+            raise RecipeError(
+                "batches of a store in a worker process: every worker would show all of them. Give DataLoader "
+                "num_workers=0, and the loader of the store workers=N."
+            )
         epoch = self.next_epoch
         for batch in self.epoch(epoch, self.next_step):
             # Before the batch is handed out, so that a state saved after its step does not show it again.
@@ -114,6 +124,15 @@ class Loader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was asked: with exactly the batches that were not shown."""
         self.next_epoch, self.next_step = state["epoch"], state["step"]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch `for batch in loader` shows next, from 0; of the one it is in, what was shown stays shown."""
+        if epoch != self.next_epoch:
+            self.next_epoch, self.next_step = epoch, 0
+
+    def pairs(self) -> DataLoader[Rows]:
+        """The same batches for a loop that wants `(input, target)`, such as timm's: the target is the whole batch."""
+        return DataLoader(self, batch_size=None, collate_fn=_pair)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Rows]:
         """All samples once, or `views_per_decode` times with a view each, which is as many epochs.
@@ -194,6 +213,10 @@ class Loader:
         return replace(
             moved, pixels=images, box=None, flip=None, decode=self._decode, decode_features=self._decode_features
         )
+
+
+def _pair(batch: Any) -> tuple[Tensor, Rows]:  # Rows: of a loader without batches of its own, an item is no list
+    return batch.images, batch
 
 
 def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal], Tensor]:

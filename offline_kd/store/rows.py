@@ -105,6 +105,16 @@ class Rows:
             live_images=maybe(self.live_images),
         )
 
+    def to(self, device: str | torch.device, non_blocking: bool = False) -> "Rows":
+        """These rows on a device, as tensors go there: frameworks ask every batch. Logits go there decoded."""
+        moved = self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        if moved.labels.device == self.labels.device:
+            return self
+        if self.decode is None:
+            return moved
+        logits = self.teacher_logits.to(device, non_blocking=non_blocking)  # its tables are where the rows were
+        return replace(moved, decode=lambda signal: logits)
+
     def take(self, index: Index) -> "Rows":
         """Some of the rows; a slice copies nothing."""
         at = torch.from_numpy(index) if isinstance(index, np.ndarray) and index.dtype != bool else index
