@@ -1,8 +1,8 @@
 """Which images a recipe is about, and which of them are trained on: the field `data` of recipes."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.manifest import EvaluationCrop, Normalisation
@@ -23,6 +23,10 @@ class ScoredRows(Strict):
     keep: float = Field(gt=0, le=1, description="share of all training rows, whatever their classes")
 
 
+def _kind_of_subset(content: object) -> str:
+    return "score" if isinstance(content, dict | ScoredRows) else "file"
+
+
 class Data(Strict):
     """Which images there are, and how they are read."""
 
@@ -36,7 +40,10 @@ class Data(Strict):
         le=1,
         description="share of the training samples whose label the student may see, chosen by key",
     )
-    subset: str | ScoredRows | None = Field(
+    subset: (
+        Annotated[Annotated[str, Tag("file")] | Annotated[ScoredRows, Tag("score")], Discriminator(_kind_of_subset)]
+        | None
+    ) = Field(
         None,
         exclude_if=is_unused,
         description="rows that students train on: a file of their keys (lines, or the CSV of `store explore`) beside "

@@ -58,6 +58,7 @@ class Term(Strict):
         exclude_if=lambda schedule: not schedule,
         description="what the weight is multiplied by from a share of all epochs on, until the next one: "
         "`{0: 1, 0.4: 0, 0.8: 1}`",
+        json_schema_extra={"propertyNames": {"title": "SHARE", "pattern": r"^(0|0?\.[0-9]+)$"}},
     )
     term: str
 
