@@ -10,10 +10,13 @@ import pytest
 import torch
 import yaml
 from conftest import CPU, RECIPE, invoke, make_recipe, merged, refused
+from pictures import photographs, views_of
 from safetensors.torch import load_file
+from test_images import with_bad_ones
 from test_ranks import torchrun
 
 import offline_kd as okd
+from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data import blocks
 from offline_kd.data.tars import hash_key
 from offline_kd.distill import loop
@@ -132,6 +135,26 @@ def test_images_that_are_not_chosen_are_not_decoded(recipe, manifest, roots, key
     whole = images[2]
     assert torch.equal(some[0].images, whole.images[5:12])
     assert some[0].image_digest.tolist() == whole.image_digest[5:12].tolist()
+
+
+def test_a_subset_of_photographs_is_the_same_from_store_and_tars_whether_or_not_it_has_bad_images(tmp_path):
+    """Cut from views that are resampled; the third tar has none of the rows."""
+    without_mixing = {"views": views_of(mixing=None)}
+    recipe, manifest = photographs(tmp_path, with_bad_ones(), data={"bad_images": "skip"}, **without_mixing)
+    cache_teacher(recipe, manifest, [tmp_path], tmp_path / "store", CPU)
+    keys = [f"{number:04d}" for number in range(60)]
+    file, good = tmp_path / "keys.txt", [key for key in keys if key not in ("0003", "0050", "0051")]
+    for named, on_bad, images in ((keys, "skip", 57), (good, "fail", 57)):
+        data = {"subset": str(written(file, named)), "bad_images": on_bad}
+        streams = [prepared(recipe, manifest, [tmp_path], store, **data)[1] for store in (tmp_path / "store", None)]
+        ours, others = ([*stream.epoch(0)] for stream in streams)
+        assert sorted(one for batch in ours for one in batch.key_hash.tolist()) == sorted(map(hash_key, good))
+        assert sum(len(batch.images) for batch in ours) == images
+        for one, other in zip(ours, others, strict=True):
+            assert np.array_equal(one.key_hash, other.key_hash)
+            assert torch.equal(one.images, other.images)
+        of_first = sum(key < "0040" for key in named)
+        assert [tar.count for tar in streams[0].source.images.split.tars] == [of_first, len(named) - of_first]
 
 
 def test_a_stopped_run_goes_on_with_the_rows_it_began_with_and_with_no_others(command, keys, tmp_path, monkeypatch):
