@@ -87,7 +87,7 @@ def test_schedules_that_cannot_be_are_refused_in_one_line(recipe_file, tmp_path,
 
 
 def test_the_recipe_of_soft_hard_soft_has_one_kind_of_target_in_every_epoch():
-    recipe = load_recipe(Path(ROOT / "pipelines/digits_hald.yaml"))
+    recipe = load_recipe(Path(ROOT / "pipelines/hald.yaml"))
     kd, ce = recipe.objectives["hald"]
     epochs = recipe.training.epochs
     both = [(kd.weight_in(epoch, epochs), ce.weight_in(epoch, epochs)) for epoch in range(epochs)]
