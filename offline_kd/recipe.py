@@ -8,7 +8,7 @@ the package (`digits`, `extends: cifar10/base`).
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal, Self, Union
 
 import yaml
 from pydantic import (
@@ -24,8 +24,8 @@ from pydantic import (
     model_validator,
 )
 
-from offline_kd.data.blocks import OnBadImage
-from offline_kd.data.manifest import EvaluationCrop, Normalisation
+from offline_kd.data.manifest import EvaluationCrop
+from offline_kd.data_recipe import Data
 from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
@@ -44,29 +44,6 @@ from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of files and folders, too
-
-
-class Data(Strict):
-    """Which images there are, and how they are read."""
-
-    dataset: str = Field(description="name in the manifest")
-    train: str = Field("train", description="split of which the teacher is asked, and on which students are trained")
-    evaluation: str = Field("test", description="a split of the dataset, or DATASET/SPLIT of one with the same classes")
-    tars: list[int] | None = Field(None, min_length=1, description="numbers of the training tars to use; all if absent")
-    labelled_fraction: float = Field(
-        1.0,
-        gt=0,
-        le=1,
-        description="share of the training samples whose label the student may see, chosen by key",
-    )
-    normalisation: Normalisation = Field(description="of the student, and of a teacher that has none of its own")
-    root: str | None = Field(None, description="folder of the data, before OFFLINE_KD_DATA")
-    crop: EvaluationCrop | None = Field(
-        None, description="of the student's evaluation, where views resize; by default views.size of 8/7 of it"
-    )
-    bad_images: OnBadImage = Field("fail", description="skip: leave out images that cannot be decoded, and list them")
-    keep_bytes: int = Field(2**30, ge=0, lt=2**63, description="decoded images kept in memory between epochs")
-    workers: int = Field(0, ge=0, le=1024, description="processes that read and decode tars")
 
 
 if TYPE_CHECKING:
@@ -193,6 +170,15 @@ class CaptureRecipe(Strict):
     views: Views = Field(NoAugmentation(), description="which augmented views teacher and students see")
     capture: Capture = Field(Capture(), description="what is stored of the teacher's answers")
 
+    @model_validator(mode="after")
+    def _trains_on_rows_alone(self) -> Self:
+        if self.views.mixes and (self.data.subset is not None or self.data.validation is not None):
+            raise ValueError(
+                "data.subset and data.validation: these views mix images (`mixing`), so that those left out would be "
+                "seen in the views of others. Leave out one of the two"
+            )
+        return self
+
     @property
     def evaluation_crop(self) -> EvaluationCrop | None:
         """How the student sees images of different sizes when it is evaluated; None: as they are, all of one size."""
@@ -295,7 +281,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
-    return recipe_of(_with_classes(content, Path()), str(path))
+    recipe = recipe_of(_with_subset(_with_classes(content, Path()), Path()), str(path))
+    if isinstance(subset := recipe.data.subset, str) and not os.path.isfile(subset):
+        raise RecipeError(f"data.subset: {shorten(subset)}: no such file. Name one that has a key in every line.")
+    return recipe
 
 
 def read_recipe(content: bytes, where: str) -> Recipe:
@@ -324,7 +313,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
     _keys_beside(path, content)
-    content = _with_classes(content, path.parent)
+    content = _with_subset(_with_classes(content, path.parent), path.parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content
@@ -349,6 +338,14 @@ def _with_classes(content: dict[str, object], folder: Path) -> dict[str, object]
     if not os.path.isfile(file):
         raise RecipeError(f"teacher.classes: {shorten(str(file))}: no such file. Name one, or write the map itself.")
     return {**content, "teacher": {**teacher, "classes": read_yaml(file)}}
+
+
+def _with_subset(content: dict[str, object], folder: Path) -> dict[str, object]:
+    """The file of a subset's keys by its whole name: a resolved recipe may lie elsewhere."""
+    data = content.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("subset"), str):
+        return content
+    return {**content, "data": {**data, "subset": os.path.abspath(folder / data["subset"])}}
 
 
 def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:

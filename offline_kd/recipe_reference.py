@@ -163,7 +163,7 @@ def _type(node: Node) -> str:
         return f"list of {_type(node['items'])}"
     if node.get("type") == "object":
         values = [*node.get("patternProperties", {}).values()] or [node["additionalProperties"]]
-        return f"NAME: {_type(values[0])}"
+        return f"{node.get('propertyNames', {}).get('title', 'NAME')}: {_type(values[0])}"
     return f"{node['type']}{_limits(node)}"
 
 

@@ -48,7 +48,7 @@ def parts_of(recipe: Recipe, objective: str, store_path: Path, device: torch.dev
             optimizer = make_optimizer(recipe.training, student.network)
             set_learning_rate(optimizer, 1e-4)  # the speed is measured, not the student
             run = Run(recipe, "bench", terms, 0, Folder(Path()), device)
-            weights = term_weights(terms, 100, device)
+            weights = term_weights(terms, 100, 200, device)
 
             def train(
                 epoch: int, loader=loader, student=student, optimizer=optimizer, run=run, weights=weights, ask=ask

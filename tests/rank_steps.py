@@ -65,7 +65,7 @@ def steps_of(
     for epoch, batch in batches(loader, steps):
         mine = share(batch) if uneven else batch
         set_learning_rate(optimizer, learning_rate(read.training, epoch + batch.step / loader.steps_per_pass))
-        weights = term_weights(run.terms, epoch, CPU)
+        weights = term_weights(run.terms, epoch, read.training.epochs, CPU)
         with patch.object(torch.Tensor, "float", torch.Tensor.double if double else torch.Tensor.float):
             _, parts = train_step(run, student, optimizer, mine, ask(mine), weights)
         ids = sorted(one for of_rank in of_all(mine.key_hash.tolist()) for one in of_rank)

@@ -21,7 +21,6 @@ from offline_kd.cli.bench_drift import measure_drift
 from offline_kd.data.decoding import decode_image
 from offline_kd.data.packing import encode_png, pack
 from offline_kd.data.tars import read_tar
-from offline_kd.distill.loss import term_weight
 from offline_kd.distill.optimisation import learning_rate
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill
@@ -204,8 +203,8 @@ def test_terms_that_use_a_label_take_the_teachers_where_it_is_hidden():
 
 def test_warm_up_counts_epochs_from_one():
     term = DTKD(term="dtkd", weight=3, temperature=4, warmup_epochs=20)
-    assert [term_weight(term, epoch) for epoch in (0, 4, 18, 19, 200)] == pytest.approx([0.15, 0.75, 2.85, 3, 3])
-    assert term_weight(CE(term="ce", weight=0.1), 0) == 0.1
+    assert [term.weight_in(epoch, 300) for epoch in (0, 4, 18, 19, 200)] == pytest.approx([0.15, 0.75, 2.85, 3, 3])
+    assert CE(term="ce", weight=0.1).weight_in(0, 1) == 0.1
 
 
 def test_the_step_schedule_has_exactly_150_epochs_at_the_first_rate():

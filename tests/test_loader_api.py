@@ -33,7 +33,7 @@ def test_a_plain_loop_trains_the_very_student_of_distill(recipe, manifest, roots
     optimizer = make_optimizer(recipe.training, student.network)
     run = Run(recipe, "kd", terms, 3, Folder(tmp_path / "plain"), CPU)
     for epoch in range(recipe.training.epochs):
-        weights = term_weights(terms, epoch, CPU)
+        weights = term_weights(terms, epoch, recipe.training.epochs, CPU)
         for batch in loader:
             set_learning_rate(optimizer, learning_rate(recipe.training, epoch + batch.step / len(loader)))
             train_step(run, student, optimizer, batch, TeacherSignal(batch.teacher_logits), weights)

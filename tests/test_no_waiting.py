@@ -208,7 +208,7 @@ def step_of(term: Term, optimizer: str):
     heads = {} if head is None else {0: head}
     hashes = known.key_hash if isinstance(term, CRD) else None
     student = Student(network.train(), layers, features=vectors, heads=heads, row_hashes=hashes)
-    made, weights = make_optimizer(recipe.training, network, list(heads.values())), term_weights([term], 0, CPU)
+    made, weights = make_optimizer(recipe.training, network, list(heads.values())), term_weights([term], 0, 1, CPU)
     run, (rows, signal) = Run(recipe, "one", [term], 0, Folder(Path("unused")), CPU), said(CPU)
 
     def step() -> None:
@@ -332,7 +332,7 @@ def test_on_a_real_gpu_batches_are_those_of_the_cpu_and_steps_do_not_wait(recipe
     terms = recipe.objectives["dtkd"]
     student = new_student(recipe, images, 0, device, terms)
     run, ask = Run(recipe, "dtkd", terms, 0, Folder(Path("unused")), device), stored_signal([store], terms, device)
-    optimizer, weights = make_optimizer(recipe.training, student.network), term_weights(terms, 0, device)
+    optimizer, weights = make_optimizer(recipe.training, student.network), term_weights(terms, 0, 1, device)
     for one, other in zip(here, there, strict=True):
         for expected, found in zip(one.fields(), other.fields(), strict=True):
             assert torch.equal(expected, found.cpu())

@@ -106,4 +106,5 @@ def _train(
             batches = stream.epoch(epoch)
         set_learning_rate(optimizer, learning_rate(recipe.training, step / stream.steps_per_pass))
         batch = next(batches)
-        train_step(run, student, optimizer, batch, ask(batch), term_weights(terms, epoch, stream.device))
+        weights = term_weights(terms, epoch, recipe.training.epochs, stream.device)
+        train_step(run, student, optimizer, batch, ask(batch), weights)

@@ -9,6 +9,7 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,7 @@ from offline_kd.data.fetching import Fetched, Remote, Root
 from offline_kd.data.labels import CLS, Labels, labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import Proof, Sample, hash_key, read_tar
+from offline_kd.support.counter_rng import U64
 from offline_kd.support.downloads import DEFAULT_BYTES, shared_downloads
 from offline_kd.support.errors import DataError
 from offline_kd.support.files import cache_folder
@@ -86,22 +88,24 @@ class ImageBlock:
                 continue
         return sizes
 
+    def take(self, rows: NDArray[np.int64]) -> "ImageBlock":
+        """The block of these rows alone."""
+        return replace(
+            self,
+            keys=[self.keys[row] for row in rows],
+            key_hash=self.key_hash[rows],
+            image_digest=self.image_digest[rows],
+            image_crc=self.image_crc[rows],
+            labels=self.labels[rows],
+            encoded=[self.encoded[row] for row in rows] if self.encoded else [],
+            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(rows)],
+        )
+
     def without(self, bad: dict[int, str]) -> "ImageBlock":
         """The block without these rows, which are listed as left out."""
         kept = np.array([row for row in range(len(self)) if row not in bad], dtype=np.int64)
-        return ImageBlock(
-            where=self.where,
-            sha256=self.sha256,
-            keys=[self.keys[row] for row in kept],
-            key_hash=self.key_hash[kept],
-            image_digest=self.image_digest[kept],
-            image_crc=self.image_crc[kept],
-            labels=self.labels[kept],
-            encoded=[self.encoded[row] for row in kept],
-            pixels=None if self.pixels is None else self.pixels[torch.from_numpy(kept)],
-            on_bad=self.on_bad,
-            left_out=[*self.left_out, *(BadImage(self.keys[row], bad[row]) for row in sorted(bad))],
-        )
+        left_out = [*self.left_out, *(BadImage(self.keys[row], bad[row]) for row in sorted(bad))]
+        return replace(self.take(kept), left_out=left_out)
 
 
 class Decoder:
@@ -251,6 +255,8 @@ class BlockLoader:
         self.decode, self.on_bad = how.get("decode", True), how.get("on_bad", "fail")
         self.prove: Proof = how.get("prove", "always")
         folders = folders_of(dataset, roots)
+        self.tars = split.tars  # as they are; those of `split` have as many samples as blocks have rows
+        self.chosen: list[U64] | None = None  # by tar, the hashes of the keys of the rows of its block; None: all
         self.files = [locate(tar.file, folders) for tar in split.tars]
         self.downloads = shared_downloads(cache_folder(), how.get("download_bytes", DEFAULT_BYTES))
         self.labels = labels_of(split.labels, dataset.classes)
@@ -272,13 +278,16 @@ class BlockLoader:
         coming = self.coming.pop(number, None)
         block = load_block(
             coming.result() if coming else self._fetched(number),
-            self.split.tars[number],
+            self.tars[number],
             len(self.dataset.classes),
-            decode=self.decode,
+            decode=self.decode and self.chosen is None,
             on_bad=self.on_bad,
             prove=self.prove,
             labels=self.labels,
         )
+        if self.chosen is not None:
+            block = block.take(np.flatnonzero(np.isin(block.key_hash, self.chosen[number])))
+            block = _with_pixels(block) if self.decode else block
         size = sum(map(len, block.encoded)) if block.pixels is None else block.pixels.nbytes
         if self.kept_bytes + size <= self.keep_bytes:
             self.kept[number] = block
@@ -287,6 +296,32 @@ class BlockLoader:
 
     def __iter__(self) -> Iterator[ImageBlock]:
         return (block for _, block in self.in_order(range(len(self))))
+
+    # ---- some of the samples ---------------------------------------------------------------------------------------
+
+    def keys(self, number: int) -> list[str]:
+        """Of all samples of a tar, in their order; no image is decoded."""
+        samples, _ = read_tar(self._fetched(number), expected=self.tars[number], prove=self.prove, labels=self.labels)
+        return [sample.key for sample in samples]
+
+    def only(self, chosen: Sequence[U64], decode: bool | None = None) -> "BlockLoader":
+        """A loader of some of the samples, those whose keys have the hashes `chosen[number]` `[n]`, of every tar.
+
+        No other sample is decoded, and a tar of which none is chosen is no block of it.
+
+        Args:
+            decode: as of `HowRead`, where it is another than of this loader.
+        """
+        numbers = [number for number, hashes in enumerate(chosen) if len(hashes)]
+        other = copy(self)
+        other.__dict__.pop("_threads", None)
+        other.kept, other.kept_bytes, other.coming, other.sizes = {}, 0, {}, {}
+        other.tars, other.files = [self.tars[one] for one in numbers], [self.files[one] for one in numbers]
+        other.chosen = [chosen[number] for number in numbers]
+        other.decode = self.decode if decode is None else decode
+        tars = [self.tars[number].model_copy(update={"count": len(chosen[number])}) for number in numbers]
+        other.split = self.split.model_copy(update={"tars": tars})
+        return other
 
     # ---- from afar -------------------------------------------------------------------------------------------------
 

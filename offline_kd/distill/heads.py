@@ -1,6 +1,6 @@
 """What terms on features train or remember beside the student, and the numbers of the rows that they remember."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache, partial
 
@@ -21,6 +21,7 @@ from offline_kd.store.rows import Rows
 from offline_kd.support.console import progress
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import StoreMismatch, TrainingError
+from offline_kd.support.ranks import copy_from_first
 
 HEAD_STREAM = 0x68656164  # first counter of the seeds made here, so that they are independent of all others
 
@@ -60,8 +61,20 @@ def row_numbers(student: Student, batch: Rows) -> Tensor | None:
     return numbers.to(batch.labels.device, non_blocking=True)
 
 
+def end_pass(heads: Iterable[Head]) -> dict[str, int]:
+    """What heads counted in a pass, by name in `metrics.jsonl`; afterwards all ranks have those of the first one.
+
+    Every rank has made the same steps of them, but for roundings of different devices, which end here.
+    """
+    counted: dict[str, int] = {}
+    for head in heads:
+        copy_from_first(one for one in head.state_dict().values() if isinstance(one, Tensor))
+        counted |= head.counts()
+    return counted
+
+
 def dataset_rows(loader: Loader) -> DatasetRows:
-    """All rows of the training split, numbered by their keys: whatever tars a copy of the dataset has.
+    """All rows that are trained on, numbered by their keys: whatever tars a copy of the dataset has.
 
     Labels are read from a store where it has them, since images are large; the join compares them with those of the
     images, when these are read.
@@ -78,14 +91,17 @@ def dataset_rows(loader: Loader) -> DatasetRows:
 
 
 def _labels_of_tar(loader: Loader, number: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Key hashes `[n]` and labels `[n]` of a tar, without what stores have left out; -1 where there is no label."""
+    """Key hashes `[n]` and labels `[n]` of the rows of a tar that are trained on, without what stores have left out;
+    -1 where there is no label."""
     source = loader.source
     for store in source.stores:
         block = store.block_of_tar.get(source.images.split.tars[number].sha256)
         if block is not None:
             arrays = store.read(block, 0, ["key_hash", "label"])
-            stored = arrays["label"].astype(np.int64)
-            return arrays["key_hash"].astype(np.uint64), np.where(stored == NO_LABEL, -1, stored)
+            hashes, stored = arrays["key_hash"].astype(np.uint64), arrays["label"].astype(np.int64)
+            labels, chosen = np.where(stored == NO_LABEL, -1, stored), source.images.chosen
+            which = slice(None) if chosen is None else np.isin(hashes, chosen[number])
+            return hashes[which], labels[which]
     tar = source.images[number]
     return tar.key_hash, tar.labels.astype(np.int64)
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
-from offline_kd.distill.heads import row_numbers
+from offline_kd.distill.heads import end_pass, row_numbers
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -47,7 +47,21 @@ from offline_kd.training_recipe import Training
 DROPOUT_STREAM = 0x64726F70  # first counter of the draws made here, so that they are independent of all others
 
 
-def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask: AskTeacher) -> Result:
+@dataclass(frozen=True)
+class Judged:
+    """The images that a student is evaluated on."""
+
+    evaluation: BlockLoader
+    validation: BlockLoader | None = None  # of the training split; then `evaluation` waits for the end
+
+    def after_pass(self, is_last: bool) -> dict[str, BlockLoader]:
+        """What is evaluated then, by what the names of its figures begin with."""
+        if self.validation is None:
+            return {"": self.evaluation}
+        return {"val_": self.validation} | ({"": self.evaluation} if is_last else {})
+
+
+def fit(run: Run, student: Student, loader: Loader, judged: Judged, ask: AskTeacher) -> Result:
     """Train `student`, evaluating after every pass; the same call goes on after the last state that was saved.
 
     Several ranks train one student together, and the first one alone reads and writes `run.out`. They may be others,
@@ -67,11 +81,11 @@ def fit(run: Run, student: Student, loader: Loader, evaluation: BlockLoader, ask
             return result
         done = done or Progress(sums=[0.0] * len(run.terms))
         if not done.steps_done:
-            keep_weights(run, student, evaluation, done.history)
+            keep_weights(run, student, judged.evaluation, done.history)
         with compiling(training):
             trained = among_ranks(compiled(student, training), training, run.device)
-            _train(run, trained, optimizer, loader, evaluation, ask, done)
-        return from_first(lambda: finish(run, trained, loader, evaluation, done.history))
+            _train(run, trained, optimizer, loader, judged, ask, done)
+        return from_first(lambda: finish(run, trained, loader, judged.evaluation, done.history))
 
 
 def _refuse_different_ranks(run: Run) -> None:
@@ -90,7 +104,7 @@ def _train(
     student: Student,
     optimizer: torch.optim.Optimizer,
     loader: Loader,
-    evaluation: BlockLoader,
+    judged: Judged,
     ask: AskTeacher,
     done: Progress,
 ) -> None:
@@ -104,7 +118,7 @@ def _train(
     ):
         for number, epoch in enumerate(passes, 1):
             training_mode(student.network, training)
-            weights = term_weights(run.terms, epoch, run.device)
+            weights = term_weights(run.terms, epoch, training.epochs, run.device)
             tally = _Tally.after(done, run.device)
             for batch in loader.epoch(epoch, done.steps_done):
                 if not _of_all_ranks(len(batch)):
@@ -122,18 +136,14 @@ def _train(
                     _save(run, student, optimizer, now)
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
             losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
-            # Every rank has made the same steps of heads, but for roundings of different devices, which end here.
-            states = [one for head in student.heads.values() for one in head.state_dict().values()]
-            copy_from_first(one for one in states if isinstance(one, Tensor))
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
-            found = _evaluate(run, student, evaluation, is_last=epochs_done >= training.epochs)
-            counted = _counted(whole, len(set().union(*of_all(loader.bad))))
-            for head in student.heads.values():
-                counted |= head.counts()
-            done.history.append({"epoch": epochs_done, **losses, "lr": lr, **found, **counted})
+            found = _evaluate(run, student, judged, is_last=epochs_done >= training.epochs)
+            counted = _counted(whole, len(set().union(*of_all(loader.bad)))) | end_pass(student.heads.values())
+            factors = _scheduled(run, weights)
+            done.history.append({"epoch": epochs_done, **losses, **factors, "lr": lr, **found, **counted})
             done = Progress(epochs_done, sums=[0.0] * len(run.terms), history=done.history)
             _save(run, student, optimizer, done)
-            keep_weights(run, student, evaluation, done.history)
+            keep_weights(run, student, judged.evaluation, done.history)
             if rank() == 0:
                 write_metrics(run, done.history)
             seconds_left = (time.perf_counter() - started) * (len(passes) - number) / number
@@ -236,10 +246,19 @@ def _loss_names(terms: Sequence[AnyTerm]) -> list[str]:
     return names
 
 
-def _evaluate(run: Run, student: Student, evaluation: BlockLoader, is_last: bool) -> dict[str, float]:
+def _scheduled(run: Run, weights: Tensor) -> dict[str, float]:
+    """`weight_TERM`, numbered as losses are: the weights in this pass of the terms that have a schedule."""
+    if not any(term.schedule for term in run.terms):
+        return {}
+    named = zip(run.terms, _loss_names(run.terms), weights.tolist(), strict=True)
+    return {name.replace("loss_", "weight_", 1): weight for term, name, weight in named if term.schedule}
+
+
+def _evaluate(run: Run, student: Student, judged: Judged, is_last: bool) -> dict[str, float]:
     """top1 (percent), nll and ece on the evaluation split, also of the average of the weights: `top1_ema`, ...
 
-    After the last pass, what the student answered is written before the checkpoint that says that all is done.
+    With validation rows, `val_top1` and so on of those, and of the evaluation split after the last pass alone. Then
+    what the student answered there is written, before the checkpoint that says that all is done.
     Leaves the network in evaluation mode. Ranks share the images, and evaluate what the first one saves: each has had
     running statistics of its own.
     """
@@ -252,10 +271,13 @@ def _evaluate(run: Run, student: Student, evaluation: BlockLoader, is_last: bool
             network.eval()
             return network(normalise(images, run.recipe.data.normalisation))
 
-        measured = evaluate(predict, evaluation, 256, run.device, "evaluation", run.recipe.evaluation_crop)
-        if is_last and not end:
-            put_predictions(run.out, measured.answers, evaluation.dataset.classes, evaluation.split.count)
-        found |= {f"top1{end}": measured.top1, f"nll{end}": measured.nll, f"ece{end}": measured.ece}
+        for prefix, images in judged.after_pass(is_last).items():
+            title = "validation" if prefix else "evaluation"
+            measured = evaluate(predict, images, 256, run.device, title, run.recipe.evaluation_crop)
+            if is_last and not prefix and not end:
+                put_predictions(run.out, measured.answers, images.dataset.classes, images.split.count)
+            figures = {"top1": measured.top1, "nll": measured.nll, "ece": measured.ece}
+            found |= {f"{prefix}{name}{end}": value for name, value in figures.items()}
     return found
 
 

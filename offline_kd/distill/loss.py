@@ -59,11 +59,6 @@ def _on_device(count: Tensor | int, labels: Tensor) -> Tensor:
     return count.float() if isinstance(count, Tensor) else labels.new_full((), count).float()
 
 
-def term_weights(terms: Sequence[Term], epoch: int, device: torch.device) -> Tensor:
-    """`[terms]` float32: the weights of all terms in an epoch, made once for all its steps."""
-    return torch.tensor([term_weight(term, epoch) for term in terms], device=device)
-
-
-def term_weight(term: Term, epoch: int) -> float:
-    """The weight of a term in an epoch counted from 0; warm-up counts from 1, as the published code does."""
-    return term.weight * (min((epoch + 1) / term.warmup_epochs, 1.0) if term.warmup_epochs else 1.0)
+def term_weights(terms: Sequence[Term], epoch: int, epochs: int, device: torch.device) -> Tensor:
+    """`[terms]` float32: the weights of all terms in an epoch, counted from 0, of so many: made once for its steps."""
+    return torch.tensor([term.weight_in(epoch, epochs) for term in terms], device=device)

@@ -50,6 +50,7 @@ class Summary:
     group: Group
     top1_mean: float
     top1_std: float  # sample standard deviation; 0 for a single run
+    val_top1_mean: float | None  # of the validation rows; None where a run has none
     plain: Group | None  # plain training that this is compared with
     difference: Difference | None
     published: tuple[float, float | None] | None  # top-1, standard deviation
@@ -81,6 +82,7 @@ def summarise(groups: Sequence[Group]) -> list[Summary]:
                 group=group,
                 top1_mean=statistics.mean(top1),
                 top1_std=statistics.stdev(top1) if len(top1) > 1 else 0.0,
+                val_top1_mean=_mean_of_all([run.result.val_top1 for run in group.runs]),
                 plain=plain,
                 difference=difference(by_seed(group), by_seed(plain)) if plain else None,
                 published=published.of(group.objective) if published else None,
@@ -199,6 +201,11 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return statistics.mean(there) if there else None
 
 
+def _mean_of_all(values: Sequence[float | None]) -> float | None:
+    """None where one is missing: groups are chosen by it."""
+    return None if None in values else _mean(values)
+
+
 # ---- lines ---------------------------------------------------------------------------------------------------------
 
 
@@ -212,6 +219,7 @@ def record(summary: Summary) -> dict[str, Value]:
         **group.fields,
         "targets": group.targets,
         "runs": len(results),
+        "val_top1_mean": summary.val_top1_mean,
         "top1_mean": summary.top1_mean,
         "top1_std": summary.top1_std,
         "difference": apart.mean if apart else None,
@@ -240,15 +248,20 @@ def _percent(share: float | None) -> float | None:
 
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds; `vs plain`
-    is the difference to plain training with its interval of 95 %."""
+    is the difference to plain training with its interval of 95 %; `val top-1` is of validation rows, where any run has
+    them: settings are chosen by it, and `top-1` is what they are worth."""
     apart = list(summaries[0].group.fields)
     has_plain = any(summary.difference for summary in summaries)
-    columns = ["objective", *apart, "targets", "runs", "top-1 %", *["vs plain"] * has_plain]
+    has_validation = any(summary.val_top1_mean is not None for summary in summaries)
+    columns = ["objective", *apart, "targets", "runs", *["val top-1 %"] * has_validation, "top-1 %"]
+    columns += ["vs plain"] * has_plain
     columns += ["best top-1 %", "s / epoch", "parameters"]
     rows = []
     for summary in summaries:
         group, line = summary.group, record(summary)
-        row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs)), shown_top1(summary)]
+        row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs))]
+        row += ["" if summary.val_top1_mean is None else f"{summary.val_top1_mean:.2f}"] * has_validation
+        row += [shown_top1(summary)]
         row += [shown_difference(summary.difference)] * has_plain
         row += [f"{line['best_top1_mean']:.2f}", f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
         rows.append(row)

@@ -32,11 +32,13 @@ from offline_kd.support.pages import render_page
 DRAWN = 10  # rows with curves and diagrams, besides plain training and the teacher
 CLASSES_SHOWN = 4  # that a row helped or hurt most
 METRICS = {"top1": "top-1 %", "nll": "NLL, nats", "ece": "ECE", "lr": "learning rate", "seconds": "seconds per pass"}
-MEASURED = ("top1", "nll", "ece")  # of these the curves come first
+METRICS |= {"val_top1": "validation top-1 %", "val_nll": "validation NLL, nats", "val_ece": "validation ECE"}
+MEASURED = ("val_top1", "top1", "val_nll", "nll", "val_ece", "ece")  # of these the curves come first
 TITLES = {
     "objective": "objective",
     "targets": "targets",
     "runs": "runs",
+    "val_top1_mean": "validation %",
     "top1_mean": "top-1 %",
     "difference": "vs plain",
     "published_top1": "published",
@@ -133,6 +135,7 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         notes=notes,
         columns=[(name, TITLES.get(name, name), name in ESSENTIAL) for name in columns],
         essential=ESSENTIAL,
+        has_validation="val_top1_mean" in columns,
         rows=_rows(summaries, lines, columns, styles),
         tests={summary.difference.test for summary in summaries if summary.difference},
         seeds=max((summary.difference.seeds for summary in summaries if summary.difference), default=0),
@@ -175,10 +178,15 @@ def _styles(summaries: Sequence[Summary]) -> dict[GroupKey, str]:
             styles[summary.group.key] = "teacher" if first.is_teacher else "plain"
         else:
             others.append(summary)
-    best = {summary.group.key for summary in sorted(others, key=lambda summary: -summary.top1_mean)[:DRAWN]}
+    best = {summary.group.key for summary in sorted(others, key=_worth, reverse=True)[:DRAWN]}
     for number, key in enumerate(summary.group.key for summary in others if summary.group.key in best):
         styles[key] = f"s{number}"
     return styles
+
+
+def _worth(summary: Summary) -> float:
+    """What rows are chosen by: validation rows, where there are any."""
+    return summary.top1_mean if summary.val_top1_mean is None else summary.val_top1_mean
 
 
 def _rows(
@@ -211,6 +219,7 @@ def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) ->
     result, place = run.result, str(run.place)
     return {
         "objective": f"seed {result.seed}",
+        "val_top1_mean": result.val_top1,
         "top1_mean": result.top1,
         "difference": result.top1 - plain[result.seed] if result.seed in plain else None,
         "best_top1_mean": result.best_top1,

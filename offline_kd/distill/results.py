@@ -46,6 +46,7 @@ class Run:
     initial_sha256: str = ""  # of the weights that the student begins from
     trained: StudentNetwork | None = None  # where it is not the recipe's student that is trained
     log: str | None = None  # which tracker is told, beside `metrics.jsonl`
+    rows_sha256: str = ""  # of the rows that are trained on, where they are not all of the split
 
     @property
     def student(self) -> StudentNetwork:
@@ -64,10 +65,12 @@ class Run:
         if isinstance(weights, dict):  # not where they lie, but what of them was taken
             content["student"]["weights"] = {name: weights[name] for name in ("key", "prefix")}
         content.pop("published", None)
+        content["data"].pop("subset", None)  # which file names them, or by what; the rows are in their digest
         for one in content["store"] if isinstance(content["store"], list) else []:
             del one["signed_by"]  # where a key lies; what is read is in the digest
         about = [content, self.objective, self.seed, self.source, self.store_digest, ORDER_VERSION]
-        return fingerprint(about + [self.initial_sha256] * bool(self.initial_sha256))
+        about += [self.initial_sha256] * bool(self.initial_sha256)
+        return fingerprint(about + [f"rows {self.rows_sha256}"] * bool(self.rows_sha256))
 
     @cached_property
     def recipe_sha256(self) -> str:
@@ -79,6 +82,8 @@ class Run:
             del content["data"][field_name]
         for field_name in ("checkpoint_steps", "resident", "keep"):
             content["training"].pop(field_name, None)
+        if self.rows_sha256:
+            content["data"]["subset"] = self.rows_sha256
         if self.source == "online":
             content["teacher"] = recipe.teacher.model_dump(mode="json", exclude={"weights"})
         elif isinstance(recipe.store, list):
@@ -96,7 +101,7 @@ class Result:
     targets: str  # "store", "online" or "none"
     seed: int
     top1: float  # percent, after the last epoch
-    best_top1: float
+    best_top1: float  # of the epochs after which the evaluation split was evaluated
     nll: float
     ece: float
     epochs: int
@@ -115,6 +120,10 @@ class Result:
     student_ema_sha256: str | None = None
     best_epoch: int | None = None  # whose weights best.safetensors holds: the first with the best top-1
     best_epoch_ema: int | None = None
+    rows: int | None = None  # that an epoch shows, where they are not all of the training split
+    rows_sha256: str | None = None
+    val_top1: float | None = None  # percent of the validation rows, after the last epoch
+    best_val_top1: float | None = None
 
 
 # ---- beginning and end ---------------------------------------------------------------------------------------------
@@ -188,7 +197,7 @@ def finish(
         targets=run.source,
         seed=run.seed,
         top1=history[-1]["top1"],
-        best_top1=max(line["top1"] for line in history),
+        best_top1=max(line["top1"] for line in history if "top1" in line),
         nll=history[-1]["nll"],
         ece=history[-1]["ece"],
         epochs=history[-1]["epoch"],
@@ -206,6 +215,10 @@ def finish(
         student_ema_sha256=sha256.get("_ema"),
         best_epoch=best.get(""),
         best_epoch_ema=best.get("_ema"),
+        rows=loader.source.images.split.count if run.rows_sha256 else None,
+        rows_sha256=run.rows_sha256 or None,
+        val_top1=history[-1].get("val_top1"),
+        best_val_top1=max((line["val_top1"] for line in history if "val_top1" in line), default=None),
     )
     used = {name: value for name, value in asdict(result).items() if value is not None}
     run.out.put("result.json", (json.dumps(used, indent=2) + "\n").encode())
@@ -232,8 +245,9 @@ def keep_weights(run: Run, student: Student, evaluation: BlockLoader, history: l
 
 
 def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
-    """The first of those with the best top-1 on the evaluation split."""
-    return max(history, key=lambda line: line[f"top1{end}"])["epoch"]
+    """The first of those with the best top-1 on the validation rows or, without such, on the evaluation split."""
+    judged = f"val_top1{end}" if "val_top1" in history[0] else f"top1{end}"
+    return max(history, key=lambda line: line[judged])["epoch"]
 
 
 def put_weights(run: Run, name: str, network: nn.Module, evaluation: BlockLoader) -> str:

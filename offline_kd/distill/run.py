@@ -22,6 +22,7 @@ from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
+from offline_kd.data_recipe import ScoredRows
 from offline_kd.distill.report import record, summarise, table
 from offline_kd.distill.report_page import write_report
 from offline_kd.distill.results import Result
@@ -117,7 +118,7 @@ def _run(
     write_atomically(out / "recipe.yaml", dump_recipe(swept))
 
     planned = plan(swept, options.get("objectives", ()), options.get("seeds"))
-    if any(needs_teacher(one.terms) for one in planned.values()):
+    if any(_needs_store(one) for one in planned.values()):
         say("asking the teacher about every view")
         engine, its_options = options.get("engine", DEFAULT_ENGINE), options.get("engine_options", {})
         store = cache_teacher(recipe, manifest, roots, out / "store", device, engine=engine, engine_options=its_options)
@@ -126,7 +127,7 @@ def _run(
     students = {out / "students" / name: one for name, one in planned.items()}
     for number, (folder, result) in enumerate(_distill_all(manifest, roots, students, out, device, options), 1):
         say(
-            f"{students[folder].label}: top-1 {result.top1:.2f} %, {result.seconds_per_epoch:.2f} s per epoch "
+            f"{students[folder].label}: {_accuracy(result)}, {result.seconds_per_epoch:.2f} s per epoch "
             f"({number} of {len(students)} students)"
         )
     folders += students
@@ -145,6 +146,11 @@ def _run(
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
 
 
+def _needs_store(one: Planned) -> bool:
+    """For its terms, or because what its teacher said chooses the rows."""
+    return needs_teacher(one.terms) or isinstance(one.recipe.data.subset, ScoredRows)
+
+
 def _distill_all(
     manifest: Manifest,
     roots: Sequence[Root],
@@ -156,7 +162,7 @@ def _distill_all(
     """Every student with its run directory, when it is finished: one after the other, or several at once."""
     asked: dict[Path, tuple[Recipe, DistillOptions]] = {}
     for folder, one in students.items():
-        stores = [str(out / "store")] if needs_teacher(one.terms) else []
+        stores = [str(out / "store")] if _needs_store(one) else []
         log = options.get("log")
         asked[folder] = one.recipe, {"objective": one.objective, "seed": one.seed, "stores": stores, "log": log}
     jobs = options.get("jobs", 1)
@@ -173,6 +179,11 @@ def _distill_all(
         for folder, (recipe, about) in asked.items():
             what: DistillOptions = {**about, "shared": shared}
             yield folder, distill(recipe, manifest, roots, folder, device, **what)
+
+
+def _accuracy(result: Result) -> str:
+    validation = "" if result.val_top1 is None else f"validation top-1 {result.val_top1:.2f} %, "
+    return f"{validation}top-1 {result.top1:.2f} %"
 
 
 def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path) -> Recipe:

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import progress, say
@@ -46,19 +46,29 @@ class Outcome(BaseModel):
     store_digest: str
     student_sha256: str
     initial_sha256: str | None = None
+    rows_sha256: str | None = None
+    val_top1: float | None = None  # percent
 
 
 class Epoch(BaseModel):
-    """A line of `metrics.jsonl`: top-1 in percent, and whatever else was measured of that pass."""
+    """A line of `metrics.jsonl`: top-1 in percent, of validation rows or the evaluation split, and whatever else was
+    measured of that pass."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="allow")
 
-    top1: float
+    top1: float | None = None  # with validation rows after the last pass alone
+    val_top1: float | None = None
+
+    @model_validator(mode="after")
+    def _was_evaluated(self) -> Self:
+        if self.top1 is None and self.val_top1 is None:
+            raise ValueError("neither top1 nor val_top1 is there")
+        return self
 
     @property
     def numbers(self) -> dict[str, float]:
         """All that is a finite number, by name; in mappings by `mapping.name`."""
-        return {"top1": self.top1, **dict(_numbers(self.model_extra or {}))}
+        return dict(_numbers({"top1": self.top1, "val_top1": self.val_top1, **(self.model_extra or {})}))
 
 
 def _numbers(content: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
@@ -177,6 +187,8 @@ def _fields(recipe: Recipe, result: Outcome, is_teacher: bool) -> dict[str, str]
     """What makes the student of a run. What was captured counts by the digest of the store, not by the recipe."""
     content = recipe.model_dump(mode="json")
     counting = {name: content[name] for name in COMPARED}
+    if isinstance(recipe.data.subset, str):  # what it held, not where it lay
+        counting["data"]["subset"] = f"{Path(recipe.data.subset).name} {(result.rows_sha256 or '')[:8]}"
     if is_teacher:
         del counting["student"]
         counting["teacher"] = {name: content["teacher"][name] for name in ("model", "model_args")}

@@ -17,7 +17,13 @@ from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.strict import fingerprint
 from offline_kd.support.strict_yaml import parse_yaml
 
-OF_STUDENTS = ("objectives", "student", "training", "data.labelled_fraction")  # which no store depends on
+OF_STUDENTS = (
+    "objectives",
+    "student",
+    "training",
+    "data.labelled_fraction",
+    "data.subset",
+)  # which no store depends on
 MAX_STUDENTS = 10_000
 PLAIN = re.compile(r"[0-9A-Za-z_.+\-]{1,40}")  # of a value in the name of a folder
 

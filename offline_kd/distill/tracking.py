@@ -22,10 +22,11 @@ from offline_kd.support.ranks import rank
 Line = Mapping[str, Any]  # of `metrics.jsonl`
 Write = Callable[[Line], None]
 
+MEASURED = [f"{name}{end}" for name in ("top1", "nll", "ece") for end in ("", "_ema")]
 WHERE = {"epoch": "epoch", "lr": "lr"} | {
-    f"{name}{end}": f"val/{name}{end}" for name in ("top1", "nll", "ece") for end in ("", "_ema")
+    f"{begin}{name}": f"val/{name}" for name in MEASURED for begin in ("", "val_")
 }
-FAMILIES = {"loss_": "train/loss/", "teacher_": "teacher/"}
+FAMILIES = {"loss_": "train/loss/", "weight_": "train/weight/", "teacher_": "teacher/"}
 ID_FILE = "tracking.id"  # what the run is called by trackers, however often it goes on
 
 
@@ -36,10 +37,14 @@ def epoch_line(run: Run, line: Line, seconds_left: float) -> str:
     """What the epoch has measured, as one readable line; losses are means of every term, without its weight."""
     losses = [f"{name.removeprefix('loss_')} {value:.4g}" for name, value in line.items() if name.startswith("loss_")]
     left = f", {duration_text(seconds_left)} left" if seconds_left else ""
-    average = f" (average of weights {line['top1_ema']:.2f} %)" if "top1_ema" in line else ""
+    accuracies = []
+    for begin, split in (("val_", "validation "), ("", "")):
+        if f"{begin}top1" in line:
+            average = f" (average of weights {line[f'{begin}top1_ema']:.2f} %)" if f"{begin}top1_ema" in line else ""
+            accuracies.append(f"{split}top-1 {line[f'{begin}top1']:.2f} %{average}")
     return (
         f"{run.objective}, seed {run.seed}: epoch {line['epoch']} of {run.recipe.training.epochs}, "
-        f"loss {', '.join(losses)}, top-1 {line['top1']:.2f} %{average}, lr {line['lr']:.3g}, "
+        f"loss {', '.join(losses)}, {', '.join(accuracies)}, lr {line['lr']:.3g}, "
         f"{rate_text(line['images_per_second'], 'images')}{left}"
     )
 
@@ -74,8 +79,15 @@ def tracking(run: Run, history: Sequence[Line]) -> Iterator[Write]:
 
 
 def figures(line: Line) -> dict[str, float]:
-    """The numbers of a line of `metrics.jsonl`, by the names that every tracker shows, such as `train/loss/kd`."""
-    return {_shown(name): value for name, value in line.items() if isinstance(value, int | float)}
+    """The numbers of a line of `metrics.jsonl`, by the names that every tracker shows, such as `train/loss/kd`.
+
+    What one chooses by is `val/top1`: of the validation rows, where there are any, so that the evaluation split is
+    `test/top1` then.
+    """
+    shown = {name: _shown(name) for name, value in line.items() if isinstance(value, int | float)}
+    if "val_top1" in line:
+        shown |= {name: f"test/{name}" for name in MEASURED if name in line}
+    return {name: line[own] for own, name in shown.items()}
 
 
 def _shown(name: str) -> str:

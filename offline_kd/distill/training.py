@@ -16,10 +16,11 @@ from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
+from offline_kd.distill.chosen_rows import chosen_images
 from offline_kd.distill.compatibility import check_all, check_teachers
 from offline_kd.distill.heads import with_heads
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loop import fit
+from offline_kd.distill.loop import Judged, fit
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
 from offline_kd.distill.results import Result, Run
@@ -113,8 +114,8 @@ def prepare(
     out: WritablePlace,
     device: torch.device,
     options: DistillOptions,
-) -> tuple[Run, Student, Loader, BlockLoader, AskTeacher]:
-    """What `fit` takes: what a run is, its student, its batches, the evaluation split and the teacher."""
+) -> tuple[Run, Student, Loader, Judged, AskTeacher]:
+    """What `fit` takes: what a run is, its student, its batches, the images it is evaluated on, and the teacher."""
     recipe = recipe.without_sweep()
     name, terms = recipe.objective(options.get("objective"))
     _refuse_part_of_a_pass(recipe)
@@ -148,7 +149,9 @@ def prepare(
     )
     about = recipe.student
     weights, initial = initial_weights(about.weights, manifest, roots, about.model, about.model_args)
-    student = new_student(recipe, images, seed, device, terms, weights)
+    about_rows = read, proof, [store.digest for store in opened]
+    rows = shared.once("rows", about_rows, lambda: chosen_images(recipe, images, opened))
+    student = new_student(recipe, rows.trained, seed, device, terms, weights)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
     if needs_teacher(terms) and online:
@@ -158,12 +161,12 @@ def prepare(
     elif needs_teacher(terms):
         ask, asked = stored_signal(opened, terms, device, ensemble), "store"
     groups = group_views(recipe, images, opened[0] if opened else None)
-    source = source_of(recipe, images, [] if online else opened, terms, groups)
+    source = source_of(recipe, rows.trained, [] if online else opened, terms, groups)
     loader = make_loader(recipe, source, seed, device, live_size, shared)
     student = with_heads(student, terms, loader, ask)
-    digest = "+".join(store.digest for store in opened)
-    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=options.get("log"))
-    return run, student, loader, evaluated, ask
+    digest, log = "+".join(store.digest for store in opened), options.get("log")
+    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=log, rows_sha256=rows.sha256)
+    return run, student, loader, Judged(evaluated, rows.validation), ask
 
 
 def _refuse_part_of_a_pass(recipe: Recipe) -> None:
@@ -233,15 +236,27 @@ def train_teacher(
         if state is not None:
             say(f"the teacher begins from {state.where}" + ", and its head alone trains" * (training.train == "head"))
         normalisation, _ = teacher_input(recipe, manifest, model)
-        data = recipe.data.model_copy(update={"labelled_fraction": 1.0, "normalisation": normalisation})
+        own = {"labelled_fraction": 1.0, "subset": None, "normalisation": normalisation}  # subsets are of students
+        data = recipe.data.model_copy(update=own)
         plain = recipe.without_sweep().model_copy(update={"training": training, "data": data})
-        loader = make_loader(plain, source_of(plain, images), seed, device)
+        rows, groups = chosen_images(plain, images), group_views(plain, images, None)
+        loader = make_loader(plain, source_of(plain, rows.trained, groups=groups), seed, device)
         trained = StudentNetwork(model=model, model_args=args)
         run = Run(
-            plain, "teacher", [CE(term="ce")], seed, place, device, initial_sha256=initial, trained=trained, log=log
+            plain,
+            "teacher",
+            [CE(term="ce")],
+            seed,
+            place,
+            device,
+            initial_sha256=initial,
+            trained=trained,
+            log=log,
+            rows_sha256=rows.sha256,
         )
         student = Student(network.to(device), {}, model, num_classes)
-        result = fit(run, student, loader, evaluation_images(recipe, manifest, roots), no_signal)
+        judged = Judged(evaluation_images(recipe, manifest, roots), rows.validation)
+        result = fit(run, student, loader, judged, no_signal)
         from_first(lambda: place.copy("student.safetensors", TEACHER_FILE))
         return result
 
@@ -281,7 +296,7 @@ def training_images(
     prove: Proof = "always",
     download_bytes: int = DEFAULT_BYTES,
 ) -> BlockLoader:
-    """The training split; the last two arguments are those of `HowRead`."""
+    """The whole training split; the last two arguments are those of `HowRead`."""
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     return BlockLoader(

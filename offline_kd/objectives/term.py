@@ -9,13 +9,15 @@ from typing import Annotated, ClassVar, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from offline_kd.objectives.needs import Needs
 from offline_kd.support.strict import Strict
 
 Positive = Annotated[float, Field(gt=0)]
+ShareOfEpochs = Annotated[float, Field(ge=0, lt=1)]
+Factor = Annotated[float, Field(ge=0)]
 
 
 class Signal(Protocol):
@@ -91,7 +93,33 @@ class Term(Strict):
 
     weight: float = Field(1.0, ge=0, description="what its value is multiplied by")
     warmup_epochs: int = Field(0, ge=0, description="weight grows as epoch / warmup_epochs, epochs counted from 1")
+    schedule: dict[ShareOfEpochs, Factor] = Field(
+        {},
+        exclude_if=lambda schedule: not schedule,
+        description="what the weight is multiplied by from a share of all epochs on, until the next one: "
+        "`{0: 1, 0.4: 0, 0.8: 1}`",
+        json_schema_extra={"propertyNames": {"title": "SHARE", "pattern": r"^(0|0?\.[0-9]+)$"}},
+    )
     term: str
+
+    @field_validator("schedule")
+    @classmethod
+    def _begins_with_the_first_epoch(cls, schedule: dict[float, float]) -> dict[float, float]:
+        if schedule and 0 not in schedule:
+            raise ValueError(
+                f"what counts before {min(schedule):g} of the epochs? Add a factor from 0 on, as in {{0: 1}}"
+            )
+        return dict(sorted(schedule.items()))
+
+    def weight_in(self, epoch: int, epochs: int) -> float:
+        """What its value is multiplied by in an epoch, counted from 0, of so many.
+
+        Warm-up counts epochs from 1, as the published code does. A factor of the schedule holds from the first epoch
+        of which epoch / epochs is at least its share; weight, warm-up and schedule multiply.
+        """
+        warm = min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else 1.0
+        factors = [factor for share, factor in self.schedule.items() if epoch / epochs >= share]
+        return self.weight * warm * (factors[-1] if factors else 1.0)
 
     @property
     @abstractmethod

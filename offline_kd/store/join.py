@@ -275,6 +275,10 @@ def _find_rows(store: Store, block: ImageBlock) -> NDArray[np.int64]:
         hashes = store.read(number, 0, ["key_hash"])["key_hash"]
         if np.array_equal(hashes, block.key_hash):
             return number * store.identity.rows_per_block + np.arange(len(block))
+        order = hashes.argsort()  # some of the tar's samples, as a subset has them
+        place = order[np.searchsorted(hashes, block.key_hash, sorter=order).clip(max=len(hashes) - 1)]
+        if np.array_equal(hashes[place], block.key_hash):
+            return number * store.identity.rows_per_block + place
     hashes, rows = store.row_index
     place = np.searchsorted(hashes, block.key_hash).clip(max=len(hashes) - 1)
     absent = np.flatnonzero(hashes[place] != block.key_hash)
