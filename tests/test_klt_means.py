@@ -21,6 +21,7 @@ from offline_kd.store.codecs.klt import MOST_NORM, whole_logits
 from offline_kd.store.codecs.klt_means import KltMeans
 from offline_kd.store.codecs.likeliest import likeliest, likeliest_by_torch
 from offline_kd.store.codecs.rans import TOTAL
+from offline_kd.store.codecs.whole import FEW, refined, refined_by_torch, whole_of_views
 from offline_kd.support.errors import TeacherError
 
 CODEC = KltMeans(name="klt_means", step=0.8, refine=8)
@@ -195,6 +196,28 @@ def test_compiled_loops_choose_the_classes_and_steps_that_torch_does(seed, class
         assert torch.equal(one, other)
 
 
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.integers(0, 4), st.integers(1, 5), st.integers(1, 40), st.sampled_from([0, 0.1, 0.9]))
+def test_what_views_differ_by_is_added_up_to_what_the_product_of_matrices_is(seed, images, views, axes_used, share):
+    """Of views that differ in nothing, in few numbers and in most."""
+    rng = np.random.default_rng(seed)
+    own = rng.integers(-300, 300, (images, views, axes_used)) * (rng.random((images, views, axes_used)) < share)
+    numbers = torch.from_numpy((rng.integers(-900, 900, (images, 1, axes_used)) + own).astype(np.int16))
+    classes = int(rng.integers(1, 70))
+    axes = torch.from_numpy(rng.integers(-300, 300, (axes_used, classes)).astype(np.float32))
+    mean = torch.from_numpy(rng.integers(-9999, 9999, classes).astype(np.float32))
+    whole = whole_of_views(numbers, axes, mean)
+    assert whole.dtype == torch.float32
+    assert torch.equal(whole.double(), numbers.double() @ axes.double() + mean.double())
+    rows = whole_of_views(numbers.flatten(0, 1), axes, mean)
+    assert torch.equal(rows, whole.flatten(0, 1))
+    count = int(rng.integers(1, classes + 1))
+    likely, sizes, _ = likeliest(rows, count, 200, 300, (0.1, 0.125, 0.3))
+    differences = torch.from_numpy(rng.integers(-500, 500, likely.shape).astype(np.int16))
+    by_torch = refined_by_torch(rows.clone(), 0.0123, likely, differences, sizes)
+    assert torch.equal(refined(rows, 0.0123, likely, differences, sizes), by_torch)
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
@@ -209,6 +232,23 @@ def test_views_of_an_image_take_fewer_bytes_together_than_alone():
     errors = [np.square(one - logits).mean() for one in (decoded, alone_decoded)]
     assert errors[0] < 1.05 * errors[1]
     assert length_of(arrays["codes"]).sum() + length_of(arrays["means"]).sum() < 0.95 * length_of(alone["codes"]).sum()
+
+
+def test_a_view_is_decoded_to_the_same_logits_whichever_views_are_beside_it():
+    """In training a batch has one view of each of many images; as `bench codecs` reads, all views of each."""
+    for step in (0.05, 3.0):  # views differ in most numbers, and in few
+        codec = CODEC.model_copy(update={"step": step})
+        learn, logits = views_of_images(300, 4, 80), views_of_images(40, 4, 80, seed=7)
+        tables = codec.fit(learn)
+        unpacked = codec.unpack(codec.encode(logits, tables), tables)
+        together = {name: torch.from_numpy(array) for name, array in unpacked.items()}
+        few = (together["t"][:, 1:] != together["t"][:, :1]).float().mean() < FEW
+        assert few == (step == 3.0)
+        axes = codec.decoding_tables(tables)
+        expected = codec.decode(together, 80, axes)
+        for view in range(4):
+            alone = {name: array[:, view] for name, array in together.items()}
+            assert torch.equal(codec.decode(alone, 80, axes), expected[:, view])
 
 
 def test_one_view_of_an_image_predicts_nothing_and_costs_next_to_nothing():

@@ -47,6 +47,7 @@ from offline_kd.store.codecs.klt import Klt
 from offline_kd.store.codecs.klt_means import KltMeans
 from offline_kd.store.codecs.likeliest import likeliest_by_torch
 from offline_kd.store.codecs.topk import TopK
+from offline_kd.store.codecs.whole import refined_by_torch, whole_by_torch
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.opening import open_store
 from offline_kd.store.rows import Rows
@@ -233,7 +234,10 @@ def test_a_step_of_every_objective_reads_nothing_back_and_brings_no_numbers(term
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.label())
 def test_decoding_reads_nothing_back_and_brings_no_numbers(codec: Codec, monkeypatch):
     monkeypatch.setattr(klt_means, "likeliest", likeliest_by_torch)  # as on a device
-    tables, arrays = map(tensors_of, learned_and_unpacked(codec))
+    monkeypatch.setattr(klt_means, "whole_of_views", whole_by_torch)
+    monkeypatch.setattr(klt_means, "refined", refined_by_torch)
+    learned, unpacked = learned_and_unpacked(codec)
+    tables, arrays = codec.decoding_tables(learned), tensors_of(unpacked)
     codec.decode(arrays, 70, tables)  # whose constants are made once
     assert counted(lambda: codec.decode(arrays, 70, tables), (*READ, *MADE)) == 0
 

@@ -164,7 +164,7 @@ class _Tally:
 
     def __init__(self, codec: Codec, tables: Tables) -> None:
         self.codec, self.tables = codec, tables
-        self.tensors = {name: _tensor(table) for name, table in tables.items()}
+        self.tensors = codec.decoding_tables(tables)
         self.stored = dict.fromkeys(codec.arrays(), 0)
         self.ideal: dict[str, float] = {}
         self.encoding = self.unpacking = self.decoding = 0.0

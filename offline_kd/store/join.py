@@ -248,7 +248,8 @@ def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor
 
 def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
     """What the codec of a store needs to decode logits; nothing for most."""
-    return {part: _tensor(array).to(device) for part, array in store.codec_tables.items()}
+    tables = store.identity.codec.decoding_tables(store.codec_tables)
+    return {part: table.to(device) for part, table in tables.items()}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -76,7 +76,11 @@ class Codec(Strict, ABC):
 
     @abstractmethod
     def decode(self, arrays: Mapping[str, Tensor], num_classes: int, tables: Mapping[str, Tensor]) -> Tensor:
-        """`[..., C]` float32 logits from what `unpack` made, on the device of `arrays`, where `tables` are, too."""
+        """`[..., C]` float32 logits from what `unpack` made, on the device of `arrays`.
+
+        Args:
+            tables: what `decoding_tables` made, on the same device.
+        """
 
     @abstractmethod
     def error_bound(self, logits: Floats) -> Floats:
@@ -117,9 +121,13 @@ class Codec(Strict, ABC):
         """The names of what `unpack` returns."""
         return list(self.arrays())
 
+    def decoding_tables(self, tables: Tables) -> dict[str, Tensor]:
+        """What `decode` takes of the tables, on the CPU: made once, then brought to the device of the student."""
+        return tensors_of(tables)
+
     def decode_stored(self, arrays: Arrays, tables: Tables, num_classes: int) -> Tensor:
         """`[..., C]` float32 logits from what `encode` made, all on the CPU: for those who are in no hurry."""
-        return self.decode(tensors_of(self.unpack(arrays, tables)), num_classes, tensors_of(tables))
+        return self.decode(tensors_of(self.unpack(arrays, tables)), num_classes, self.decoding_tables(tables))
 
     # ---- proof -------------------------------------------------------------------------------------------------------
 

@@ -109,6 +109,9 @@ class Klt(Codec):
         finer = (whole * (self.step / SCALE)).scatter_add_(1, ranked(whole, len(steps)), differences.float() * steps)
         return finer.view(*shape, num_classes)
 
+    def decoding_tables(self, tables: Tables) -> dict[str, Tensor]:
+        return axes_and_mean(tables)
+
     def error_bound(self, logits: Floats) -> Floats:
         """Infinite everywhere: what it loses is measured."""
         return np.full_like(logits[..., :1], np.inf)
@@ -198,6 +201,11 @@ def _transform(logits: Floats, tables: Tables, step: float) -> tuple[NDArray[np.
     if (norm > MOST_NORM).any():
         q = np.where(norm > MOST_NORM, np.trunc(q * (MOST_NORM / norm.clip(min=1))), q).astype(np.int16)
     return q, whole_logits(torch.from_numpy(q), axes, torch.from_numpy(tables["mean"].astype(np.float32))).numpy()
+
+
+def axes_and_mean(tables: Tables) -> dict[str, Tensor]:
+    """`axes` `[k, C]` and `mean` `[C]` float32, in which they are multiplied: converted once, not for every batch."""
+    return {name: torch.from_numpy(tables[name].astype(np.float32)) for name in ("axes", "mean")}
 
 
 def whole_logits(q: Tensor, axes: Tensor, mean: Tensor) -> Tensor:

@@ -25,12 +25,22 @@ from pydantic import Field
 from torch import Tensor
 
 from offline_kd.store.codecs.codec import ARITHMETIC, Arrays, Codec, CodecArray, Comparison, Floats, Tables
-from offline_kd.store.codecs.klt import FEWEST_CLASSES, FEWEST_ROWS, MOST_NORM, SCALE, fit_axes, step_of, whole_logits
+from offline_kd.store.codecs.klt import (
+    FEWEST_CLASSES,
+    FEWEST_ROWS,
+    MOST_NORM,
+    SCALE,
+    axes_and_mean,
+    fit_axes,
+    step_of,
+    whole_logits,
+)
 from offline_kd.store.codecs.likeliest import likeliest
 from offline_kd.store.codecs.rans import TOTAL, frequencies
 from offline_kd.store.codecs.row_coder import Coders, coders_of
 from offline_kd.store.codecs.row_coder import decode as decode_rows
 from offline_kd.store.codecs.row_coder import encode as encode_rows
+from offline_kd.store.codecs.whole import refined, whole_of_views
 from offline_kd.support.errors import TeacherError
 
 MOST = 511  # |p|, |q| and |difference|
@@ -122,7 +132,8 @@ class KltMeans(Codec):
         q = _without_rare(_rounded((x - p[:, None]) / self.finer).reshape(len(rows), -1))
         q = _short(q, MOST_NORM / 2 / self.finer)
         tables["view_frequency"] = _frequencies_of_axes(q)
-        level, differences = self._refined(rows, self._in_units(q, p.repeat(num_views, axis=0), tables))
+        whole = self._in_units(q.reshape(x.shape), p[:, None], tables)
+        level, differences = self._refined(rows, whole, self._everything(num_classes))
         tables["level_frequency"] = _level_frequencies(level)
         nothing = np.zeros((1, differences.shape[1]), dtype=np.int16)  # at a level that no row has
         at_level = [differences[level == one] if (level == one).any() else nothing for one in range(LEVELS)]
@@ -146,10 +157,8 @@ class KltMeans(Codec):
             means = np.ascontiguousarray(of_images["means"], dtype=np.uint8)
         p = np.zeros((num_images, 1, used), dtype=np.int16)
         p[:, 0, : len(coders.means)] = decode_rows(means, coders.means)[0]
-        q = _within(_rounded((x - p) / self.finer), tables["view_frequency"], MOST_NORM / 2 / self.finer)
-        p_of_rows = p.repeat(num_views, axis=1).reshape(len(rows), -1)
-        codes = self._encode_rows(rows, q.reshape(len(rows), -1), p_of_rows, tables, coders)
-        return {"means": means, "codes": codes.reshape(num_images, num_views, -1)}
+        q = self._of_views(x, p, coders)
+        return {"means": means, "codes": self._encode_rows(rows, q, p, tables, coders).reshape(*q.shape[:2], -1)}
 
     def unpack(self, arrays: Arrays, tables: Tables) -> Arrays:
         """`t` `[n, v, k]` and `differences` `[n, v, m]` int16."""
@@ -158,21 +167,23 @@ class KltMeans(Codec):
         more = coders.level, coders.refined, self.counts(tables["mean"].shape[0])
         q, differences = decode_rows(codes.reshape(-1, codes.shape[-1]), coders.views, more)
         p, _ = decode_rows(means.reshape(-1, means.shape[-1]), coders.means)
-        t = np.zeros((*codes.shape[:-1], max(q.shape[1], p.shape[1])), dtype=np.int16)
-        t[..., : p.shape[1]] = p.reshape(*means.shape[:-1], 1, p.shape[1])
-        t[..., : q.shape[1]] += q.reshape(*codes.shape[:-1], q.shape[1]) * np.int16(self.finer)
+        t = np.pad(q, ((0, 0), (0, max(0, p.shape[1] - q.shape[1])))) if q.shape[1] < p.shape[1] else q
+        t *= np.int16(self.finer)
+        t = t.reshape(*codes.shape[:-1], t.shape[1])
+        t[..., : p.shape[1]] += p.reshape(*means.shape[:-1], 1, p.shape[1])
         return {"t": t, "differences": differences.reshape(*codes.shape[:-1], differences.shape[1])}
 
     def unpacked_arrays(self) -> list[str]:
         return ["t", "differences"]
 
     def decode(self, arrays: Mapping[str, Tensor], num_classes: int, tables: Mapping[str, Tensor]) -> Tensor:
-        shape = arrays["t"].shape[:-1]
-        t, differences = (arrays[name].reshape(-1, arrays[name].shape[-1]) for name in ("t", "differences"))
-        whole = whole_logits(t, tables["axes"][: t.shape[1]].float(), tables["mean"].float())
+        t, differences = arrays["t"], arrays["differences"].flatten(0, -2)
+        whole = whole_of_views(t, tables["axes"][: t.shape[-1]].float(), tables["mean"].float()).flatten(0, -2)
         classes, steps, _ = self._steps(whole, differences.shape[1])
-        finer = whole.mul_(self._unit / SCALE).scatter_add_(1, classes, differences.float() * steps)
-        return finer.view(*shape, num_classes)
+        return refined(whole, self._unit / SCALE, classes, differences, steps).view(*t.shape[:-1], num_classes)
+
+    def decoding_tables(self, tables: Tables) -> dict[str, Tensor]:
+        return axes_and_mean(tables)
 
     def error_bound(self, logits: Floats) -> Floats:
         """Infinite everywhere: what it loses is measured."""
@@ -220,22 +231,39 @@ class KltMeans(Codec):
 
     def _on_axes(self, logits: Floats, tables: Tables) -> Floats:
         """`[n, k]` in units, the same on every machine: of logits that are rounded so that all sums are exact."""
-        mean = tables["mean"].astype(np.float64) * (PARTS / SCALE)
-        whole = np.rint(logits.astype(np.float64) * (PARTS / self._unit) - mean)
+        from offline_kd.store.codecs.logit_loops import round_logits  # the compiler takes a second to import
+
+        factor, mean = PARTS / self._unit, tables["mean"].astype(np.float64) * (PARTS / SCALE)
+        short = np.empty(logits.shape, dtype=np.float32)
+        squares = round_logits(logits, factor, mean, short)
         # |axis| is SCALE, and rounding adds up to 2 %: rows shorter than 2**24 / SCALE have sums below 2**24, and
         # longer ones are made coarser.
-        length = np.sqrt(np.einsum("nc,nc->n", whole, whole, dtype=np.float64))
-        shift = np.frexp(length * (1.02 * SCALE / 2**24))[1].clip(min=0)[:, None]
-        short = np.rint(whole * np.ldexp(1.0, -shift)).astype(np.float32)
+        shift = np.frexp(np.sqrt(squares) * (1.02 * SCALE / 2**24))[1].clip(min=0)
+        long = np.flatnonzero(shift)
+        if len(long):
+            whole = np.rint(logits[long].astype(np.float64) * factor - mean)
+            short[long] = np.rint(whole * np.ldexp(1.0, -shift[long])[:, None])
         axes = torch.from_numpy(tables["axes"].astype(np.float32))
-        found = (torch.from_numpy(short) @ axes.T).numpy()
-        return found * np.ldexp(np.float32(1), shift - (PARTS * SCALE).bit_length() + 1)
+        found: Floats = (torch.from_numpy(short) @ axes.T).numpy()
+        found *= np.ldexp(np.float32(1), shift - (PARTS * SCALE).bit_length() + 1)[:, None]
+        return found
+
+    def _of_views(self, x: Floats, p: Whole, coders: Coders) -> Whole:
+        """`[n, v, k]` what `x`, in units, adds to `p` `[n, 1, k]`: numbers that have a code and exact sums."""
+        from offline_kd.store.codecs.logit_loops import round_views
+
+        reach = np.zeros(x.shape[2], dtype=np.float32)
+        reach[: len(coders.views)] = -coders.views.lowest
+        q, most_norm = np.empty(x.shape, dtype=np.int16), MOST_NORM / 2 / self.finer
+        largest = round_views(x, p, np.float32(self.finer), np.float32(0.5 - DEADZONE), reach, q)
+        return _short(q, most_norm) if largest > 0.999 * most_norm**2 else q
 
     def _in_units(self, q: Whole, p: Whole, tables: Tables) -> Floats:
-        """`[n, C]` what numbers of views and means `[n, k]` stand for, in 1/SCALE of a unit, exact."""
-        axes, mean = (torch.from_numpy(tables[name].astype(np.float32)) for name in ("axes", "mean"))
+        """`[n v, C]` what numbers `[n, v, k]` of views, `[n, 1, k]` of means stand for, in 1/SCALE of a unit, exact."""
+        axes, mean = axes_and_mean(tables).values()
         t = torch.from_numpy(q * np.int16(self.finer) + p)
-        return whole_logits(t, axes[: t.shape[1]], mean).numpy()
+        whole: Floats = whole_of_views(t, axes[: t.shape[2]], mean).flatten(0, 1).numpy()
+        return whole
 
     def _steps(self, whole: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Of the `count` largest of `[n, C]`: which classes, their steps, and whether these are fine: see `likeliest`.
@@ -257,19 +285,19 @@ class KltMeans(Codec):
         most = min(self.refine, num_classes)
         return np.rint(float(most) ** (np.arange(LEVELS) / (LEVELS - 1))).astype(np.int64)
 
-    def _refined(self, logits: Floats, whole: Floats, tables: Tables | None = None) -> tuple[Whole, Whole]:
+    def _everything(self, num_classes: int) -> Whole:
+        """`[LEVELS, m]`: how far from 0 differences may be before there are frequencies."""
+        return np.full((LEVELS, self.counts(num_classes)[-1]), MOST, dtype=np.int16)
+
+    def _refined(self, logits: Floats, whole: Floats, reach: Whole) -> tuple[Whole, Whole]:
         """`[n]` the level of each row, and `[n, m]` what is missing of its likeliest classes, in their steps."""
+        from offline_kd.store.codecs.logit_loops import refine_rows
+
         counts = self.counts(logits.shape[1])
-        most = int(counts[-1])
-        classes, steps, is_fine = (one.numpy() for one in self._steps(torch.from_numpy(whole), most))
-        level = np.searchsorted(counts, is_fine.sum(axis=1)).astype(np.int16)
-        missing = np.take_along_axis(logits, classes, axis=1)
-        missing = missing - np.take_along_axis(whole, classes, axis=1) * np.float32(self._unit / SCALE)
-        differences = np.rint(missing / steps).clip(-MOST, MOST).astype(np.int16)
-        if tables is not None:
-            reach = _reach(tables["refine_frequency"]).reshape(LEVELS, most)[level]
-            differences = differences.clip(-reach, reach)
-        return level, np.where(np.arange(most) < counts[level][:, None], differences, 0).astype(np.int16)
+        found = tuple(one.numpy() for one in self._steps(torch.from_numpy(whole), int(counts[-1])))
+        level, differences = np.empty(len(logits), dtype=np.int16), np.zeros((len(logits), counts[-1]), dtype=np.int16)
+        refine_rows(logits, whole, np.float32(self._unit / SCALE), found, counts, reach, level, differences)
+        return level, differences
 
     # ---- bytes -----------------------------------------------------------------------------------------------------
 
@@ -285,21 +313,25 @@ class KltMeans(Codec):
         return codes
 
     def _encode_rows(self, logits: Floats, q: Whole, p: Whole, tables: Tables, coders: Coders) -> NDArray[np.uint8]:
+        """`[n v, row_bytes]` of logits `[n v, C]`, of numbers `[n, v, k]` and of their images `[n, 1, k]`."""
         codes, too_long = self._encode_some(logits, q, p, tables, coders)
-        kept = q.shape[1]
+        kept, q_of_rows = q.shape[2], q.reshape(len(logits), 1, -1)
         while len(too_long):
             kept = _fewer(kept, "row_bytes", self.row_bytes)
-            q[too_long, kept:] = 0
-            codes[too_long], still = self._encode_some(logits[too_long], q[too_long], p[too_long], tables, coders)
+            q_of_rows[too_long, :, kept:] = 0
+            some = logits[too_long], q_of_rows[too_long], p[too_long // q.shape[1]]
+            codes[too_long], still = self._encode_some(*some, tables, coders)
             too_long = too_long[still]
         return codes
 
     def _encode_some(
         self, logits: Floats, q: Whole, p: Whole, tables: Tables, coders: Coders
     ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        level, differences = self._refined(logits, self._in_units(q, p, tables), tables)
+        reach = -coders.refined.lowest.reshape(LEVELS, -1)
+        level, differences = self._refined(logits, self._in_units(q, p, tables), reach)
         more = level, differences, coders.level, coders.refined, self.counts(logits.shape[1])
-        return encode_rows(q[:, : len(coders.views)], coders.views, self.row_bytes, more)
+        values = q.reshape(len(logits), -1)[:, : len(coders.views)]
+        return encode_rows(values, coders.views, self.row_bytes, more)
 
 
 def _fewer(kept: int, setting: str, most: int) -> int:

@@ -34,7 +34,7 @@ def likeliest(
     """
     if whole.device.type != "cpu":
         return likeliest_by_torch(whole, count, eighth, width, steps)
-    from offline_kd.store.codecs.row_loops import likeliest_rows  # the compiler takes a second to import
+    from offline_kd.store.codecs.logit_loops import likeliest_rows  # the compiler takes a second to import
 
     rows = whole.contiguous().numpy()
     sizes = np.array(steps, dtype=np.float32)

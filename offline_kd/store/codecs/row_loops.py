@@ -1,4 +1,4 @@
-"""The loops of `row_coder.py` and `likeliest.py`, compiled by numba when first called, and kept where that is possible.
+"""The loops of `row_coder.py`, compiled by numba when first called, and kept where that is possible.
 
 Four rows are decoded side by side, for each has to wait for itself.
 
@@ -30,17 +30,17 @@ from numba import njit
 from offline_kd.store.codecs.rans import BITS, BUCKET_BITS, LENGTH_BYTES, LOW, STATE_BYTES, TOTAL
 
 
-def _compiled(function: Any, **options: Any) -> Any:
+def compiled(function: Any, **options: Any) -> Any:
     try:
         return njit(cache=True, nogil=True, **options)(function)
     except RuntimeError:  # no folder may be written to: every process compiles for itself
         return njit(nogil=True, **options)(function)
 
 
-_inlined: Any = partial(_compiled, inline="always")
+inlined: Any = partial(compiled, inline="always")
 
 
-@_inlined
+@inlined
 def _found(slot, place, base, sums, begin):
     """Where the sum at the beginning of the symbol that a slot belongs to is."""
     at = base[place] + begin[place, slot >> (BITS - BUCKET_BITS)]
@@ -49,7 +49,7 @@ def _found(slot, place, base, sums, begin):
     return at
 
 
-@_inlined
+@inlined
 def _put(state, value, place, tables, buffer, at):
     """The state with one more number; what it has no room for goes before `at`."""
     lowest, base, sums, _ = tables
@@ -64,7 +64,7 @@ def _put(state, value, place, tables, buffer, at):
     return (whole << BITS) + (state - whole * frequency) + start, at
 
 
-@_compiled
+@compiled
 def encode_rows(values, tables, more, codes):
     """Fills `codes`, and says of which rows `[n]` the code was too long; of these nothing is written."""
     level, numbers, of_level, of_numbers, counts = more
@@ -92,7 +92,7 @@ def encode_rows(values, tables, more, codes):
     return too_long
 
 
-@_inlined
+@inlined
 def _begin(code):
     """The first state of a code, the place behind it, and where the code ends."""
     end = min(code.size, LENGTH_BYTES + np.int64(code[0]) + (np.int64(code[1]) << 8))
@@ -103,7 +103,7 @@ def _begin(code):
     return state, at, end
 
 
-@_inlined
+@inlined
 def _next(state, at, end, at_symbol, slot, sums, code):
     """State and place in the code behind a number."""
     start = sums[at_symbol]
@@ -114,7 +114,7 @@ def _next(state, at, end, at_symbol, slot, sums, code):
     return state, at
 
 
-@_compiled
+@compiled
 def decode_rows(codes, tables, values, states, ats, ends):
     """Fills `values`; states, places in the codes and ends of these `[n]` are what `decode_more` goes on from."""
     lowest, base, sums, begin = tables
@@ -152,7 +152,7 @@ def decode_rows(codes, tables, values, states, ats, ends):
             states[row], ats[row] = _next(states[row], ats[row], ends[row], found, slot, sums, codes[row])
 
 
-@_compiled
+@compiled
 def decode_more(codes, more, numbers, states, ats, ends):
     """Fills `numbers` with what follows in codes of which `decode_rows` has read the beginning."""
     of_level, (lowest, base, sums, begin), counts = more
@@ -170,71 +170,3 @@ def decode_more(codes, more, numbers, states, ats, ends):
             found = _found(slot, place, base, sums, begin)
             numbers[row, number] = found - base[place] + lowest[place]
             state, at = _next(state, at, end, found, slot, sums, code)
-
-
-# ---- the likeliest classes -------------------------------------------------------------------------------------------
-
-BUCKETS, CLASS_BITS = 256, 32
-
-
-@_inlined
-def _ordered(values, most, count, below, buckets, keys):
-    """How far the `count` largest of whole numbers `[C]` lie below the first, shifted by CLASS_BITS, and their places.
-
-    Only the numbers of the first few of BUCKETS, which are enough, are sorted.
-    """
-    for one in range(values.size):
-        value = values[one] if values[one] < most else most
-        below[one] = np.int32(value if value > -most else -most)
-    highest = lowest = below[0]
-    for one in range(values.size):
-        highest, lowest = max(highest, below[one]), min(lowest, below[one])
-    shift = 0
-    while (np.int64(highest) - lowest) >> shift >= BUCKETS:
-        shift += 1
-    sizes = np.zeros(BUCKETS, dtype=np.int32)
-    for one in range(values.size):
-        below[one] = highest - below[one]
-        buckets[one] = below[one] >> shift
-    for one in range(values.size):
-        sizes[buckets[one]] += 1
-    last, there = 0, sizes[0]
-    while there < count:
-        last += 1
-        there += sizes[last]
-    found = 0
-    for one in range(values.size):
-        keys[found] = (np.int64(below[one]) << CLASS_BITS) | one
-        found += buckets[one] <= last
-    return np.sort(keys[:found])
-
-
-@_compiled
-def likeliest_rows(whole, most, count, scale, exp, log, steps):
-    """See `likeliest`: classes, steps and whether these are fine, `[n, count]` of `[n, C]`."""
-    eighth, width = scale
-    rows, num_classes = whole.shape
-    classes = np.empty((rows, count), dtype=np.int64)
-    sizes = np.empty((rows, count), dtype=np.float32)
-    is_fine = np.empty((rows, count), dtype=np.bool_)
-    below, buckets = np.empty(num_classes, dtype=np.int32), np.empty(num_classes, dtype=np.int32)
-    keys = np.empty(num_classes + 1, dtype=np.int64)
-    for row in range(rows):
-        ordered = _ordered(whole[row], np.float32(most), count, below, buckets, keys)
-        # Both sums and steps only grow with the rank: no division.
-        total, share, edge = 0, 0, eighth
-        for rank in range(count):
-            while share < exp.size - 1 and (ordered[rank] >> CLASS_BITS) >= edge:
-                share += 1
-                edge += eighth
-            total += exp[share]
-        lift = eighth * np.searchsorted(log, total)
-        step, edge = 0, width
-        for rank in range(count):
-            while step < steps.size and (ordered[rank] >> CLASS_BITS) + lift >= edge:
-                step += 1
-                edge += width
-            classes[row, rank] = ordered[rank] & ((1 << CLASS_BITS) - 1)
-            sizes[row, rank] = steps[min(step, steps.size - 1)]
-            is_fine[row, rank] = step < steps.size
-    return classes, sizes, is_fine
