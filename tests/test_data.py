@@ -164,7 +164,7 @@ def test_checking_a_dataset_names_the_first_difference(tmp_path):
     tars = pack(samples(), tmp_path / "set", "train", 3)
     dataset = Dataset(folder="set", classes=["a", "b", "c"], splits={"train": Split(tars=tars)})
     assert check_dataset(dataset, [tmp_path], lambda tars: tars) == {"train": 6}
-    with pytest.raises(DataError, match=r"no sample of class 3 \('d'\)"):
+    with pytest.raises(DataError, match=r"no sample of 1 of 4 classes, such as 3 \('d'\)"):
         check_dataset(dataset.model_copy(update={"classes": ["a", "b", "c", "d"]}), [tmp_path], lambda tars: tars)
     with pytest.raises(DataError, match="label 2, the manifest names 2 classes"):
         check_dataset(dataset.model_copy(update={"classes": ["a", "b"]}), [tmp_path], lambda tars: tars)
@@ -224,7 +224,7 @@ def test_a_folder_of_splits_is_packed_whole_and_never_as_classes(tmp_path):
     one = yaml.safe_load(invoke(*pack, "--source", photos / "val", "--split", "val").stdout)["datasets"]["photos"]
     assert one["splits"] == {"val": entry["splits"]["val"]}
     folder_of(photos, "val/cow/e.png")
-    assert "class 'cow' has 1 pictures in val and none in train" in refused(*pack, "--source", photos)
+    assert "class 'cow' has 1 picture in val and none in train" in refused(*pack, "--source", photos)
     loose = folder_of(tmp_path / "loose", "train/cat/a.png", "train/dog/b.png", "test/x.png")
     assert "test: 0 class folders" in refused(*pack, "--source", loose)
     unusual = folder_of(tmp_path / "unusual", "fold0/a/1.png", "fold0/b/2.png", "fold1/a/3.png", "fold1/b/4.png")

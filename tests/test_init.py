@@ -13,7 +13,7 @@ from PIL import Image
 
 from offline_kd.data.folders import Photos, look_through, split_by_key
 from offline_kd.data.manifest import load_manifest
-from offline_kd.first_recipe import Seconds, plan, seconds_of_network
+from offline_kd.first_plan import Seconds, plan, seconds_of_network
 from offline_kd.models.networks import build
 from offline_kd.recipe import load_recipe
 from offline_kd.support.errors import DataError, ModelError
@@ -231,13 +231,13 @@ def test_what_splits_have_in_common_is_told_and_what_cannot_be_learned_refused(t
     put(photos / "Valid/red/copy.jpg", (photos / "training/blue/1.JPG").read_bytes())
     look_through(photos)
     said = capsys.readouterr().err
-    assert "2 pictures are also in another split" in said
-    assert "1 pictures are also in another class" in said
+    assert "in another split too, byte for byte: 2 pictures" in said
+    assert "in another class too, byte for byte: 1 picture, such as" in said
     (photos / "training/white").mkdir()
     put(photos / "training/white/1.jpg", picture(1, (255, 255, 255), 70, 70, "JPEG"))
     assert "Valid" in _said_of(photos, capsys, "no picture of 1 of 4 classes, such as 'white'")
     put(photos / "test/black/1.jpg", picture(1, (0, 0, 0), 70, 70, "JPEG"))
-    with pytest.raises(DataError, match="class 'black' has 1 pictures in test and none in training"):
+    with pytest.raises(DataError, match="class 'black' has 1 picture in test and none in training"):
         look_through(photos)
 
 

@@ -19,8 +19,9 @@ from PIL import Image, UnidentifiedImageError
 
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.decoding import MAX_PIXELS, UNDECODABLE, decode_image
+from offline_kd.data.shrinking import shrink
 from offline_kd.data.tars import IMAGE_EXTENSIONS, MAX_KEY_BYTES, Sample, hash_key
-from offline_kd.support.console import progress, say
+from offline_kd.support.console import counted, progress, say
 from offline_kd.support.errors import DataError, shorten
 
 TRAIN_NAMES = ("train", "training")
@@ -32,6 +33,7 @@ READ_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats
 OTHER_PICTURES = ("GIF", "BMP", "TIFF", "AVIF", "JPEG2000")  # by content; others have to be named like pictures
 LISTED = 100  # bad pictures that are named
 AT_ONCE = 1024  # pictures that are waiting to be decoded
+READ_AT_ONCE = 32  # files in memory on their way into a tar
 HELD_OUT = 5  # one of so many pictures, where a folder has no splits
 
 
@@ -44,7 +46,15 @@ class Picture:
     class_name: str
     extension: str  # of the member of a tar
     sha256: bytes
-    size: tuple[int, int]  # height and width in pixels, upright
+    size: tuple[int, int]  # height and width in pixels, upright, as it is packed
+    side: int | None = None  # pixels that its shorter side is made to have then; None: the file is packed as it is
+
+    def encoded(self) -> bytes:
+        """As it is packed; raises DataError for a file that was changed since it was decoded."""
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).digest() != self.sha256:
+            raise DataError(f"{self.path}: was changed while the folder was packed. Run the same command again.")
+        return content if self.side is None else shrink(content, self.side)
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,14 @@ class Photos:
     bad: list[BadPicture]
 
     def samples(self, split: str) -> Iterator[Sample]:
-        """The pictures of a split, byte for byte; raises DataError for one that was changed since it was decoded."""
+        """The pictures of a split as they are packed; raises what `Picture.encoded` does."""
         labels = {name: label for label, name in enumerate(self.classes)}
-        for picture in self.splits[split]:
-            encoded = picture.path.read_bytes()
-            if hashlib.sha256(encoded).digest() != picture.sha256:
-                raise DataError(f"{picture.path}: was changed while the folder was packed. Run the same command again.")
-            yield Sample(picture.key, labels[picture.class_name], encoded, picture.extension)
+        pictures = self.splits[split]
+        with _threads() as threads:
+            for start in range(0, len(pictures), READ_AT_ONCE):
+                some = pictures[start : start + READ_AT_ONCE]
+                for picture, encoded in zip(some, threads.map(Picture.encoded, some), strict=True):
+                    yield Sample(picture.key, labels[picture.class_name], encoded, picture.extension)
 
     def counts(self, split: str) -> Counter[str]:
         """Pictures of a split by class; 0 for a class without any."""
@@ -241,12 +252,16 @@ def _key(relative: Path, taken: Mapping[str, object]) -> str:
 
 
 def _decoded(files: Sequence[_File], done: Callable[[], None]) -> Iterator[Picture | BadPicture]:
-    """Pillow lets other threads run while it decodes."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
+    with _threads() as threads:
         for start in range(0, len(files), AT_ONCE):
             for one in threads.map(_decode, files[start : start + AT_ONCE]):
                 done()
                 yield one
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Pillow lets other threads run while it decodes and resamples."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
 def _decode(file: _File) -> Picture | BadPicture:
@@ -293,9 +308,10 @@ def _compare_splits(photos: Photos, names: Mapping[str, Sequence[str]]) -> None:
     for part in photos.splits:
         for name in names[part]:
             if not counts[first][name] and (counts[part][name] or name not in names[first]):
+                pictures = counted(counts[part][name], "pictures")
                 raise DataError(
-                    f"{photos.folder}: class '{name}' has {counts[part][name]:,} pictures in {part} and none in "
-                    f"{first}, where it would be learned. Put some into {first}/{name}, or remove {part}/{name}."
+                    f"{photos.folder}: class '{name}' has {pictures} in {part} and none in {first}, where it "
+                    f"would be learned. Put some into {first}/{name}, or remove {part}/{name}."
                 )
     for part in photos.splits:
         empty = [name for name in photos.classes if not counts[part][name]]
@@ -329,7 +345,7 @@ def _say_duplicates(photos: Photos) -> None:
         if pairs:
             one, other = pairs[0]
             say(
-                f"{photos.folder}: warning: {len(pairs):,} pictures are also in {where}, byte for byte, such as "
+                f"{photos.folder}: warning: in {where} too, byte for byte: {counted(len(pairs), 'pictures')}, such as "
                 f"{other.path} and {one.path}"
             )
 
