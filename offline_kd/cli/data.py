@@ -57,7 +57,7 @@ class OfFolder(TypedDict):
 @click.option(
     "--side",
     type=click.IntRange(min=0),
-    help="Of an imagefolder: larger pictures are packed with so many pixels on the shorter side.  [default: as they are]",
+    help="Of an imagefolder: larger pictures get so many pixels on the shorter side.  [default: as they are]",
 )
 @click.option("--write", "manifest_file", type=click.Path(path_type=Path), help="Merge the entry into this manifest.")
 def pack_command(
