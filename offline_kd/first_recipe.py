@@ -66,7 +66,7 @@ def first_recipe(
 # Every line may be changed.
 #
 #   command    offline-kd run recipe.yaml        teacher, store, students and report, in runs/{name}
-#   time       about {max(round(chosen.seconds / 60), 1)} min with {machine}, from what a few pictures took here
+#   time       about {max(round(chosen.seconds / 60), 1)} min with {machine} and nothing else going on, from what a few pictures took here
 name: {_text(name)}
 data:
   dataset: {_text(name)}  # its tars are named in data_manifest.yaml, and lie in data/{name}{_packed(photos)}
@@ -78,11 +78,11 @@ data:
 capture:
   codec: {_codec(len(photos.classes))}
 teacher:
-  model: {_text(start.model)}  # {printable(start.why)}{_warned(start)}
+  model: {_text(start.model)}  # {printable(start.why)}
 {_teacher(start, pictures, chosen, device)}\
 student:
   model: {_text(network)}  # {"as asked for" if student else "small; any cifar:, torchvision: or timm: network"}
-training:  # of every student
+{_student(network)}training:  # of every student
   epochs: {EPOCHS * chosen.rounds}  # every stored view is shown {EPOCHS} times
 {_training(pictures, device, "1.0e-3", "from nothing")}\
 objectives:  # one student each; all are served by one store, so adding one asks the teacher nothing
@@ -135,14 +135,12 @@ def _codec(classes: int) -> str:
     return "{name: auto, error_budget: 0.01}  # the smallest that changes probabilities by 1 % at most"
 
 
-def _warned(start: Start) -> str:
-    return f"\n  # {printable(start.warning)}" if start.warning else ""
-
-
 def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: torch.device) -> str:
     text = ""
     if start.weights is not None:
         text += f"  weights: {_text(start.weights)}\n"
+    elif start.warning:
+        text += "  # weights: pretrained  # or a file, and head: new: better than nothing with so few pictures\n"
     if not start.trains:
         return text + "  # normalisation and crop: add them where it learned with others than its library's\n"
     if start.new_head:
@@ -155,6 +153,13 @@ def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: to
     rate, why = ("2.0e-4", "small, for what it knows already") if start.new_head else ("1.0e-3", "from nothing")
     training = _training(pictures, device, rate, why).replace("\n  ", "\n    ")
     return f"{text}  training:\n    epochs: {TEACHER_EPOCHS * chosen.rounds}\n  {training}"
+
+
+def _student(network: str) -> str:
+    """How a student begins from what its library learned, which few pictures cannot teach it."""
+    if not network.startswith(("timm:", "torchvision:")):
+        return ""
+    return "  # weights: pretrained  # begins with what its library has learned, where there is a network\n"
 
 
 def _training(pictures: Sequence[Picture], device: torch.device, rate: str, why: str) -> str:

@@ -8,6 +8,7 @@ import re
 import struct
 import tarfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -203,6 +204,17 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
     (tmp_path / "cat" / "a.png").write_bytes(b"changed")
     with pytest.raises(DataError, match=r"cat/a.png: was changed while the folder was packed"):
         list(found.samples("train"))
+
+
+def test_a_small_split_may_lack_a_class_and_the_largest_may_not(tmp_path, capsys):
+    tars = {
+        "train": pack(samples(), tmp_path / "set", "train", 6),
+        "val": pack([replace(one, label=0) for one in samples()[:2]], tmp_path / "set", "val", 6),
+    }
+    about = {"folder": "set", "classes": ["a", "b", "c"]}
+    dataset = Dataset(**about, splits={part: Split(tars=some) for part, some in tars.items()})
+    assert check_dataset(dataset, [tmp_path], lambda tars: tars) == {"train": 6, "val": 2}
+    assert "split 'val': no sample of 2 of 3 classes, such as 1 ('b')" in capsys.readouterr().err
 
 
 def folder_of(root, *names):

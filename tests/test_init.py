@@ -11,8 +11,10 @@ import yaml
 from conftest import CPU, invoke, refused
 from PIL import Image
 
+from offline_kd.data.decoding import decode_image
 from offline_kd.data.folders import Photos, look_through, split_by_key
 from offline_kd.data.manifest import load_manifest
+from offline_kd.data.tars import read_tar
 from offline_kd.first_plan import Seconds, plan, seconds_of_network
 from offline_kd.models.networks import build
 from offline_kd.recipe import load_recipe
@@ -73,12 +75,15 @@ def test_two_lines_make_students_of_a_folder(here):
     said = init("--student", "cifar:resnet8")
     assert "24 pictures of 3 classes" in said
     assert "one of 5 pictures, by its key, is held out" in said
+    assert "warning: a teacher that begins with nothing and learns from 18 pictures may know no more" in said
+    assert "# 2 steps an epoch" in (here / "recipe.yaml").read_text()
     assert said.splitlines()[-1] == "offline-kd run recipe.yaml"
     short = ("teacher.training.epochs=2", "training.epochs=2", "views.count=2")
     result = invoke("run", "recipe.yaml", *(word for one in short for word in ("--set", one)), "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (here / "runs/photos/students").iterdir()} == {"kd-0", "ce-0"}
-    assert (here / "runs/photos/report.html").is_file()
+    sentence = next(line for line in result.stderr.splitlines() if line.startswith("Students are "))
+    assert sentence in (here / "runs/photos/report.html").read_text()
     assert invoke("data", "check", "photos").exit_code == 0
 
 
@@ -95,11 +100,15 @@ def test_a_first_recipe_runs_as_it_is_and_its_networks_learn(here, make):
 
 def test_a_recipe_for_pictures_in_splits_names_them_and_says_why_of_every_setting(here):
     large_pictures(here / "photos")
-    init("--out", "new folder", "--name", "null")
+    said = init("--out", "new folder", "--name", "null", "--side", 64)
+    assert "photos: 24 pictures of 24 with more than 64 pixels on the shorter side will be packed with 64" in said
     text = (here / "new folder/recipe.yaml").read_text()
     recipe = load_recipe(here / "new folder/recipe.yaml")
     assert (recipe.name, recipe.data.train, recipe.data.evaluation) == ("null", "training", "Valid")
     assert recipe.views.output_size == 64
+    assert "; of larger pictures with 64 pixels on the shorter side" in text
+    samples, _ = read_tar(here / "new folder/data/null/training-000000.tar")
+    assert {min(decode_image(one.encoded).size) for one in samples} == {64}
     assert recipe.teacher.crop == recipe.evaluation_crop
     assert recipe.training.epochs == 3 * recipe.views.num_views
     settings = [line for line in text.splitlines() if line.startswith("  ") and not line.strip().endswith(":")]
@@ -144,6 +153,7 @@ def test_weights_of_ones_own_are_used_as_they_are_or_with_a_new_last_layer(here)
         torch.save(build("cifar:resnet8", classes).state_dict(), here / f"{classes}.pth")
     said = init("--weights", "3.pth")
     assert "it has 3 outputs, and is used as it is" in said
+    assert "warning" not in said
     teacher = load_recipe(here / "recipe.yaml").teacher
     assert (teacher.weights, teacher.training) == ("3.pth", None)
     init("--weights", "7.pth", "--out", "other")
@@ -193,6 +203,14 @@ def test_what_init_cannot_use_is_refused_before_anything_is_written(here, argume
     usual = ("--images", "photos", "--teacher", "cifar:resnet8", "--device", "cpu")
     assert message in refused("init", *usual, *arguments.split())
     assert sorted(here.rglob("*")) == before
+
+
+def test_init_without_pictures_or_teacher_says_the_two_lines(here):
+    two_lines = "`offline-kd init --images FOLDER --teacher timm:resnet50`, `offline-kd run recipe.yaml`"
+    for arguments, missing in (((), "--images and --teacher"), (("--images", "photos"), "--teacher")):
+        message = refused("init", *arguments)
+        assert f"init: {missing} missing" in message
+        assert two_lines in message
 
 
 # ---- splits --------------------------------------------------------------------------------------------------------

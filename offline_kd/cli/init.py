@@ -107,7 +107,7 @@ def command(images: Path | None, teacher: str | None, **options: Unpack[InitOpti
     say(f"{out / RECIPE_NAME} and {out / MANIFEST_NAME} are written, the pictures packed in {tars}.")
     if recipe.minutes > options["minutes"]:
         say(f"--minutes {options['minutes']} is too little: a smaller --teacher or --student, or a GPU, takes less.")
-    say(f"Next, about {max(round(recipe.minutes), 1)} min (see the recipe):")
+    say(f"Next, about {max(round(recipe.minutes), 1)} min where nothing else is going on (see the recipe):")
     go = "" if out.resolve() == Path.cwd() else f"cd {shlex.quote(str(out))} && "
     click.echo(f"{go}offline-kd run {RECIPE_NAME}")
 

@@ -21,7 +21,7 @@ from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import fit
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
-from offline_kd.distill.results import Result, Run
+from offline_kd.distill.results import Result, Run, keep_teacher_evaluation
 from offline_kd.distill.run_directory import run_place
 from offline_kd.distill.student import Beginning, Student, new_student, prepare_network
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
@@ -102,7 +102,10 @@ def distill(
     """
     check_tracker(options.get("log"))
     with joined(device):
-        return fit(*prepare(recipe, manifest, roots, run_place(out), device, options))
+        prepared = prepare(recipe, manifest, roots, run_place(out), device, options)
+        result = fit(*prepared)
+        from_first(lambda: keep_teacher_evaluation(prepared[0]))
+        return result
 
 
 def prepare(
@@ -160,7 +163,8 @@ def prepare(
     source = source_of(recipe, images, [] if online else opened, terms, groups)
     loader = make_loader(recipe, source, seed, device, live_size, shared)
     digest = "+".join(store.digest for store in opened)
-    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=options.get("log"))
+    said_of = opened[0] if len(opened) == 1 and asked == "store" else None
+    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=options.get("log"), store=said_of)
     return run, student, loader, evaluated, ask
 
 
