@@ -66,7 +66,7 @@ def first_recipe(
 # Every line may be changed.
 #
 #   command    offline-kd run recipe.yaml        teacher, store, students and report, in runs/{name}
-#   time       about {max(round(chosen.seconds / 60), 1)} min with {machine} and nothing else going on, from what a few pictures took here
+#   time       about {max(round(chosen.seconds / 60), 1)} min with {machine}, by a few pictures that were timed here
 name: {_text(name)}
 data:
   dataset: {_text(name)}  # its tars are named in data_manifest.yaml, and lie in data/{name}{_packed(photos)}

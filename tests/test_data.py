@@ -308,7 +308,7 @@ def test_packing_lists_all_bad_pictures_at_once_and_leaves_them_out_when_told_to
     assert "neither file nor folder (1)" in left_out
     check = invoke("data", "check", "photos", "--manifest", "manifest.yaml", "--data-root", "data")
     assert "photos: train 6 samples, all good" in check.output
-    assert "are for imagefolder" in refused("data", "pack", "digits", "--bad-images", "skip")
+    assert "--bad-images: for imagefolder only" in refused("data", "pack", "digits", "--bad-images", "skip")
     inside = ("data", "pack", "imagefolder", "--source", "photos", "--out", "photos/packed")
     assert "lies in the folder of the pictures" in refused(*inside)
 

@@ -9,7 +9,8 @@ from offline_kd.data.decoding import decode_image
 from offline_kd.data.manifest import EvaluationCrop
 from offline_kd.data.tars import read_tar
 from offline_kd.first_plan import Start, side_for
-from offline_kd.models.networks import input_of
+from offline_kd.first_recipe import OF_IMAGENET
+from offline_kd.models.networks import Input
 
 
 def test_larger_pictures_are_packed_smaller_upright_and_others_byte_for_byte(tmp_path):
@@ -49,9 +50,7 @@ def test_larger_pictures_are_packed_smaller_upright_and_others_byte_for_byte(tmp
 
 
 def test_a_side_leaves_a_view_of_a_quarter_more_pixels_than_the_teacher_sees():
-    start = Start("timm:resnet18", None, False, True, "", input_of("timm:resnet18", None))
-    assert start.sees.crop.size < 256
-    assert side_for(start) == 512
-    larger = start.sees.model_copy(update={"crop": EvaluationCrop(size=384, resize=384)})
-    assert side_for(Start("any", None, False, True, "", larger)) == 768
+    for seen, side in ((224, 512), (384, 768)):
+        start = Start("any", None, False, True, "", Input(OF_IMAGENET, EvaluationCrop(size=seen, resize=seen)))
+        assert side_for(start) == side
     assert side_for(Start("any", None, False, True, "", None)) == 512

@@ -41,6 +41,7 @@ class OfFolder(TypedDict):
     split: str | None
     bad_images: Literal["fail", "skip"] | None
     side: int | None
+    labels: Path | None
 
 
 @command.command("pack")
@@ -53,6 +54,11 @@ class OfFolder(TypedDict):
     "--bad-images",
     type=click.Choice(["fail", "skip"]),
     help="Of an imagefolder: what happens with pictures that cannot be decoded, when all are listed.  [default: fail]",
+)
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="Of an imagefolder without folders of classes: a CSV of `file,class`.",
 )
 @click.option(
     "--side",
@@ -129,7 +135,7 @@ def _photos(kind: str, source: Path | None, to: Root, options: OfFolder) -> Phot
         return None
     folder = _own_copy(kind, source)
     refuse_inside(folder, to)
-    photos = look_through(folder, options["split"], options["bad_images"] or "fail")
+    photos = look_through(folder, options["split"], options["bad_images"] or "fail", options["labels"])
     return shrunk(photos, options["side"]) if options["side"] else photos
 
 

@@ -25,6 +25,7 @@ class InitOptions(TypedDict):
     """What `init` is told besides images and teacher."""
 
     student: str | None
+    labels: Path | None
     weights: str
     name: str | None
     out: Path
@@ -37,6 +38,9 @@ class InitOptions(TypedDict):
 @click.command("init")
 @click.option("--images", type=click.Path(path_type=Path), help="Folder of SPLIT/CLASS/IMAGE or CLASS/IMAGE.")
 @click.option("--teacher", help="Its network: timm:NAME, torchvision:NAME, cifar:NAME or module:function.")
+@click.option(
+    "--labels", type=click.Path(path_type=Path), help="CSV of `file,class`, for a folder without folders of classes."
+)
 @click.option("--student", help="Its network.  [default: a small one]")
 @click.option(
     "--weights",
@@ -68,6 +72,7 @@ def command(images: Path | None, teacher: str | None, **options: Unpack[InitOpti
 
     \b
     offline-kd init --images photos --teacher timm:resnet50
+    offline-kd init --images photos --labels labels.csv --teacher timm:resnet50
     offline-kd init --images photos --teacher timm:resnet50 --weights mine.pth --student timm:mobilenetv3_small_100
     offline-kd run recipe.yaml
     """
@@ -90,7 +95,7 @@ def command(images: Path | None, teacher: str | None, **options: Unpack[InitOpti
     device, weights = choose_device(options["device"]), _weights(options["weights"], out)
     for network in filter(None, (teacher, options["student"])):
         build(network, 2)  # a wrong name should not wait for pictures to be looked at
-    photos = _with_splits(look_through(images, on_bad="skip"))
+    photos = _with_splits(look_through(images, on_bad="skip", table=options["labels"]))
     _show(photos)
     check_same_dataset(out / MANIFEST_NAME, name, name, photos.classes)
     start = teacher_start(teacher, weights, photos)
@@ -140,7 +145,8 @@ def _weights(weights: str, out: Path) -> str:
 
 def _with_splits(photos: Photos) -> Photos:
     """With a split to learn from and one to measure on, and without classes that have no picture."""
-    from offline_kd.data.folders import HELD_OUT, evaluation_split, split_by_key, training_split, without_empty_classes
+    from offline_kd.data.folders import evaluation_split, training_split
+    from offline_kd.data.splitting import HELD_OUT, split_by_key, without_empty_classes
     from offline_kd.support.console import counted, say
 
     photos = without_empty_classes(photos)
