@@ -124,7 +124,7 @@ def _lock(out: Path, descriptor: int) -> None:
 
 def _sweep(out: Path) -> None:
     """Remove what a killed run was about to write: it alone has such names, and it no longer runs."""
-    tensors = ("student*.safetensors", "best*.safetensors", "epoch-*.safetensors", "evaluation.safetensors")
+    tensors = ("student*.safetensors", "best*.safetensors", "epoch-*.safetensors", "*evaluation.safetensors")
     for name in ("recipe.yaml", "last.ckpt", "previous.ckpt", "metrics.jsonl", *tensors, "result.json"):
         for partial in out.glob(f"{name}.*-*.partial"):
             partial.unlink()
