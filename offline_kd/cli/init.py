@@ -36,8 +36,10 @@ class InitOptions(TypedDict):
 
 
 @click.command("init")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder of SPLIT/CLASS/IMAGE or CLASS/IMAGE.")
-@click.option("--teacher", help="Its network: timm:NAME, torchvision:NAME, cifar:NAME or module:function.")
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Folder of SPLIT/CLASS/IMAGE or CLASS/IMAGE.  [required]"
+)
+@click.option("--teacher", help="Its network: timm:NAME, torchvision:NAME, cifar:NAME or module:function.  [required]")
 @click.option(
     "--labels", type=click.Path(path_type=Path), help="CSV of `file,class`, for a folder without folders of classes."
 )
@@ -110,9 +112,10 @@ def command(images: Path | None, teacher: str | None, **options: Unpack[InitOpti
     merge_dataset(out / MANIFEST_NAME, name, manifest_entry(name, photos.classes, packed))
     write_atomically(out / RECIPE_NAME, recipe.text)
     say(f"{out / RECIPE_NAME} and {out / MANIFEST_NAME} are written, the pictures packed in {tars}.")
-    if recipe.minutes > options["minutes"]:
+    minutes = max(round(recipe.minutes), 1)
+    if minutes > options["minutes"]:
         say(f"--minutes {options['minutes']} is too little: a smaller --teacher or --student, or a GPU, takes less.")
-    say(f"Next, about {max(round(recipe.minutes), 1)} min where nothing else is going on (see the recipe):")
+    say(f"Next, about {minutes} min where nothing else is going on (see the recipe):")
     go = "" if out.resolve() == Path.cwd() else f"cd {shlex.quote(str(out))} && "
     click.echo(f"{go}offline-kd run {RECIPE_NAME}")
 
