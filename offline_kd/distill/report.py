@@ -139,7 +139,9 @@ def _answered(group: Group, runs: Sequence[RunRecord], teachers: dict[str, Predi
         said = predictions_of(run)
         if said is None:
             continue
-        teacher = None if run.is_teacher else _teacher_of(run, runs, teachers)
+        teacher = _told_by_store(run, teachers)
+        if teacher is None or agreement(teacher, said) is None:  # it may have been measured on another split
+            teacher = None if run.is_teacher else _teacher_of(run, runs, teachers)
         with_teacher[str(run.place)] = agreement(teacher, said) if teacher else None
         apart[str(run.place)] = divergence(teacher, said) if teacher else None
         of_teachers += [teacher.top1] if teacher and with_teacher[str(run.place)] is not None else []
@@ -172,19 +174,23 @@ def predictions_of(run: RunRecord) -> Predictions | None:
     return found
 
 
+def _told_by_store(run: RunRecord, known: dict[str, Predictions | None]) -> Predictions | None:
+    """What the teacher of a run answered when it was measured; None where that was not kept."""
+    content = read_if_there(run.place, FILE_OF_TEACHER, MOST_FILE_BYTES) if run.result.targets == "store" else None
+    if content is None:
+        return None
+    digest = hashlib.sha256(content).hexdigest()  # students of one store share it
+    if digest not in known:
+        known[digest] = read_predictions(content, f"{run.place}/{FILE_OF_TEACHER}")
+    return known[digest]
+
+
 def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Predictions | None]) -> Predictions | None:
-    """What the teacher of a run answered: as the run was told by its store, of the run directory that its recipe names,
-    or of the only teacher among `runs` that is the same network; None where several teachers were mixed, or none can be
-    had."""
+    """What the teacher of a run answered: of the run directory that its recipe names, or of the only teacher among
+    `runs` that is the same network; None where several teachers were mixed, or none can be had."""
     wanted = run.recipe.teacher
     if isinstance(run.recipe.store, list):
         return None
-    told = read_if_there(run.place, FILE_OF_TEACHER, MOST_FILE_BYTES) if run.result.targets == "store" else None
-    if told is not None:
-        digest = hashlib.sha256(told).hexdigest()
-        if digest not in known:
-            known[digest] = read_predictions(told, f"{run.place}/{FILE_OF_TEACHER}")
-        return known[digest]
     weights = Path(as_file(wanted.weights or "-").file)
     if weights.name in ("teacher.safetensors", "student.safetensors") and (weights.parent / FILE).is_file():
         key = str(weights.parent)
