@@ -35,6 +35,7 @@ MOST = 100
 TEACHER_EPOCHS, EPOCHS = 2, 3  # of a round
 SHOWN = 100_000  # pictures that a student should see at least: more rounds for fewer pictures
 STUDENTS = 2  # objectives of the recipe
+PROBED = 2_000  # pictures; with fewer the last layer of a teacher that knows others learns more if it learns alone
 FEW_PICTURES = 10_000  # from which a teacher that knew nothing may not learn more than a student
 SIDE = 512  # pixels: a view of a quarter of a picture still has more of them than the largest of SIZES
 
@@ -50,6 +51,7 @@ class Start:
     why: str
     sees: Input | None  # what its library knows of it
     warning: str = ""  # of what is to be expected of it
+    head_alone: bool = False  # it learns its new last layer and nothing else
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ def teacher_start(model: str, weights: str, photos: Photos) -> Start:
     """
     start = _start(model, weights, len(photos.classes))
     pictures = len(photos.splits[train_of(photos)])
+    if start.new_head and pictures < PROBED:
+        return replace(
+            start, head_alone=True, why=start.why.replace("and all of it, learns", "and nothing else, learns")
+        )
     if start.weights is not None or pictures >= FEW_PICTURES:
         return start
     warning = (
@@ -229,6 +235,7 @@ def seconds_of_all(start: Start, student: str, photos: Photos, device: torch.dev
             raise
         sizes, first = [own], own  # transformers take one size
         taught, answered = seconds_of_network(start.model, classes, own, device)
+    taught = answered if start.head_alone else taught  # no gradients but those of the last layer
     learned, _ = seconds_of_network(student, classes, first, device)
     views = RandomCrop(kind="random_resized_crop", size=first, decoding=decoding_for(pictures, first), count=1)
     some = [] if exact else pictures[:: max(len(pictures) // TIMED_PICTURES, 1)][:TIMED_PICTURES]

@@ -251,7 +251,7 @@ def test_one_sentence_says_whether_the_teacher_helped(runs, tmp_path):
     same = answered(tmp_path / "kd", 30, 0)
     worse = invoke("report", runs[1], poor, same, "--out", tmp_path / "worse.html").stderr
     assert "no better with the teacher than from labels alone: kd has 50.00 %, ce 50.00 %. The teacher" in worse
-    assert "itself has 40.00 %, no more than plain training: take one with pretrained weights" in worse
+    assert "itself has 40.00 %, no more than plain training: take one that knows more" in worse
     good = invoke("report", runs[0], runs[1], same, "--out", tmp_path / "good.html").stderr
     assert "ce 50.00 %, which may be chance: seeds tell (seeds: [0, 1, 2]). Try another objective" in good
     assert "Students are" not in invoke("report", runs[4], "--out", tmp_path / "alone.html").stderr

@@ -28,8 +28,8 @@ def _sentence(found: Sequence[Summary], teacher: float | None, summaries: Sequen
     text = f"Students are no better with the teacher than from labels alone: {figures}"
     if teacher is not None and teacher <= plain.top1_mean:
         return (
-            f"{text}. The teacher itself has {teacher:.2f} %, no more than plain training: take one with pretrained "
-            "weights, or train it longer (docs/teachers.md)."
+            f"{text}. The teacher itself has {teacher:.2f} %, no more than plain training: take one that knows more, "
+            "with pretrained weights, on larger views or after more epochs (docs/teachers.md)."
         )
     return f"{text}, {_chance(best.difference)}. Try another objective, more views or more epochs."
 
