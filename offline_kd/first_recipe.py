@@ -1,83 +1,37 @@
-"""A first recipe for somebody's own pictures: what every setting follows from stands beside it.
-
-Networks and reading are timed on this machine, so that the recipe takes about as long as was asked for.
-"""
+"""A first recipe for somebody's own pictures: what every setting follows from stands beside it."""
 
 import json
 import math
 import os
 import re
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 import yaml
-from torch.nn import functional as F
 
-from offline_kd.data.decoding import decode, is_scalable
-from offline_kd.data.folders import Photos, Picture, evaluation_split, training_split
+from offline_kd.data.folders import Photos, Picture, evaluation_split
 from offline_kd.data.manifest import EvaluationCrop, Normalisation
-from offline_kd.data.tars import hash_key
-from offline_kd.models.checkpoints import read_state_dict
-from offline_kd.models.networks import Input, build, head_of, input_of
-from offline_kd.models.pretrained import fetch_pretrained
-from offline_kd.models.weights import begin_from
-from offline_kd.support.console import printable
-from offline_kd.support.errors import ModelError
-from offline_kd.views.kind import draw
+from offline_kd.first_plan import (
+    EPOCHS,
+    MANY,
+    TEACHER_EPOCHS,
+    Plan,
+    Start,
+    batch_size_for,
+    decoding_for,
+    one_size,
+    plan,
+    seconds_of_all,
+    short_side,
+    train_of,
+)
+from offline_kd.support.console import counted, printable
 from offline_kd.views.random_resized_crop import RandomCrop
-from offline_kd.views.render import decoding_scales, render_view
 
-SIZES = (224, 192, 160, 128, 96, 64)  # of views, in pixels; the largest that there is time for is taken
-SMALL = 64  # pictures of one size and at most so many pixels a side are shifted, not resampled
-TIMED_AT = 128  # pixels; networks take as long as they have pixels, nearly
-TIMED_BATCH, TIMED_PICTURES = 8, 8
-OF_A_THREAD = 0.7  # n threads are so many as n to this power
-FEW, ENOUGH, MANY = 4, 8, 20  # rounds: a view of every picture that is stored, and the epochs that belong to it
-MOST = 100
-TEACHER_EPOCHS, EPOCHS = 2, 3  # of a round
-SHOWN = 100_000  # pictures that a student should see at least: more rounds for fewer pictures
-STUDENTS = 2  # objectives of the recipe
 STUDENT, SMALL_STUDENT = "torchvision:mobilenet_v3_small", "cifar:resnet20"
 FEW_CLASSES = 100  # for which 16 bits each are not much
 OF_IMAGENET = Normalisation(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class Start:
-    """What the teacher begins with."""
-
-    model: str
-    weights: str | None  # as recipes name them
-    new_head: bool
-    trains: bool
-    why: str
-    sees: Input | None  # what its library knows of it
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """What one picture costs on this machine, the networks at TIMED_AT pixels."""
-
-    teaching: float  # a training step of the teacher; 0: it is not trained
-    answering: float
-    learning: float  # a training step of the student
-    reading: float  # decoding it, and rendering a view
-    asked_at: int | None = None  # pixels that the teacher sees, whatever the student's are
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What there is time for."""
-
-    size: int  # of views, in pixels
-    rounds: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -86,183 +40,6 @@ class FirstRecipe:
 
     text: str
     minutes: float
-
-
-# ---- the teacher ---------------------------------------------------------------------------------------------------
-
-
-def teacher_start(model: str, weights: str, num_classes: int) -> Start:
-    """What a teacher begins with.
-
-    Args:
-        weights: a file; "none"; or "pretrained" ("auto": where they can be had), which fetches them.
-
-    Raises ModelError for networks nobody knows and for weights that do not fit or cannot be had.
-    """
-    network, sees = build(model, num_classes), input_of(model, None)
-    if weights == "none":
-        return Start(model, None, False, True, "it learns from nothing, as --weights none says", sees)
-    if weights not in ("auto", "pretrained"):
-        state = read_state_dict(Path(weights))
-        if begin_from(network, state, head_of(model, num_classes, {}), None, "teacher.head"):
-            why = f"its last layer has not {num_classes} outputs: a new one, and all of it, learns from the pictures"
-            return Start(model, weights, True, True, why, sees)
-        return Start(model, weights, False, False, f"it has {num_classes} outputs, and is used as it is", sees)
-    named, problem = fetch_pretrained(model)
-    if named is not None:
-        return Start(model, named, True, True, "it knows other pictures; a new last layer, and all of it, learns", sees)
-    if weights == "pretrained":
-        raise ModelError(f"'{model}': {problem}. Give --weights FILE, or --weights none to train it from nothing.")
-    return Start(model, None, False, True, f"it learns from nothing: {problem}", sees)
-
-
-# ---- what follows from the pictures --------------------------------------------------------------------------------
-
-
-def train_of(photos: Photos) -> str:
-    """The split to learn from."""
-    return training_split(photos.splits) or next(iter(photos.splits))
-
-
-def one_size(pictures: Sequence[Picture]) -> int | None:
-    """The longer side, in pixels, of pictures that are small and all of one size; None for others."""
-    sizes = {picture.size for picture in pictures}
-    side = max(max(size) for size in sizes)
-    return side if len(sizes) == 1 and side <= SMALL else None
-
-
-def short_side(pictures: Sequence[Picture]) -> int:
-    """In pixels; half of the pictures have at least so many."""
-    return sorted(min(picture.size) for picture in pictures)[len(pictures) // 2]
-
-
-def view_sizes(pictures: Sequence[Picture]) -> list[int]:
-    """Sizes that views may have, the largest first: none is larger than the pictures are."""
-    side, short = one_size(pictures), short_side(pictures)
-    return [side] if side else [size for size in SIZES if size <= short] or [max(short // 8 * 8, 16)]
-
-
-def decoding_for(pictures: Sequence[Picture], size: int) -> Literal["full", "scaled"]:
-    """Pictures that are several times larger than their views need not be decoded whole."""
-    return "scaled" if short_side(pictures) >= 4 * size else "full"
-
-
-def batch_size_for(rows: int) -> int:
-    """Some 30 steps an epoch, of 16 to 128 pictures."""
-    return int(2 ** min(max(round(math.log2(rows / 30)), 4), 7))
-
-
-# ---- time ----------------------------------------------------------------------------------------------------------
-
-
-def seconds_of_network(model: str, num_classes: int, size: int, device: torch.device) -> tuple[float, float]:
-    """Of a training step and of an answer, for one image, as if it had TIMED_AT pixels a side.
-
-    Raises ModelError where images of that size do not fit.
-    """
-    network = build(model, num_classes).to(device)
-    images = torch.rand(TIMED_BATCH, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-    labels = torch.zeros(TIMED_BATCH, dtype=torch.long, device=device)
-
-    def step() -> None:
-        torch.autograd.backward(F.cross_entropy(network(images), labels))
-
-    def answer() -> None:
-        with torch.inference_mode():
-            network(images)
-
-    def fastest(work: Callable[[], None]) -> float:
-        return min(timed(work, device) for _ in range(3)) / TIMED_BATCH * (TIMED_AT / size) ** 2
-
-    try:
-        taught = fastest(step)
-        network.eval()
-        return taught, fastest(answer)
-    except (RuntimeError, AssertionError, ValueError, TypeError, IndexError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"'{model}' does not take {size}x{size} pixels: {reason}") from error
-
-
-def timed(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds on this machine when nothing else is going on there, whatever is going on.
-
-    On a CPU the time of one thread is taken, which other programs do not change much: waiting for each other, several
-    threads would take many times as long on a busy machine.
-    """
-    if device.type == "cuda":
-        started = time.perf_counter()
-        work()
-        torch.cuda.synchronize(device)
-        return time.perf_counter() - started
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        started = time.thread_time()
-        work()
-        return (time.thread_time() - started) / threads**OF_A_THREAD
-    finally:
-        torch.set_num_threads(threads)
-
-
-def read(picture: Picture, views: RandomCrop) -> None:
-    """Decode a picture, and render a view of it."""
-    encoded = picture.path.read_bytes()
-    drawn = draw(views, np.array([hash_key(picture.key)], dtype=np.uint64), np.array([picture.size]))
-    view = {name: values[0, 0] for name, values in drawn.items()}
-    scale = int(decoding_scales(views, view["box"], views.size)) if is_scalable(encoded) else 1
-    decoded = decode(encoded, scale)
-    render_view(decoded.pixels, view | {"box": decoded.box(view["box"])}, views.size, views.interpolation)
-
-
-def seconds_of_all(start: Start, student: str, photos: Photos, device: torch.device) -> tuple[Seconds, list[int]]:
-    """What one picture costs, and the sizes that both networks take; raises ModelError where there are none."""
-    pictures, classes = photos.splits[train_of(photos)], len(photos.classes)
-    sizes, exact = view_sizes(pictures), one_size(pictures) is not None
-    first = min(TIMED_AT, sizes[0])
-    own = start.sees.crop.size if start.sees and not exact else first
-    at = first if start.trains else own
-    try:
-        taught, answered = seconds_of_network(start.model, classes, at, device)
-    except ModelError:
-        if at == own:
-            raise
-        sizes, first = [own], own  # transformers take one size
-        taught, answered = seconds_of_network(start.model, classes, own, device)
-    learned, _ = seconds_of_network(student, classes, first, device)
-    views = RandomCrop(kind="random_resized_crop", size=first, decoding=decoding_for(pictures, first), count=1)
-    some = [] if exact else pictures[:: max(len(pictures) // TIMED_PICTURES, 1)][:TIMED_PICTURES]
-    reading = [timed(partial(read, picture, views), torch.device("cpu")) for picture in some]
-    mean = sum(reading) / max(len(reading), 1)
-    return Seconds(taught * start.trains, answered, learned, mean, None if start.trains else own), sizes
-
-
-def plan(seconds: Seconds, rows: int, held_out: int, sizes: Sequence[int], budget: float) -> Plan:
-    """The largest size for which there is time for ENOUGH rounds, or else the smallest; and how many rounds.
-
-    Args:
-        rows: pictures to learn from.
-        held_out: pictures to measure on, after every epoch.
-        sizes: of views, the largest first.
-        budget: in seconds.
-    """
-    most = min(max(MANY, math.ceil(SHOWN / (EPOCHS * rows))), MOST)
-
-    def of_a_round(size: int) -> float:
-        larger, asked = ((one / TIMED_AT) ** 2 for one in (size, seconds.asked_at or size))
-
-        def epoch(step: float) -> float:  # an answer takes a third of a training step
-            return rows * (step * larger + seconds.reading) + held_out * (step / 3 * larger + seconds.reading)
-
-        teacher = TEACHER_EPOCHS * epoch(seconds.teaching) if seconds.teaching else 0
-        answers = rows * (seconds.answering * asked + seconds.reading)
-        return teacher + answers + STUDENTS * EPOCHS * epoch(seconds.learning)
-
-    size = next((size for size in sizes if of_a_round(size) * ENOUGH <= budget), sizes[-1])
-    rounds = int(min(max(budget / of_a_round(size), FEW), most))
-    return Plan(size, rounds, rounds * of_a_round(size))
-
-
-# ---- the recipe ----------------------------------------------------------------------------------------------------
 
 
 def first_recipe(
@@ -285,14 +62,14 @@ def first_recipe(
     machine = "a GPU" if device.type == "cuda" else f"{os.cpu_count()} cores"
     workers = min((os.cpu_count() or 1) // 2, 8)
     text = f"""\
-# Written by `offline-kd init` for pictures of {len(photos.classes):,} classes ({printable(counts)}).
+# Written by `offline-kd init` for pictures of {counted(len(photos.classes), "classes")} ({printable(counts)}).
 # Every line may be changed.
 #
 #   command    offline-kd run recipe.yaml        teacher, store, students and report, in runs/{name}
-#   time       about {max(round(chosen.seconds / 60), 1)} min with {machine}, from what a few pictures took here
+#   time       about {max(round(chosen.seconds / 60), 1)} min with {machine}, by a few pictures that were timed here
 name: {_text(name)}
 data:
-  dataset: {_text(name)}  # its tars are named in data_manifest.yaml, and lie in data/{name}
+  dataset: {_text(name)}  # its tars are named in data_manifest.yaml, and lie in data/{name}{_packed(photos)}
   train: {_text(train)}
   evaluation: {_text(evaluation)}  # measured on, never learned from
   normalisation: {_flow(known.normalisation if known else OF_IMAGENET)}  # {"the teacher's" if known else "ImageNet's"}
@@ -305,7 +82,7 @@ teacher:
 {_teacher(start, pictures, chosen, device)}\
 student:
   model: {_text(network)}  # {"as asked for" if student else "small; any cifar:, torchvision: or timm: network"}
-training:  # of every student
+{_student(network)}training:  # of every student
   epochs: {EPOCHS * chosen.rounds}  # every stored view is shown {EPOCHS} times
 {_training(pictures, device, "1.0e-3", "from nothing")}\
 objectives:  # one student each; all are served by one store, so adding one asks the teacher nothing
@@ -318,6 +95,12 @@ seeds: [0]  # more of them say how far results are luck: [0, 1, 2]
     return FirstRecipe(text, chosen.seconds / 60)
 
 
+def _packed(photos: Photos) -> str:
+    """A remark on pictures that are packed smaller than they were."""
+    sides = {one.side for those in photos.splits.values() for one in those if one.side is not None}
+    return "".join(f"; of larger pictures with {side:,} pixels on the shorter side" for side in sides)
+
+
 def _views(pictures: Sequence[Picture], chosen: Plan, sizes: Sequence[int], minutes: int) -> str:
     side = one_size(pictures)
     if side:
@@ -328,9 +111,9 @@ views:
   padding: {padding}
   flip: true  # false where left and right matter: digits, letters
   count: {min(chosen.rounds, 2 * (2 * padding + 1) ** 2)}  # views of every picture that the teacher is asked about"""
-    why = f"the largest for which {minutes} minutes are enough"
+    why = f"the largest that --minutes {minutes} has time for"
     if chosen.seconds > 60 * minutes:
-        why = f"the smallest, and still more than {minutes} minutes"
+        why = f"the smallest, and still more than --minutes {minutes}"
     elif chosen.size == sizes[0]:
         why = "as large as pictures and networks ask for"
     augment = "augment: {kind: trivialaugment}  # one random change of colour or shape"
@@ -356,6 +139,8 @@ def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: to
     text = ""
     if start.weights is not None:
         text += f"  weights: {_text(start.weights)}\n"
+    elif start.warning:
+        text += "  # weights: pretrained  # or a file, and head: new: better than nothing with so few pictures\n"
     if not start.trains:
         return text + "  # normalisation and crop: add them where it learned with others than its library's\n"
     if start.new_head:
@@ -366,14 +151,26 @@ def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: to
         crop = RandomCrop(kind="random_resized_crop", size=chosen.size, count=1).evaluation_crop
         text += f"  crop: {_flow(crop)}  # it is asked at the size at which it learned\n"
     rate, why = ("2.0e-4", "small, for what it knows already") if start.new_head else ("1.0e-3", "from nothing")
+    alone = ""
+    if start.head_alone:
+        rate, why = "5.0e-3", "of a last layer"
+        alone = "    train: head  # with so few pictures what it knows stays; all: everything learns (lr: 2.0e-4)\n"
     training = _training(pictures, device, rate, why).replace("\n  ", "\n    ")
-    return f"{text}  training:\n    epochs: {TEACHER_EPOCHS * chosen.rounds}\n  {training}"
+    return f"{text}  training:\n    epochs: {TEACHER_EPOCHS * chosen.rounds}\n{alone}  {training}"
+
+
+def _student(network: str) -> str:
+    """How a student begins from what its library learned, which few pictures cannot teach it."""
+    if not network.startswith(("timm:", "torchvision:")):
+        return ""
+    return "  # weights: pretrained  # begins with what its library has learned, where there is a network\n"
 
 
 def _training(pictures: Sequence[Picture], device: torch.device, rate: str, why: str) -> str:
     amp = "  amp: true  # bfloat16, for which GPUs have units of their own\n" if device.type == "cuda" else ""
+    size = batch_size_for(len(pictures))
     return f"""\
-  batch_size: {batch_size_for(len(pictures))}  # some 30 steps an epoch
+  batch_size: {size}  # {counted(math.ceil(len(pictures) / size), "steps")} an epoch
 {amp}  optimizer: {{name: adamw, lr: {rate}}}  # {why}
   schedule: {{name: cosine, warmup_epochs: 1}}
 """

@@ -263,15 +263,6 @@ def needs_teacher(terms: Sequence[AnyTerm]) -> bool:
     return any(term.needs.logits or term.needs.decisions or term.needs.features for term in terms)
 
 
-def parse_codec(text: str) -> AnyCodec:
-    """A codec as recipes write it; raises RecipeError."""
-    about = f"codec {shorten(text, 100)}"
-    chosen = parse(Capture, {"codec": parse_yaml(text, where=about)}, where=about).codec
-    if isinstance(chosen, AutoCodec):
-        raise RecipeError(f"{about}: name one, such as '{{name: int, bits: 4}}'.")
-    return chosen
-
-
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe with what it extends and `path.to.field=value` overrides; raises RecipeError.
 

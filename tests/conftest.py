@@ -133,7 +133,7 @@ def roots(data_root) -> list[Path]:
 @pytest.fixture(scope="session")
 def teacher_weights(manifest, roots, tmp_path_factory) -> Path:
     """A teacher trained on the digits for a few epochs: it has opinions."""
-    from offline_kd.distill.training import train_teacher
+    from offline_kd.distill.teacher_training import train_teacher
 
     out = tmp_path_factory.mktemp("teacher")
     result = train_teacher(make_recipe(), manifest, roots, out, CPU)

@@ -8,6 +8,7 @@ import re
 import struct
 import tarfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -164,7 +165,7 @@ def test_checking_a_dataset_names_the_first_difference(tmp_path):
     tars = pack(samples(), tmp_path / "set", "train", 3)
     dataset = Dataset(folder="set", classes=["a", "b", "c"], splits={"train": Split(tars=tars)})
     assert check_dataset(dataset, [tmp_path], lambda tars: tars) == {"train": 6}
-    with pytest.raises(DataError, match=r"no sample of class 3 \('d'\)"):
+    with pytest.raises(DataError, match=r"no sample of 1 of 4 classes, such as 3 \('d'\)"):
         check_dataset(dataset.model_copy(update={"classes": ["a", "b", "c", "d"]}), [tmp_path], lambda tars: tars)
     with pytest.raises(DataError, match="label 2, the manifest names 2 classes"):
         check_dataset(dataset.model_copy(update={"classes": ["a", "b"]}), [tmp_path], lambda tars: tars)
@@ -205,6 +206,17 @@ def test_an_image_folder_is_packed_byte_for_byte(tmp_path):
         list(found.samples("train"))
 
 
+def test_a_small_split_may_lack_a_class_and_the_largest_may_not(tmp_path, capsys):
+    tars = {
+        "train": pack(samples(), tmp_path / "set", "train", 6),
+        "val": pack([replace(one, label=0) for one in samples()[:2]], tmp_path / "set", "val", 6),
+    }
+    about = {"folder": "set", "classes": ["a", "b", "c"]}
+    dataset = Dataset(**about, splits={part: Split(tars=some) for part, some in tars.items()})
+    assert check_dataset(dataset, [tmp_path], lambda tars: tars) == {"train": 6, "val": 2}
+    assert "split 'val': no sample of 2 of 3 classes, such as 1 ('b')" in capsys.readouterr().err
+
+
 def folder_of(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +236,7 @@ def test_a_folder_of_splits_is_packed_whole_and_never_as_classes(tmp_path):
     one = yaml.safe_load(invoke(*pack, "--source", photos / "val", "--split", "val").stdout)["datasets"]["photos"]
     assert one["splits"] == {"val": entry["splits"]["val"]}
     folder_of(photos, "val/cow/e.png")
-    assert "class 'cow' has 1 pictures in val and none in train" in refused(*pack, "--source", photos)
+    assert "class 'cow' has 1 picture in val and none in train" in refused(*pack, "--source", photos)
     loose = folder_of(tmp_path / "loose", "train/cat/a.png", "train/dog/b.png", "test/x.png")
     assert "test: 0 class folders" in refused(*pack, "--source", loose)
     unusual = folder_of(tmp_path / "unusual", "fold0/a/1.png", "fold0/b/2.png", "fold1/a/3.png", "fold1/b/4.png")
@@ -296,7 +308,7 @@ def test_packing_lists_all_bad_pictures_at_once_and_leaves_them_out_when_told_to
     assert "neither file nor folder (1)" in left_out
     check = invoke("data", "check", "photos", "--manifest", "manifest.yaml", "--data-root", "data")
     assert "photos: train 6 samples, all good" in check.output
-    assert "are for imagefolder" in refused("data", "pack", "digits", "--bad-images", "skip")
+    assert "--bad-images: for imagefolder only" in refused("data", "pack", "digits", "--bad-images", "skip")
     inside = ("data", "pack", "imagefolder", "--source", "photos", "--out", "photos/packed")
     assert "lies in the folder of the pictures" in refused(*inside)
 

@@ -11,12 +11,13 @@ import yaml
 from conftest import RECIPE, ROOT, invoke, make_recipe, merged, refused
 from hypothesis import strategies as st
 
+from offline_kd.cli.bench_material import parse_codec
 from offline_kd.data.manifest import data_roots
 from offline_kd.distill.loop import Result
 from offline_kd.distill.report import summarise, table
 from offline_kd.distill.report_page import write_report
 from offline_kd.distill.run_records import group_runs, read_runs
-from offline_kd.recipe import Recipe, dump_recipe, load_recipe, parse_codec
+from offline_kd.recipe import Recipe, dump_recipe, load_recipe
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml
 

@@ -67,7 +67,7 @@ def test_a_run_directory_holds_what_the_design_says(recipe_file, where, store_pa
     assert (
         invoke("distill", recipe_file, "--store", store_path, "--out", out, "--objective", "kd", *where).exit_code == 0
     )
-    assert {file.name for file in out.iterdir()} == {*RUN_FILES, "run.lock"}
+    assert {file.name for file in out.iterdir()} == {*RUN_FILES, "teacher_evaluation.safetensors", "run.lock"}
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     result = json.loads((out / "result.json").read_text())

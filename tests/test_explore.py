@@ -231,7 +231,7 @@ def test_the_page_filters_sorts_and_searches_in_a_real_browser(gallery, page):
     gaps = [float(rows[key]["gap"]) for key in first]
     assert gaps == sorted(gaps, reverse=True)
     assert all(rows[key]["label"] != rows[key]["top1"] for key in first)
-    assert page.value("document.querySelector('.sample img').naturalWidth") == 8
+    page.wait("document.querySelector('.sample img').naturalWidth == 8")  # pictures come when they are in sight
     # By keyboard alone: what is first in the form, the next ranking, the search, the link of a card.
     page.value("document.querySelector('select[name=ranking]').focus()")
     page.press("ArrowDown")

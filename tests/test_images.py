@@ -18,7 +18,7 @@ from tampering import rewrite
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import Decoder
-from offline_kd.data.manifest import EvaluationCrop, Manifest
+from offline_kd.data.manifest import Dataset, EvaluationCrop, Manifest, Split
 from offline_kd.data.tars import Sample
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.training import make_loader, source_of, training_images
@@ -270,7 +270,12 @@ def test_bad_images_are_left_out_listed_and_never_mixed_in(tmp_path, capsys):
 
 
 def test_a_store_with_left_out_images_is_verified_and_trained_from_by_the_command_line(tmp_path):
+    """Also where the manifest has no sha256 of a tar."""
     recipe, manifest = photographs(tmp_path, with_bad_ones(), data={"bad_images": "skip"})
+    first, *others = manifest.dataset("photos").splits["train"].tars
+    split = Split(tars=[first.model_copy(update={"sha256": None}), *others])
+    about = {"folder": "photos", "classes": list("abc")}
+    manifest = Manifest(datasets={"photos": Dataset(**about, splits={"train": split})})
     file, where = command_line(tmp_path, recipe, manifest)
     assert invoke("cache-teacher", file, "--store", tmp_path / "store", *where).exit_code == 0
     result = invoke("store", "verify", tmp_path / "store", "--dataset", *where)

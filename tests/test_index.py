@@ -1,5 +1,6 @@
 """Webdatasets that exist, as they are: indexed, proven, captured, trained from."""
 
+import csv
 import io
 import json
 import tarfile
@@ -301,6 +302,13 @@ def test_a_dataset_without_labels_and_with_any_keys_is_captured_verified_and_tra
     assert (opened.read(0, 0, ["label"])["label"] == NO_LABEL).all()
     assert "there are no labels" in (store / "README.md").read_text()
     assert invoke("store", "verify", store, "--dataset", *where).exit_code == 0
+    explored = invoke("store", "explore", store, "--out", tmp_path / "gallery", "--samples", 4, *where)
+    assert explored.exit_code == 0, explored.output
+    gallery = (tmp_path / "gallery/index.html").read_text()
+    assert "<img" in gallery
+    assert 'id="confusions"' not in gallery  # nor anything else that needs labels
+    rows = list(csv.DictReader((tmp_path / "gallery/samples.csv").read_text().splitlines()))
+    assert {(row["label"], row["agreement"]) for row in rows} == {("", "")}
     page = tmp_path / "page.html"
     invoke("store", "inspect", store, "--key", ODD[4], "--out", page, *where, "--data-root", folder)
     assert ODD[4] in page.read_text()

@@ -19,7 +19,7 @@ from rank_steps import steps_of
 from safetensors.torch import load_file
 
 from offline_kd.cache.pipeline import cache_teacher
-from offline_kd.distill.predictions import FILE, read_predictions
+from offline_kd.models.evaluation_file import FILE, read_predictions
 from offline_kd.recipe import load_recipe
 from offline_kd.support.files import file_sha256
 

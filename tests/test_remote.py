@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, RUN_FILES, invoke, refused
 from test_signing import key_pair
 
@@ -103,8 +105,6 @@ def train(recipe_file, where, store, out, *more) -> dict:
 @pytest.fixture(scope="module")
 def local_student(recipe, store_path, tmp_path_factory) -> str:
     """sha256 of the student that the local store gives."""
-    import yaml
-
     from offline_kd.distill.run import pack_digits
 
     folder = tmp_path_factory.mktemp("local")
@@ -130,6 +130,21 @@ def test_a_store_that_is_pushed_and_pulled_is_the_same(s3, address, store_path, 
         for path in (store_path, tmp_path / "pulled")
     )
     assert here == there
+
+
+def test_a_store_and_images_in_buckets_are_explored_as_those_on_a_disk(s3, address, store_path, data_root, tmp_path):
+    copy_store(store_path, address)
+    for tar in (data_root / "digits").glob("train-*.tar"):
+        Bucket(f"{address}-images").put(tar.name, tar.read_bytes())
+    places = {"here": (store_path, data_root / "digits"), "afar": (address, f"{address}-images")}
+    for out, (store, images) in places.items():
+        explored = invoke("store", "explore", store, "--data", images, "--out", tmp_path / out, "--samples", 4)
+        assert explored.exit_code == 0, explored.output
+        assert "4 with pictures" in explored.stderr
+    for name in ("samples.csv", "classes.csv", "confusions.csv"):
+        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "afar" / name).read_bytes()
+    pages = [sorted((tmp_path / out / "thumbs").iterdir()) for out in places]
+    assert [one.read_bytes() for one in pages[0]] == [one.read_bytes() for one in pages[1]]
 
 
 def test_a_store_is_signed_in_a_bucket_and_copies_carry_the_signature(s3, address, store_path, tmp_path):
@@ -414,7 +429,8 @@ def test_a_run_is_written_into_a_bucket_goes_on_there_and_is_reported(
     out, options = f"{address}-run", ("--store", store_path, "--objective", "kd", *where)
     assert invoke("distill", recipe_file, *options, "--out", out).exit_code == 0
     place = Bucket(out)
-    assert set(place.sizes()) == RUN_FILES  # the lease was given back
+    # The lease was given back.
+    assert set(place.sizes()) == RUN_FILES | {"teacher_evaluation.safetensors"}
     assert json.loads(place.read("result.json"))["student_sha256"] == local_student
     assert "finished already" in invoke("distill", recipe_file, *options, "--out", out).stderr
 
@@ -439,3 +455,20 @@ def test_a_run_is_written_into_a_bucket_goes_on_there_and_is_reported(
         "distill", recipe_file, *options, "--out", "http://a.example/run"
     )
     assert "`run` writes a folder" in refused("run", recipe_file, *where, "--out", out)
+
+
+def test_the_lines_that_training_a_teacher_into_a_bucket_says_find_it(
+    s3, address, recipe_file, data_root, where, tmp_path
+):
+    fresh = ("teacher.weights=null", "teacher.training.epochs=1", "views.count=3", "capture.fidelity_rows=20")
+    sets = [word for one in fresh for word in ("--set", one)]
+    said = " ".join(invoke("train", recipe_file, "--teacher", "--out", address, *sets, *where).stderr.split())
+    entry, root = re.search(r"data_manifest.yaml: files: (.*), and give --data-root (\S+)", said).groups()
+    name = re.search(r"set in the recipe: teacher.weights: (\S+)", said)[1]
+    known = yaml.safe_load((ROOT / "data_manifest.yaml").read_text()) | {"files": json.loads(entry)}
+    (tmp_path / "m.yaml").write_text(yaml.safe_dump(known))
+    options = ("--manifest", tmp_path / "m.yaml", "--data-root", data_root, "--data-root", root)
+    capture = ("cache-teacher", recipe_file, "--store", tmp_path / "store", *sets, "--set", f"teacher.weights={name}")
+    assert invoke(*capture, *options).exit_code == 0
+    trained = json.loads(Bucket(address).read("result.json"))["student_sha256"]
+    assert open_store(tmp_path / "store").identity.teacher.weights_sha256 == trained

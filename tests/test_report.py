@@ -17,12 +17,21 @@ from conftest import CPU, ROOT, invoke, make_recipe, refused
 from test_descriptions import finished_run, with_gamma
 
 from offline_kd.distill.differences import difference
-from offline_kd.distill.predictions import FILE, agreement, divergence, put_predictions, read_predictions, reliability
 from offline_kd.distill.report import record, summarise
 from offline_kd.distill.results import Run, write_metrics
 from offline_kd.distill.run_records import group_runs, read_runs
 from offline_kd.models.evaluation import Answers
+from offline_kd.models.evaluation_file import (
+    FILE,
+    FILE_OF_TEACHER,
+    agreement,
+    divergence,
+    put_predictions,
+    read_predictions,
+    reliability,
+)
 from offline_kd.recipe import Recipe, dump_recipe, load_recipe
+from offline_kd.store.opening import open_store
 from offline_kd.support.packaged import recipe_names
 from offline_kd.support.places import Folder
 
@@ -98,6 +107,29 @@ def test_a_run_writes_what_its_student_answered(where, manifest, roots, tmp_path
         zip(keys.tolist(), labels.tolist(), strict=True)
     )
     assert found.classes == images.dataset.classes
+
+
+def test_students_are_compared_with_a_teacher_that_was_trained_elsewhere(
+    store_path, teacher_weights, recipe_file, where, tmp_path
+):
+    """What it answered at the gate lies beside the store; where that is missing or of another teacher, only that is."""
+    elsewhere = shutil.copy(teacher_weights, tmp_path / "elsewhere.safetensors")
+    (beside,) = store_path.parent.glob(f"{store_path.name}.teacher-*.safetensors")
+    stores = {name: shutil.copytree(store_path, tmp_path / name) for name in ("bare", "torn")}
+    (tmp_path / beside.name.replace(store_path.name, "torn")).write_bytes(beside.read_bytes()[:-1])
+    sets = ("--set", f"teacher.weights={elsewhere}", "--set", "training.epochs=1", "--objective", "kd")
+    for name, store in {"known": store_path, **stores}.items():
+        run, page = tmp_path / f"run-{name}", tmp_path / f"{name}.html"
+        assert invoke("distill", recipe_file, "--store", store, "--out", run, *sets, *where).exit_code == 0
+        assert invoke("report", run, "--out", page).exit_code == 0
+        (row,) = json.loads(page.with_suffix(".json").read_text())["rows"]
+        if name != "known":
+            assert row["teacher_agreement"] is None
+            continue
+        teacher, student = (read_predictions((run / one).read_bytes(), one) for one in (FILE_OF_TEACHER, FILE))
+        assert teacher.top1 == pytest.approx(open_store(store_path).identity.teacher.measured_top1)
+        assert row["teacher_agreement"] == pytest.approx(100 * (teacher.predicted == student.predicted).mean())
+        assert row["teacher_kl"] > 0
 
 
 def test_large_splits_are_written_without_log_probabilities(tmp_path):
@@ -207,6 +239,23 @@ def test_agreement_and_divergence_are_what_they_say(runs, tmp_path):
     assert record(summarise(group_runs(read_runs([alone, twin])))[0])["teacher_agreement"] == agreement(
         teacher, seeds[0]
     )
+
+
+def test_one_sentence_says_whether_the_teacher_helped(runs, tmp_path):
+    said = invoke("report", *runs, "--out", tmp_path / "helped.html").stderr
+    helped = "better with the teacher than from labels alone: kd has 77.22 %, ce 52.78 %, which is more than chance."
+    assert helped in said
+    assert helped in (tmp_path / "helped.html").read_text()
+    one_seed = invoke("report", runs[1], runs[4], "--out", tmp_path / "seed.html").stderr
+    assert "ce 50.00 %, which may be chance: seeds tell (seeds: [0, 1, 2])." in one_seed
+    poor = answered(tmp_path / "teacher", 24, 0, "teacher")
+    same = answered(tmp_path / "kd", 30, 0)
+    worse = invoke("report", runs[1], poor, same, "--out", tmp_path / "worse.html").stderr
+    assert "no better with the teacher than from labels alone: kd has 50.00 %, ce 50.00 %. The teacher" in worse
+    assert "itself has 40.00 %, no more than plain training: take one that knows more" in worse
+    good = invoke("report", runs[0], runs[1], same, "--out", tmp_path / "good.html").stderr
+    assert "ce 50.00 %, which may be chance: seeds tell (seeds: [0, 1, 2]). Try another objective" in good
+    assert "Students are" not in invoke("report", runs[4], "--out", tmp_path / "alone.html").stderr
 
 
 # ---- published numbers ---------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, RECIPE, make_recipe, merged, refused
+from conftest import CPU, RECIPE, invoke, make_recipe, merged, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -19,12 +19,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from offline_kd.distill import averaging, loop
 from offline_kd.distill.averaging import WeightAverage, decay_of
 from offline_kd.distill.loop import train_step
-from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
+from offline_kd.distill.optimisation import learning_rate, make_optimizer
 from offline_kd.distill.results import Result, Run
 from offline_kd.distill.student import Student, compiled, new_student
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
 from offline_kd.models.checkpoints import read_state_dict
+from offline_kd.models.evaluation_file import FILE, read_predictions
 from offline_kd.models.kd_layer import insert_kd_layer
 from offline_kd.models.networks import build, normalise
 from offline_kd.objectives import OBJECTIVES
@@ -225,6 +226,17 @@ def test_kept_weights_are_those_that_metrics_and_result_tell_of(finished):
     assert files["student.safetensors"] != files["student_ema.safetensors"]
 
 
+def test_a_report_has_the_answers_of_the_weights_themselves_not_of_their_average(finished, tmp_path):
+    result = json.loads((finished / "result.json").read_text())
+    assert abs(result["top1"] - result["top1_ema"]) > 0.2
+    answered = read_predictions((finished / FILE).read_bytes(), FILE)
+    assert answered.top1 == pytest.approx(result["top1"])
+    assert invoke("report", finished, "--out", tmp_path / "page.html").exit_code == 0
+    (row,) = json.loads((tmp_path / "page.json").read_text())["rows"]
+    assert row["top1_mean"] == result["top1"]
+    assert sum(row["right_by_class"]) == round(result["top1"] / 100 * sum(row["images_by_class"]))
+
+
 def test_a_finished_run_whose_average_was_changed_is_not_taken(finished, manifest, roots, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -333,65 +345,6 @@ def test_nothing_between_gradients_and_weights_waits_for_a_gpu(monkeypatch):
         for _ in range(2):
             loop._update(Student(network, {}, average=average), optimizer, training)
         assert {one.device.type for one in average.network.parameters()} == {"cuda"}
-
-
-# ---- groups --------------------------------------------------------------------------------------------------------
-
-
-def settings(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, tuple[float, float]]:
-    """Rate and decay of every parameter, by name."""
-    names = {id(one): name for name, one in network.named_parameters()}
-    return {
-        names[id(one)]: (group["lr"], group["weight_decay"])
-        for group in optimizer.param_groups
-        for one in group["params"]
-    }
-
-
-def grouped(network: nn.Module, **optimizer: object) -> torch.optim.Optimizer:
-    return make_optimizer(recipe_with(optimizer=ADAMW | optimizer).training, network)
-
-
-def test_layers_have_the_rates_that_timm_gives_them():
-    import timm
-    from timm.optim import param_groups_layer_decay
-
-    network = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=3, embed_dim=12, num_classes=10
-    )
-    ours = grouped(network, layer_decay=0.5, no_decay=["bias", "norm", "*pos_embed", "cls_token"])
-    set_learning_rate(ours, 0.02)
-    theirs = torch.optim.AdamW(
-        [
-            {"params": group["params"], "weight_decay": group["weight_decay"], "lr": 0.02 * group["lr_scale"]}
-            for group in param_groups_layer_decay(network, 0.3, network.no_weight_decay(), layer_decay=0.5)
-        ]
-    )
-    assert settings(network, ours) == settings(network, theirs)
-    assert len({rate for rate, _ in settings(network, ours).values()}) == 5
-    assert ours.param_groups[0]["lr"] == 0.02  # what metrics.jsonl says
-
-
-def test_kd_layers_change_no_layer_of_the_student_and_have_the_whole_rate():
-    import timm
-
-    network = timm.create_model("resnet10t", num_classes=10)
-    plain = settings(network, grouped(network, layer_decay=0.5))
-    for after in ("layer2.0", "layer2"):
-        insert_kd_layer(network, after, 7, value_ratio=1.0, example=torch.zeros(1, 3, 32, 32))
-    ours = settings(network, grouped(network, layer_decay=0.5, no_decay=["norm"]))
-    found = {name.replace(".module", ""): rate for name, (rate, _) in ours.items() if ".kd_layer." not in name}
-    assert found == {name: rate for name, (rate, _) in plain.items()}
-    assert ours["layer2.kd_layer.templates.weight"] == (0.01, 0.3)
-    assert ours["layer2.kd_layer.norm.weight"] == (0.01, 0.0)
-
-
-def test_groups_that_cannot_be_made_are_one_line():
-    network = build("networks:small", 10)
-    with pytest.raises(RecipeError, match=r"no_decay: 'head.wieght' is neither .* Did you mean 'head.weight'\?"):
-        grouped(network, no_decay=["head.wieght"])
-    with pytest.raises(RecipeError, match="layer_decay: a Small does not tell which layers are how deep"):
-        grouped(network, layer_decay=0.5)
 
 
 # ---- pretrained students -------------------------------------------------------------------------------------------

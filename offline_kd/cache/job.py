@@ -20,6 +20,7 @@ from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.decisions import SubclassDecisions
+from offline_kd.store.evaluation_beside import keep_evaluation
 from offline_kd.store.features import FeaturesIdentity
 from offline_kd.store.layout import Part, parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
@@ -227,9 +228,11 @@ def identify(
     if known:
         evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
     else:
-        evaluated_on, measured = gate(teacher, recipe, manifest, roots, device)
+        evaluated_on, found = gate(teacher, recipe, manifest, roots, device)
+        measured = found.top1
         expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
         say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
+        keep_evaluation(place, teacher.weights_sha256, found, loader.dataset.classes)
     if known:
         targets = "" if isinstance(known, StoreIdentity) else known.name
         later = {

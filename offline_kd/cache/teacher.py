@@ -13,7 +13,7 @@ from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Manifest,
 from offline_kd.data.manifest import Teacher as ManifestTeacher
 from offline_kd.models.checkpoints import StateDict, as_file, read_state_dict
 from offline_kd.models.class_map import indices_of, names_of_classes, refuse_beyond
-from offline_kd.models.evaluation import evaluate
+from offline_kd.models.evaluation import Evaluation, evaluate
 from offline_kd.models.networks import build, head_of, input_of
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
@@ -226,8 +226,8 @@ def _largest_that_fits(seconds: Callable[[int], float], size: int) -> int:
 
 def gate(
     teacher: Teacher, recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Root], device: torch.device
-) -> tuple[str, float]:
-    """Measure the teacher before it is believed: `DATASET/SPLIT` and top-1 in percent.
+) -> tuple[str, Evaluation]:
+    """Measure the teacher before it is believed: on which `DATASET/SPLIT`, and what was found.
 
     Raises TeacherError when it is further from the expected accuracy than the tolerance.
     """
@@ -244,10 +244,10 @@ def gate(
         on_bad=recipe.data.bad_images,
     )
     need_labels(loader.split.labels, f"{dataset}/{split}", "the teacher's gate")
-    measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop).top1
-    if expected and abs(measured - expected.top1) > expected.tolerance:
+    measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
+    if expected and abs(measured.top1 - expected.top1) > expected.tolerance:
         raise TeacherError(
-            f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured:.2f} %, expected "
+            f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured.top1:.2f} %, expected "
             f"{expected.top1:.2f} +- {expected.tolerance:g}. Check weights, normalisation and class order; "
             "nothing was written."
         )

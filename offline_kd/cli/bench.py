@@ -72,7 +72,7 @@ def bench_codecs_command(
     offline-kd bench codecs stores/imagenet --codec '{name: klt_means, step: 2.4}' --codec '{name: topk, k: 100}'
     """
     from offline_kd.cli.bench_codecs import bench_codecs, write_plot
-    from offline_kd.recipe import parse_codec
+    from offline_kd.cli.bench_material import parse_codec
     from offline_kd.support.console import say
 
     if out is not None and out.suffix not in (".svg", ".png"):

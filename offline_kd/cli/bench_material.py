@@ -15,9 +15,13 @@ from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
 from offline_kd.models.networks import build
 from offline_kd.models.teacher import Teacher
-from offline_kd.recipe import AnyTerm, Recipe
+from offline_kd.recipe import AnyTerm, AutoCodec, Capture, Recipe
+from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.reader import Store
 from offline_kd.support.console import say
+from offline_kd.support.errors import RecipeError, shorten
+from offline_kd.support.strict import parse
+from offline_kd.support.strict_yaml import parse_yaml
 
 BENCH_TARS = 4  # so that what is done for one block while another is worked on shows
 
@@ -95,3 +99,12 @@ def _first_samples(dataset: Dataset, split: Split, roots: Sequence[Root], wanted
             some, _ = read_tar(locate(tar.file, folders), labels=labels)
             samples += some[: wanted - len(samples)]
     return samples
+
+
+def parse_codec(text: str) -> AnyCodec:
+    """A codec as recipes write it; raises RecipeError."""
+    about = f"codec {shorten(text, 100)}"
+    chosen = parse(Capture, {"codec": parse_yaml(text, where=about)}, where=about).codec
+    if isinstance(chosen, AutoCodec):
+        raise RecipeError(f"{about}: name one, such as '{{name: int, bits: 4}}'.")
+    return chosen

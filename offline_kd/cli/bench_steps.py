@@ -13,7 +13,7 @@ import torch
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.cli.bench_loaders import loader_parts
-from offline_kd.cli.bench_material import Bench, small_recipe
+from offline_kd.cli.bench_material import Bench, parse_codec, small_recipe
 from offline_kd.cli.bench_stage_1 import stage_1_parts
 from offline_kd.cli.bench_timing import STAGE_1, STAGE_1_TINY, Quartiles, Timed, quartiles, ratios_of, time_in_turn
 from offline_kd.data.fetching import Root
@@ -29,7 +29,7 @@ from offline_kd.distill.training import make_loader, source_of, training_images
 from offline_kd.models.networks import normalise
 from offline_kd.objectives.ce import CE
 from offline_kd.objectives.term import LossBatch
-from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher, parse_codec
+from offline_kd.recipe import AnyTerm, Recipe, kd_layer_terms, needs_teacher
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.opening import open_store
 from offline_kd.support.errors import RecipeError

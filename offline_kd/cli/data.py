@@ -35,6 +35,15 @@ def command() -> None:
     """
 
 
+class OfFolder(TypedDict):
+    """What `data pack` is told of a folder of pictures."""
+
+    split: str | None
+    bad_images: Literal["fail", "skip"] | None
+    side: int | None
+    labels: Path | None
+
+
 @command.command("pack")
 @click.argument("kind", type=click.Choice(["digits", "cifar10", "cifar100", "imagefolder"]))
 @click.option("--source", type=click.Path(path_type=Path), help="Your copy of the data (not for digits).")
@@ -46,20 +55,30 @@ def command() -> None:
     type=click.Choice(["fail", "skip"]),
     help="Of an imagefolder: what happens with pictures that cannot be decoded, when all are listed.  [default: fail]",
 )
+@click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="Of an imagefolder without folders of classes: a CSV of `file,class`.",
+)
+@click.option(
+    "--side",
+    type=click.IntRange(min=0),
+    help="Of an imagefolder: larger pictures get so many pixels on the shorter side.  [default: as they are]",
+)
 @click.option("--write", "manifest_file", type=click.Path(path_type=Path), help="Merge the entry into this manifest.")
 def pack_command(
     kind: str,
     source: Path | None,
     out: str | None,
     samples_per_tar: int | None,
-    split: str | None,
-    bad_images: Literal["fail", "skip"] | None,
     manifest_file: Path | None,
+    **of_folder: Unpack[OfFolder],
 ) -> None:
     """Write WebDataset tars and print their manifest entry. Packing twice gives the same bytes.
 
     --source of an imagefolder holds SPLIT/CLASS/IMAGE for several splits, or CLASS/IMAGE for one. Files that are no
-    pictures are left out and counted; bad pictures are listed, all of them, before anything is written.
+    pictures are left out and counted; bad pictures are listed, all of them, before anything is written. Every epoch
+    decodes what is packed: photographs of a camera are best packed smaller, with --side 512.
 
     \b
     offline-kd data pack digits
@@ -86,7 +105,7 @@ def pack_command(
     if isinstance(to, Web):
         raise RecipeError(f"data pack --out {to}: web addresses can be read only. Write to a folder or a bucket.")
     name = folder if kind == "imagefolder" else kind
-    photos = _photos(kind, source, split, bad_images, to)
+    photos = _photos(kind, source, to, of_folder)
     splits, classes = _samples(kind, source) if photos is None else ({}, photos.classes)
     if manifest_file is not None:
         check_same_dataset(manifest_file, name, folder, classes)  # before hours of packing
@@ -104,20 +123,20 @@ def pack_command(
         say(f"{manifest_file}: dataset '{name}' has {', '.join(packed)} now")
 
 
-def _photos(
-    kind: str, source: Path | None, split: str | None, bad_images: Literal["fail", "skip"] | None, to: Root
-) -> Photos | None:
+def _photos(kind: str, source: Path | None, to: Root, options: OfFolder) -> Photos | None:
     """What a folder of pictures holds, when that is what is packed."""
     from offline_kd.data.folders import look_through
-    from offline_kd.data.packing import refuse_inside
+    from offline_kd.data.packing import refuse_inside, shrunk
 
     if kind != "imagefolder":
-        if split or bad_images:
-            raise RecipeError(f"data pack {kind}: --split and --bad-images are for imagefolder.")
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+        if given:
+            raise RecipeError(f"data pack {kind}: {', '.join(given)}: for imagefolder only. Leave it out.")
         return None
     folder = _own_copy(kind, source)
     refuse_inside(folder, to)
-    return look_through(folder, split, bad_images or "fail")
+    photos = look_through(folder, options["split"], options["bad_images"] or "fail", options["labels"])
+    return shrunk(photos, options["side"]) if options["side"] else photos
 
 
 def _samples(kind: str, source: Path | None) -> tuple[Mapping[str, Iterable[Sample]], list[str]]:

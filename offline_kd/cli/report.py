@@ -22,11 +22,15 @@ def command(runs: tuple[str, ...], out: Path) -> None:
     \b
     offline-kd report runs/digits/students/* --out comparison.html
     """
+    from offline_kd.distill.conclusion import conclusion
     from offline_kd.distill.report import summarise, table
     from offline_kd.distill.report_page import write_report
     from offline_kd.distill.run_records import group_runs, read_runs
-    from offline_kd.support.console import show_table
+    from offline_kd.support.console import say, show_table
 
     summaries = summarise(group_runs(read_runs(runs)))
-    write_report(out, out.stem, summaries)
+    found = conclusion(summaries)
+    write_report(out, out.stem, summaries, found)
     show_table(str(out), *table(summaries))
+    for sentence in found:
+        say(sentence)

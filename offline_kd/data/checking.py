@@ -1,14 +1,16 @@
 """Is a copy of a dataset what its manifest says?"""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from offline_kd.data.decoding import UNDECODABLE, decode_image
 from offline_kd.data.fetching import Root
 from offline_kd.data.labels import labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import read_tar
+from offline_kd.support.console import counted, say
 from offline_kd.support.errors import DataError
 from offline_kd.support.strict import fingerprint
 
@@ -28,14 +30,15 @@ def check_dataset(
 ) -> dict[str, int]:
     """Prove a copy, as it lies here or afar: sha256, count, keys, labels and decodability of every tar.
 
-    Returns samples per split. Raises DataError naming the first difference: file, sample and both values.
+    Returns samples per split. Raises DataError naming the first difference: file, sample and both values; and for a
+    class without a sample in the largest split, where it would be learned. Other splits may lack some, which is said.
     """
-    counts: dict[str, int] = {}
+    per_split: dict[str, NDArray[np.int64]] = {}
     first_use: dict[str, str] = {}
     folders = folders_of(dataset, roots)
     for split_name, split in dataset.splits.items():
         labels = labels_of(split.labels, dataset.classes)
-        per_class = np.zeros(len(dataset.classes), dtype=np.int64)
+        per_class: NDArray[np.int64] = np.zeros(len(dataset.classes), dtype=np.int64)
         for tar in progress(split.tars):
             path = locate(tar.file, folders)
             samples, _ = read_tar(path, expected=tar, labels=labels)
@@ -58,10 +61,24 @@ def check_dataset(
                 except UNDECODABLE as error:
                     raise DataError(f"{where}: cannot be decoded ({error}). Repair or remove it.") from error
                 per_class[sample.label] += 1
-        for index in np.flatnonzero(per_class == 0) if split.labels != "none" else ():
+        per_split[split_name] = per_class
+    _look_for_classes(dataset, {name: one for name, one in per_split.items() if dataset.splits[name].labels != "none"})
+    return {name: int(per_class.sum()) for name, per_class in per_split.items()}
+
+
+def _look_for_classes(dataset: Dataset, per_split: Mapping[str, NDArray[np.int64]]) -> None:
+    """Samples per class: a small split may happen to have none of one, the largest must have some of all."""
+    largest = max((int(per_class.sum()) for per_class in per_split.values()), default=0)
+    for name, per_class in per_split.items():
+        lacking = np.flatnonzero(per_class == 0)
+        if not len(lacking):
+            continue
+        such_as = f"such as {lacking[0]} ('{dataset.classes[lacking[0]]}')"
+        missing = (
+            f"split '{name}': no sample of {len(lacking):,} of {counted(len(dataset.classes), 'classes')}, {such_as}"
+        )
+        if per_class.sum() == largest:
             raise DataError(
-                f"split '{split_name}': no sample of class {index} ('{dataset.classes[index]}') in "
-                f"{split.count} samples. Correct `classes` in the manifest, or pack the dataset again."
+                f"{missing}, in {largest:,} samples. Correct `classes` in the manifest, or pack the dataset again."
             )
-        counts[split_name] = int(per_class.sum())
-    return counts
+        say(missing)

@@ -1,6 +1,7 @@
 """Folders of pictures as people have them: which files are pictures, of which class and split, and which are bad.
 
-`folder/SPLIT/CLASS/**/IMAGE` holds several splits, `folder/CLASS/**/IMAGE` one. Hidden files and folders, `__MACOSX`
+`folder/SPLIT/CLASS/**/IMAGE` holds several splits, `folder/CLASS/**/IMAGE` one, and so does a folder beside which a
+table says the class of every file. Hidden files and folders, `__MACOSX`
 and files that are no pictures (by name and content) are left out and counted; links to folders inside a class are not
 followed. Every picture is decoded once, so that all bad ones are known before anything is written.
 """
@@ -10,17 +11,19 @@ import mimetypes
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from offline_kd.data.blocks import OnBadImage
 from offline_kd.data.decoding import MAX_PIXELS, UNDECODABLE, decode_image
+from offline_kd.data.label_table import read_label_table
+from offline_kd.data.shrinking import shrink
 from offline_kd.data.tars import IMAGE_EXTENSIONS, MAX_KEY_BYTES, Sample, hash_key
-from offline_kd.support.console import progress, say
+from offline_kd.support.console import counted, progress, say
 from offline_kd.support.errors import DataError, shorten
 
 TRAIN_NAMES = ("train", "training")
@@ -32,7 +35,7 @@ READ_AS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # formats
 OTHER_PICTURES = ("GIF", "BMP", "TIFF", "AVIF", "JPEG2000")  # by content; others have to be named like pictures
 LISTED = 100  # bad pictures that are named
 AT_ONCE = 1024  # pictures that are waiting to be decoded
-HELD_OUT = 5  # one of so many pictures, where a folder has no splits
+READ_AT_ONCE = 32  # files in memory on their way into a tar
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,15 @@ class Picture:
     class_name: str
     extension: str  # of the member of a tar
     sha256: bytes
-    size: tuple[int, int]  # height and width in pixels, upright
+    size: tuple[int, int]  # height and width in pixels, upright, as it is packed
+    side: int | None = None  # pixels that its shorter side is made to have then; None: the file is packed as it is
+
+    def encoded(self) -> bytes:
+        """As it is packed; raises DataError for a file that was changed since it was decoded."""
+        content = self.path.read_bytes()
+        if hashlib.sha256(content).digest() != self.sha256:
+            raise DataError(f"{self.path}: was changed while the folder was packed. Run the same command again.")
+        return content if self.side is None else shrink(content, self.side)
 
 
 @dataclass(frozen=True)
@@ -66,13 +77,14 @@ class Photos:
     bad: list[BadPicture]
 
     def samples(self, split: str) -> Iterator[Sample]:
-        """The pictures of a split, byte for byte; raises DataError for one that was changed since it was decoded."""
+        """The pictures of a split as they are packed; raises what `Picture.encoded` does."""
         labels = {name: label for label, name in enumerate(self.classes)}
-        for picture in self.splits[split]:
-            encoded = picture.path.read_bytes()
-            if hashlib.sha256(encoded).digest() != picture.sha256:
-                raise DataError(f"{picture.path}: was changed while the folder was packed. Run the same command again.")
-            yield Sample(picture.key, labels[picture.class_name], encoded, picture.extension)
+        pictures = self.splits[split]
+        with _threads() as threads:
+            for start in range(0, len(pictures), READ_AT_ONCE):
+                some = pictures[start : start + READ_AT_ONCE]
+                for picture, encoded in zip(some, threads.map(Picture.encoded, some), strict=True):
+                    yield Sample(picture.key, labels[picture.class_name], encoded, picture.extension)
 
     def counts(self, split: str) -> Counter[str]:
         """Pictures of a split by class; 0 for a class without any."""
@@ -81,21 +93,29 @@ class Photos:
         return counts
 
 
-def look_through(folder: Path, split: str | None = None, on_bad: OnBadImage = "fail") -> Photos:
+def look_through(
+    folder: Path, split: str | None = None, on_bad: OnBadImage = "fail", table: Path | None = None
+) -> Photos:
     """Find and decode the pictures of a folder; says what is left out, and lists all pictures that are bad.
 
     Args:
         split: what the only split of `folder/CLASS/IMAGE` is called; by default "train".
         on_bad: what happens with bad pictures, after all were listed.
+        table: a CSV of `file,class`, where the folder has no folders of classes.
 
     Raises DataError for bad pictures that are not skipped, for classes that have pictures in another split only, and
     where there are no classes at all.
     """
-    folders = split_folders(folder, split)
     left_out: Counter[str] = Counter()
     bad: list[BadPicture] = []
-    names = {part: [one.name for one in _class_folders(at)] for part, at in folders.items()}
-    found = {part: _pictures_below(at, names[part], left_out, bad) for part, at in folders.items()}
+    if table is not None:
+        of_file = _classes_by_table(table, folder, left_out)
+        names = {split or "train": sorted(set(of_file.values()))}
+        found = {split or "train": _with_keys(folder, of_file.items(), left_out, bad)}
+    else:
+        folders = split_folders(folder, split)
+        names = {part: [one.name for one in _class_folders(at)] for part, at in folders.items()}
+        found = {part: _pictures_below(at, names[part], left_out, bad) for part, at in folders.items()}
     splits: dict[str, list[Picture]] = {}
     with progress("looking at pictures", sum(map(len, found.values())), "pictures") as meter:
         for part, pictures in found.items():
@@ -181,19 +201,36 @@ class _File:
 
 
 def _pictures_below(folder: Path, classes: Sequence[str], left_out: Counter[str], bad: list[BadPicture]) -> list[_File]:
-    """`folder/CLASS/**/IMAGE`, with their keys: the path below `folder` without its extension.
+    """`folder/CLASS/**/IMAGE`."""
+    left_out["outside of class folders"] += sum(one.is_file() for one in folder.iterdir() if not _is_hidden(one.name))
+    files = ((path, name) for name in classes for path in _files_below(folder / name, left_out))
+    return _with_keys(folder, files, left_out, bad)
+
+
+def _classes_by_table(table: Path, folder: Path, left_out: Counter[str]) -> dict[Path, str]:
+    """The class of every file below a folder that a table names; the others are left out."""
+    sub_folders(folder)  # which refuses what is no folder
+    files = [file for file in _files_below(folder, left_out) if file.resolve() != table.resolve()]
+    of_file = read_label_table(table, folder, files)
+    if len(files) > len(of_file):
+        say(f"{folder}: left out what {table.name} does not name: {counted(len(files) - len(of_file), 'files')}")
+    return dict(sorted(of_file.items()))
+
+
+def _with_keys(
+    folder: Path, files: Iterable[tuple[Path, str]], left_out: Counter[str], bad: list[BadPicture]
+) -> list[_File]:
+    """Those of some files, given with their classes, that are pictures, with keys: the path without its extension.
 
     Other characters than letters, digits, '_', '-', '/' become '_'; where two paths would share a key, the later one
     gets a hash of its name appended, or of its path.
     """
     found: dict[str, _File] = {}
-    left_out["outside of class folders"] += sum(one.is_file() for one in folder.iterdir() if not _is_hidden(one.name))
-    for name in classes:
-        for path in _files_below(folder / name, left_out):
-            extension = _extension(path, left_out, bad)
-            if extension is not None:
-                key = _key(path.relative_to(folder), found)
-                found[key] = _File(path, key, name, extension)
+    for path, name in files:
+        extension = _extension(path, left_out, bad)
+        if extension is not None:
+            key = _key(path.relative_to(folder), found)
+            found[key] = _File(path, key, name, extension)
     return list(found.values())
 
 
@@ -241,12 +278,16 @@ def _key(relative: Path, taken: Mapping[str, object]) -> str:
 
 
 def _decoded(files: Sequence[_File], done: Callable[[], None]) -> Iterator[Picture | BadPicture]:
-    """Pillow lets other threads run while it decodes."""
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 16)) as threads:
+    with _threads() as threads:
         for start in range(0, len(files), AT_ONCE):
             for one in threads.map(_decode, files[start : start + AT_ONCE]):
                 done()
                 yield one
+
+
+def _threads() -> ThreadPoolExecutor:
+    """Pillow lets other threads run while it decodes and resamples."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, 16))
 
 
 def _decode(file: _File) -> Picture | BadPicture:
@@ -293,9 +334,10 @@ def _compare_splits(photos: Photos, names: Mapping[str, Sequence[str]]) -> None:
     for part in photos.splits:
         for name in names[part]:
             if not counts[first][name] and (counts[part][name] or name not in names[first]):
+                pictures = counted(counts[part][name], "pictures")
                 raise DataError(
-                    f"{photos.folder}: class '{name}' has {counts[part][name]:,} pictures in {part} and none in "
-                    f"{first}, where it would be learned. Put some into {first}/{name}, or remove {part}/{name}."
+                    f"{photos.folder}: class '{name}' has {pictures} in {part} and none in {first}, where it "
+                    f"would be learned. Put some into {first}/{name}, or remove {part}/{name}."
                 )
     for part in photos.splits:
         empty = [name for name in photos.classes if not counts[part][name]]
@@ -329,39 +371,6 @@ def _say_duplicates(photos: Photos) -> None:
         if pairs:
             one, other = pairs[0]
             say(
-                f"{photos.folder}: warning: {len(pairs):,} pictures are also in {where}, byte for byte, such as "
+                f"{photos.folder}: warning: in {where} too, byte for byte: {counted(len(pairs), 'pictures')}, such as "
                 f"{other.path} and {one.path}"
             )
-
-
-# ---- splits and classes made here ----------------------------------------------------------------------------------
-
-
-def without_empty_classes(photos: Photos) -> Photos:
-    """The same pictures without the classes that have none in any split."""
-    known = {picture.class_name for pictures in photos.splits.values() for picture in pictures}
-    return replace(photos, classes=[name for name in photos.classes if name in known])
-
-
-def split_by_key(photos: Photos) -> Photos:
-    """One split made two, `train` and `val`: a picture's key says where it is, so that it stays there.
-
-    About one of HELD_OUT pictures is in val, at least one of every class of two or more. The same file under two names
-    lies in one split.
-    """
-    (pictures,) = photos.splits.values()
-    keys: dict[bytes, str] = {}
-    for picture in sorted(pictures, key=lambda one: one.key):
-        keys.setdefault(picture.sha256, picture.key)
-    held_out = {content for content, key in keys.items() if hash_key(key) % HELD_OUT == 0}
-    for name in photos.classes:
-        own = sorted(
-            {one.sha256 for one in pictures if one.class_name == name}, key=lambda content: hash_key(keys[content])
-        )
-        if len(own) > 1 and not held_out.intersection(own):
-            held_out.add(own[0])
-        if own and held_out.issuperset(own):
-            held_out.discard(own[-1])
-    train = [one for one in pictures if one.sha256 not in held_out]
-    val = [one for one in pictures if one.sha256 in held_out]
-    return replace(photos, splits={"train": train, "val": val})

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -13,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from offline_kd.data.fetching import MAX_FILE_BYTES, Root
-from offline_kd.data.folders import Photos
+from offline_kd.data.folders import Photos, Picture
 from offline_kd.data.manifest import Tar
+from offline_kd.data.shrinking import JPEG_QUALITY, shrunk_size
 from offline_kd.data.tars import Sample, problem_of_key
-from offline_kd.support.console import progress
+from offline_kd.support.console import counted, progress, say
 from offline_kd.support.errors import DataError, StoreUnreachable
 from offline_kd.support.files import file_sha256, flush_to_disk
 from offline_kd.support.places import Bucket
@@ -65,6 +67,26 @@ def pack(samples: Iterable[Sample], folder: Root, prefix: str, samples_per_tar: 
     if not tars:
         raise DataError(f"{folder}: nothing to pack: no samples were found.")
     return tars
+
+
+def shrunk(photos: Photos, side: int) -> Photos:
+    """The same pictures, of which those with a shorter side of more than `side` pixels are packed with so many; says
+    how many they are."""
+
+    def packed(picture: Picture) -> Picture:
+        if min(picture.size) <= side:
+            return picture
+        return replace(picture, size=shrunk_size(picture.size, side), side=side, extension="jpg")
+
+    splits = {part: [packed(one) for one in pictures] for part, pictures in photos.splits.items()}
+    smaller = sum(one.side is not None for pictures in splits.values() for one in pictures)
+    if smaller:
+        say(
+            f"{photos.folder}: {counted(smaller, 'pictures')} of {sum(map(len, splits.values())):,} with more than "
+            f"{side:,} pixels on the shorter side will be packed with {side:,} (JPEG, quality {JPEG_QUALITY}). To pack "
+            "them as they are: --side 0"
+        )
+    return replace(photos, splits=splits)
 
 
 def pack_photos(photos: Photos, folder: Root, samples_per_tar: int) -> dict[str, list[Tar]]:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from offline_kd.distill.report import summarise
     from offline_kd.distill.report_page import write_report
     from offline_kd.distill.run_records import group_runs, read_runs
-    from offline_kd.distill.training import distill, train_teacher
+    from offline_kd.distill.teacher_training import train_teacher
+    from offline_kd.distill.training import distill
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -20,7 +21,7 @@ else:
             "group_runs": "offline_kd.distill.run_records",
             "read_runs": "offline_kd.distill.run_records",
             "summarise": "offline_kd.distill.report",
-            "train_teacher": "offline_kd.distill.training",
+            "train_teacher": "offline_kd.distill.teacher_training",
             "write_report": "offline_kd.distill.report_page",
         },
     )

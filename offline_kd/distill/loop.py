@@ -18,7 +18,6 @@ from offline_kd.distill.heads import end_pass, row_numbers
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
-from offline_kd.distill.predictions import put_predictions
 from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
 from offline_kd.distill.student import (
@@ -33,6 +32,7 @@ from offline_kd.distill.student import (
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, said_of
 from offline_kd.distill.tracking import epoch_line, tracking
 from offline_kd.models.evaluation import evaluate
+from offline_kd.models.evaluation_file import put_predictions
 from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import AnyTerm

@@ -1,5 +1,6 @@
 """Groups of runs -> one line each: accuracy, beside plain training, the teacher and what was published."""
 
+import hashlib
 import itertools
 import statistics
 from collections.abc import Iterable, Sequence
@@ -10,8 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.distill.differences import Difference, difference
-from offline_kd.distill.predictions import (
+from offline_kd.distill.run_records import COMPARED, Group, RunRecord, read_if_there
+from offline_kd.models.checkpoints import as_file
+from offline_kd.models.evaluation_file import (
     FILE,
+    FILE_OF_TEACHER,
     MOST_FILE_BYTES,
     Predictions,
     agreement,
@@ -20,8 +24,6 @@ from offline_kd.distill.predictions import (
     reliability,
     right_by_class,
 )
-from offline_kd.distill.run_records import COMPARED, Group, RunRecord, read_if_there
-from offline_kd.models.checkpoints import as_file
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import TrainingError
 
@@ -41,6 +43,7 @@ class Answered:
     ]  # by run directory: percent of the images on which a run and its teacher agree
     divergence: dict[str, float | None]  # KL(teacher || student) in nats
     among_seeds: float | None  # percent of the images on which two runs agree, mean over pairs
+    teacher_top1: float | None  # percent, of the teacher on the same images
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,18 @@ def _answered(group: Group, runs: Sequence[RunRecord], teachers: dict[str, Predi
     """Of large splits one run at a time has its log-probabilities in memory, beside its teacher."""
     with_teacher: dict[str, float | None] = {}
     apart: dict[str, float | None] = {}
+    of_teachers: list[float] = []
     found: list[Predictions] = []
     for run in group.runs:
         said = predictions_of(run)
         if said is None:
             continue
-        teacher = None if run.is_teacher else _teacher_of(run, runs, teachers)
+        teacher = _told_by_store(run, teachers)
+        if teacher is None or agreement(teacher, said) is None:  # it may have been measured on another split
+            teacher = None if run.is_teacher else _teacher_of(run, runs, teachers)
         with_teacher[str(run.place)] = agreement(teacher, said) if teacher else None
         apart[str(run.place)] = divergence(teacher, said) if teacher else None
+        of_teachers += [teacher.top1] if teacher and with_teacher[str(run.place)] is not None else []
         found.append(replace(said, log_probs=None))
     found = [one for one in found if one.classes == found[0].classes]
     if not found:
@@ -151,6 +158,7 @@ def _answered(group: Group, runs: Sequence[RunRecord], teachers: dict[str, Predi
         with_teacher=with_teacher,
         divergence=apart,
         among_seeds=_mean(agreement(one, other) for one, other in itertools.combinations(found, 2)),
+        teacher_top1=_mean(of_teachers),
     )
 
 
@@ -166,6 +174,17 @@ def predictions_of(run: RunRecord) -> Predictions | None:
             "them is of another run. Run it again, or leave the file out."
         )
     return found
+
+
+def _told_by_store(run: RunRecord, known: dict[str, Predictions | None]) -> Predictions | None:
+    """What the teacher of a run answered when it was measured; None where that was not kept."""
+    content = read_if_there(run.place, FILE_OF_TEACHER, MOST_FILE_BYTES) if run.result.targets == "store" else None
+    if content is None:
+        return None
+    digest = hashlib.sha256(content).hexdigest()  # students of one store share it
+    if digest not in known:
+        known[digest] = read_predictions(content, f"{run.place}/{FILE_OF_TEACHER}")
+    return known[digest]
 
 
 def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Predictions | None]) -> Predictions | None:

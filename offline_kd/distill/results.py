@@ -16,10 +16,13 @@ from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.sampler import ORDER_VERSION
 from offline_kd.distill.student import Student
+from offline_kd.models.evaluation_file import FILE_OF_TEACHER
 from offline_kd.models.networks import parameter_count
 from offline_kd.models.student_file import StudentFile, describe_kd_layers, student_bytes
 from offline_kd.network_recipe import StudentNetwork
 from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
+from offline_kd.store.evaluation_beside import read_evaluation
+from offline_kd.store.reader import Store
 from offline_kd.support.console import say
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.places import WritablePlace
@@ -47,6 +50,7 @@ class Run:
     trained: StudentNetwork | None = None  # where it is not the recipe's student that is trained
     log: str | None = None  # which tracker is told, beside `metrics.jsonl`
     rows_sha256: str = ""  # of the rows that are trained on, where they are not all of the split
+    store: Store | None = None  # that is learned from, where it is one
 
     @property
     def student(self) -> StudentNetwork:
@@ -223,6 +227,14 @@ def finish(
     used = {name: value for name, value in asdict(result).items() if value is not None}
     run.out.put("result.json", (json.dumps(used, indent=2) + "\n").encode())
     return result
+
+
+def keep_teacher_evaluation(run: Run) -> None:
+    """Write what the teacher answered, if that is known, into the run directory, where a report finds it."""
+    if run.store is not None and run.out.size(FILE_OF_TEACHER) is None:
+        content = read_evaluation(run.store)
+        if content is not None:
+            run.out.put(FILE_OF_TEACHER, content)
 
 
 # ---- weights -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.data_recipe import ScoredRows
+from offline_kd.distill.conclusion import conclusion
 from offline_kd.distill.report import record, summarise, table
 from offline_kd.distill.report_page import write_report
 from offline_kd.distill.results import Result
@@ -30,10 +31,11 @@ from offline_kd.distill.run_directory import refuse_ranks, run_directory
 from offline_kd.distill.run_records import group_runs, read_runs
 from offline_kd.distill.student_processes import distill_in_processes
 from offline_kd.distill.sweep import Planned, plan
+from offline_kd.distill.teacher_training import train_teacher, trained_teacher
 from offline_kd.distill.tracking import check_tracker
-from offline_kd.distill.training import DistillOptions, Shared, distill, train_teacher, trained_teacher
+from offline_kd.distill.training import DistillOptions, Shared, distill
 from offline_kd.recipe import Recipe, dump_recipe, needs_teacher
-from offline_kd.support.console import say, show_table
+from offline_kd.support.console import counted, say, show_table
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.places import Folder
@@ -138,11 +140,15 @@ def _run(
     write_atomically(out / "summary.json", json.dumps(content, indent=2) + "\n")
     share = f" with {recipe.data.labelled_fraction:.0%} of the labels" if recipe.data.labelled_fraction < 1 else ""
     notes = [
-        f"{recipe.data.dataset}: student {recipe.student.model}{share}, {recipe.views.num_views} views per image, "
-        f"{recipe.training.epochs} epochs, {len({one.seed for one in planned.values()})} seed(s)."
+        f"{recipe.data.dataset}: student {recipe.student.model}{share}, {counted(recipe.views.num_views, 'views')} per "
+        f"image, {counted(recipe.training.epochs, 'epochs')}, "
+        f"{counted(len({one.seed for one in planned.values()}), 'seeds')}."
     ]
-    write_report(out / "report.html", recipe.name, summaries, notes)
+    found = conclusion(summaries)
+    write_report(out / "report.html", recipe.name, summaries, [*notes, *found])
     show_table(notes[0], *table(summaries))
+    for sentence in found:
+        say(sentence)
     say(f"{out / 'report.html'} shows the curves; {seconds:.0f} s in all")
 
 

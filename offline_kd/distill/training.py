@@ -10,7 +10,7 @@ from typing import TypedDict, TypeVar, Unpack, cast
 
 import torch
 
-from offline_kd.cache.teacher import load_teacher, teacher_args, teacher_input, teacher_model
+from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
 from offline_kd.data.labels import need_labels
@@ -23,15 +23,13 @@ from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import Judged, fit
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
-from offline_kd.distill.results import Result, Run
+from offline_kd.distill.results import Result, Run, keep_teacher_evaluation
 from offline_kd.distill.run_directory import run_place
-from offline_kd.distill.student import Beginning, Student, new_student, prepare_network
+from offline_kd.distill.student import Student, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
 from offline_kd.distill.tracking import check_tracker
 from offline_kd.models.checkpoints import StateDict, WeightsFile, as_file, read_state_dict
-from offline_kd.models.networks import build
 from offline_kd.models.weights import find_weights
-from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
 from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
@@ -51,7 +49,6 @@ from offline_kd.support.ranks import from_first, joined, rank, world
 from offline_kd.views.epochs import view_groups
 
 T = TypeVar("T")
-TEACHER_FILE = "teacher.safetensors"  # of its run directory: student.safetensors under the name of what it is
 
 
 class Shared:
@@ -104,7 +101,10 @@ def distill(
     """
     check_tracker(options.get("log"))
     with joined(device):
-        return fit(*prepare(recipe, manifest, roots, run_place(out), device, options))
+        prepared = prepare(recipe, manifest, roots, run_place(out), device, options)
+        result = fit(*prepared)
+        from_first(lambda: keep_teacher_evaluation(prepared[0]))
+        return result
 
 
 def prepare(
@@ -129,11 +129,7 @@ def prepare(
     # Where a store is read, the join compares every key, image and label with what the teacher saw, at every read.
     proof: Proof = "always" if online or not opened else "once"
     read = recipe.data, recipe.views, recipe.evaluation_crop, manifest, list(roots), limit
-    images = shared.once(
-        "images",
-        (read, proof),
-        lambda: training_images(recipe, manifest, roots, prove=proof, download_bytes=limit),
-    )
+    images = shared.once("images", (read, proof), lambda: training_images(recipe, manifest, roots, proof, limit))
     for store in [] if online else opened:
         if not store.created.keeps_digests:
             say(f"{store.place}: {proof_of_images(store.created)}")
@@ -143,14 +139,12 @@ def prepare(
         raise RecipeError("--online asks the recipe's own teacher: give one --store beside it at most.")
     check_all(opened, recipe, images, [] if options.get("allow_biased") or online else terms)
     check_teachers(opened, [manifest.store(one.store).digest is not None for one in wanted], recipe, manifest)
-    _refuse_labels_that_are_not(recipe, images, terms)
-    evaluated = shared.once(
-        "evaluation", read, lambda: evaluation_images(recipe, manifest, roots, download_bytes=limit)
-    )
+    refuse_labels_that_are_not(recipe, images, terms)
+    evaluated = shared.once("evaluation", read, lambda: evaluation_images(recipe, manifest, roots, limit))
     about = recipe.student
     weights, initial = initial_weights(about.weights, manifest, roots, about.model, about.model_args)
-    about_rows = read, proof, [store.digest for store in opened]
-    rows = shared.once("rows", about_rows, lambda: chosen_images(recipe, images, opened))
+    of_rows = read, proof, [store.digest for store in opened]
+    rows = shared.once("rows", of_rows, lambda: chosen_images(recipe, images, opened))
     student = new_student(recipe, rows.trained, seed, device, terms, weights)
     ask: AskTeacher = no_signal
     asked, live_size = "none", None
@@ -165,7 +159,8 @@ def prepare(
     loader = make_loader(recipe, source, seed, device, live_size, shared)
     student = with_heads(student, terms, loader, ask)
     digest, log = "+".join(store.digest for store in opened), options.get("log")
-    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, log=log, rows_sha256=rows.sha256)
+    only = opened[0] if len(opened) == 1 and asked == "store" else None
+    run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, None, log, rows.sha256, only)
     return run, student, loader, Judged(evaluated, rows.validation), ask
 
 
@@ -177,7 +172,7 @@ def _refuse_part_of_a_pass(recipe: Recipe) -> None:
         )
 
 
-def _refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
+def refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
     """Raise DataError for cross-entropy on a split without labels, where it would be 0."""
     if any(isinstance(term, CE) for term in terms):
         need_labels(images.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "the term 'ce' of the objective")
@@ -203,76 +198,6 @@ def open_stores(
     return opened, Ensemble([one.weight for one in wanted], recipe.mix)
 
 
-def train_teacher(
-    recipe: Recipe,
-    manifest: Manifest,
-    roots: Sequence[Root],
-    out: str | Path,
-    device: torch.device,
-    log: str | None = None,
-) -> Result:
-    """Train the teacher of a recipe with cross-entropy on all labels; `out/teacher.safetensors` are its weights.
-
-    It begins from `teacher.weights`, where there are any, with their head unless `teacher.head` is `new`.
-
-    Args:
-        log: a tracker that is told every epoch, as of `distill`.
-
-    Raises ModelError for weights to begin from that do not fit.
-    """
-    check_tracker(log)
-    model, training = teacher_model(recipe, manifest), recipe.teacher.training
-    if model is None or training is None:
-        raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
-    with joined(device):
-        images, seed, place = training_images(recipe, manifest, roots), recipe.seeds[0], run_place(out)
-        _refuse_labels_that_are_not(recipe, images, [CE(term="ce")])
-        num_classes, args = len(images.dataset.classes), teacher_args(recipe, manifest)
-        torch.manual_seed(seed)
-        network = build(model, num_classes, args)
-        state, initial = initial_weights(recipe.teacher.weights, manifest, roots, model, args)
-        begin = Beginning(model, args, training.train, "teacher.head", recipe.teacher.head or "keep")
-        prepare_network(network, num_classes, begin, state)
-        if state is not None:
-            say(f"the teacher begins from {state.where}" + ", and its head alone trains" * (training.train == "head"))
-        normalisation, _ = teacher_input(recipe, manifest, model)
-        own = {"labelled_fraction": 1.0, "subset": None, "normalisation": normalisation}  # subsets are of students
-        data = recipe.data.model_copy(update=own)
-        plain = recipe.without_sweep().model_copy(update={"training": training, "data": data})
-        rows, groups = chosen_images(plain, images), group_views(plain, images, None)
-        loader = make_loader(plain, source_of(plain, rows.trained, groups=groups), seed, device)
-        trained = StudentNetwork(model=model, model_args=args)
-        run = Run(
-            plain,
-            "teacher",
-            [CE(term="ce")],
-            seed,
-            place,
-            device,
-            initial_sha256=initial,
-            trained=trained,
-            log=log,
-            rows_sha256=rows.sha256,
-        )
-        student = Student(network.to(device), {}, model, num_classes)
-        judged = Judged(evaluation_images(recipe, manifest, roots), rows.validation)
-        result = fit(run, student, loader, judged, no_signal)
-        from_first(lambda: place.copy("student.safetensors", TEACHER_FILE))
-        return result
-
-
-def trained_teacher(recipe: Recipe, manifest: Manifest, weights: str) -> TeacherNetwork:
-    """The teacher of a recipe when it was trained: it has these weights, and sees images as it was trained to."""
-    wanted, model = recipe.teacher, teacher_model(recipe, manifest)
-    assert model is not None, "it was trained"
-    tuned = wanted.model_copy(update={"head": wanted.head or "keep"} if wanted.weights else {})
-    own = {"model": model, "model_args": teacher_args(recipe, manifest)} if wanted.model is None else {}
-    trained = wanted.model_copy(update={"weights": weights, "head": None, **own})
-    saw, sees = (teacher_input(recipe.model_copy(update={"teacher": one}), manifest, model) for one in (tuned, trained))
-    # A library knows how its own weights see, not these.
-    return trained if saw == sees else trained.model_copy(update={"normalisation": saw[0], "crop": saw[1]})
-
-
 def initial_weights(
     weights: str | WeightsFile | None,
     manifest: Manifest,
@@ -292,7 +217,6 @@ def training_images(
     recipe: Recipe,
     manifest: Manifest,
     roots: Sequence[Root],
-    *,
     prove: Proof = "always",
     download_bytes: int = DEFAULT_BYTES,
 ) -> BlockLoader:
@@ -312,7 +236,7 @@ def training_images(
 
 
 def evaluation_images(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], *, download_bytes: int = DEFAULT_BYTES
+    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], download_bytes: int = DEFAULT_BYTES
 ) -> BlockLoader:
     dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
     split = manifest.split(dataset, name)

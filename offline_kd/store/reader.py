@@ -98,9 +98,12 @@ class Store:
 
     @cached_property
     def block_of_tar(self) -> dict[str | None, int]:
-        """The block of a tar's sha256, where the store knows it."""
+        """The block of a tar's sha256: of the manifest, or of what was captured where that had none."""
         tars = self.created.dataset.tars
-        return {tars[block].sha256: block for block in self.blocks if tars[block].sha256 is not None}
+        found = {tars[block].sha256: block for block in self.blocks if tars[block].sha256 is not None}
+        others = [block for block in self.blocks if tars[block].sha256 is None]
+        captured = self.side_by_side(lambda block: self.entry("", block, 0).tar_sha256, others)
+        return {**found, **dict(zip(captured, others, strict=True))}
 
     @property
     def blocks(self) -> range:

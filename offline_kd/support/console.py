@@ -57,8 +57,16 @@ def rate_text(rate: float, unit: str) -> str:
         return f"{rate:,.0f} {unit}/s"
     if rate >= 1:
         return f"{rate:.1f} {unit}/s"
-    one = unit.removesuffix("es") if unit.endswith("sses") else unit.removesuffix("s")
-    return f"{1 / rate:,.1f} s/{one}" if rate > 0 else f"0 {unit}/s"
+    return f"{1 / rate:,.1f} s/{_singular(unit)}" if rate > 0 else f"0 {unit}/s"
+
+
+def counted(number: int, unit: str) -> str:
+    """`1 picture`, `1,234 pictures`: a number of a unit, which is given in the plural."""
+    return f"{number:,} {_singular(unit) if number == 1 else unit}"
+
+
+def _singular(unit: str) -> str:
+    return unit.removesuffix("es") if unit.endswith("sses") else unit.removesuffix("s")
 
 
 def duration_text(seconds: float) -> str:

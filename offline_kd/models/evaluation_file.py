@@ -1,4 +1,4 @@
-"""What a student answered for every image of the evaluation split, after the last epoch: `evaluation.safetensors`.
+"""What a network answered for every image of a split, as a file: of a student after its last epoch, of a teacher.
 
 key_hash    [N] uint64    which image, ascending: files of several runs are joined by it
 label       [N] int32
@@ -24,7 +24,8 @@ from offline_kd.support.errors import TrainingError
 from offline_kd.support.places import WritablePlace
 from offline_kd.support.ranks import of_all, rank
 
-FILE = "evaluation.safetensors"
+FILE = "evaluation.safetensors"  # of a run directory: what its student answered
+FILE_OF_TEACHER = "teacher_evaluation.safetensors"  # what the teacher did that it learned from
 MOST_BYTES = 2**26  # of log-probabilities
 MOST_FILE_BYTES = 2**30
 DTYPES = {"key_hash": "uint64", "label": "int32", "predicted": "int32", "confidence": "float32"}
@@ -45,14 +46,17 @@ class Predictions:
         return 100 * float((self.predicted == self.label).mean())
 
 
-# ---- written by a run ----------------------------------------------------------------------------------------------
+# ---- written ------------------------------------------------------------------------------------------------------
 
 
-def put_predictions(out: WritablePlace, answers: Answers, classes: Sequence[str], samples: int) -> None:
+def put_predictions(
+    out: WritablePlace, answers: Answers, classes: Sequence[str], samples: int, name: str = FILE
+) -> None:
     """Write the answers of all ranks, which all call this; the first one writes.
 
     Args:
         samples: of the whole split.
+        name: of the file.
     """
     parts = of_all(_arrays(answers, with_log_probs=2 * samples * len(classes) <= MOST_BYTES))
     if rank() > 0:
@@ -60,7 +64,7 @@ def put_predictions(out: WritablePlace, answers: Answers, classes: Sequence[str]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     order = np.argsort(whole["key_hash"], kind="stable")
     tensors = {name: np.ascontiguousarray(array[order]) for name, array in whole.items()}
-    out.put(FILE, safetensors.numpy.save(tensors, metadata={"classes": json.dumps(list(classes))}))
+    out.put(name, safetensors.numpy.save(tensors, metadata={"classes": json.dumps(list(classes))}))
 
 
 def _arrays(answers: Answers, with_log_probs: bool) -> dict[str, NDArray[np.generic]]:

@@ -1,0 +1,105 @@
+"""Training the teacher of a recipe, by the loop that trains students."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from offline_kd.cache.teacher import teacher_args, teacher_input, teacher_model
+from offline_kd.data.fetching import Root
+from offline_kd.data.manifest import Manifest
+from offline_kd.distill.chosen_rows import chosen_images
+from offline_kd.distill.loop import Judged, fit
+from offline_kd.distill.results import Result, Run
+from offline_kd.distill.run_directory import run_place
+from offline_kd.distill.student import Beginning, Student, prepare_network
+from offline_kd.distill.teacher_signal import no_signal
+from offline_kd.distill.tracking import check_tracker
+from offline_kd.distill.training import (
+    evaluation_images,
+    group_views,
+    initial_weights,
+    make_loader,
+    refuse_labels_that_are_not,
+    source_of,
+    training_images,
+)
+from offline_kd.models.networks import build
+from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
+from offline_kd.objectives.ce import CE
+from offline_kd.recipe import Recipe
+from offline_kd.support.console import say
+from offline_kd.support.errors import RecipeError
+from offline_kd.support.ranks import from_first, joined
+
+TEACHER_FILE = "teacher.safetensors"  # of its run directory: student.safetensors under the name of what it is
+
+
+def train_teacher(
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Root],
+    out: str | Path,
+    device: torch.device,
+    log: str | None = None,
+) -> Result:
+    """Train the teacher of a recipe with cross-entropy on all labels; `out/teacher.safetensors` are its weights.
+
+    It begins from `teacher.weights`, where there are any, with their head unless `teacher.head` is `new`.
+
+    Args:
+        log: a tracker that is told every epoch, as of `distill`.
+
+    Raises ModelError for weights to begin from that do not fit.
+    """
+    check_tracker(log)
+    model, training = teacher_model(recipe, manifest), recipe.teacher.training
+    if model is None or training is None:
+        raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
+    with joined(device):
+        images, seed, place = training_images(recipe, manifest, roots), recipe.seeds[0], run_place(out)
+        refuse_labels_that_are_not(recipe, images, [CE(term="ce")])
+        num_classes, args = len(images.dataset.classes), teacher_args(recipe, manifest)
+        torch.manual_seed(seed)
+        network = build(model, num_classes, args)
+        state, initial = initial_weights(recipe.teacher.weights, manifest, roots, model, args)
+        begin = Beginning(model, args, training.train, "teacher.head", recipe.teacher.head or "keep")
+        prepare_network(network, num_classes, begin, state)
+        if state is not None:
+            say(f"the teacher begins from {state.where}" + ", and its head alone trains" * (training.train == "head"))
+        normalisation, _ = teacher_input(recipe, manifest, model)
+        own = {"labelled_fraction": 1.0, "subset": None, "normalisation": normalisation}  # subsets are of students
+        data = recipe.data.model_copy(update=own)
+        plain = recipe.without_sweep().model_copy(update={"training": training, "data": data})
+        rows, groups = chosen_images(plain, images), group_views(plain, images, None)
+        loader = make_loader(plain, source_of(plain, rows.trained, groups=groups), seed, device)
+        trained = StudentNetwork(model=model, model_args=args)
+        run = Run(
+            plain,
+            "teacher",
+            [CE(term="ce")],
+            seed,
+            place,
+            device,
+            initial_sha256=initial,
+            trained=trained,
+            log=log,
+            rows_sha256=rows.sha256,
+        )
+        student = Student(network.to(device), {}, model, num_classes)
+        judged = Judged(evaluation_images(recipe, manifest, roots), rows.validation)
+        result = fit(run, student, loader, judged, no_signal)
+        from_first(lambda: place.copy("student.safetensors", TEACHER_FILE))
+        return result
+
+
+def trained_teacher(recipe: Recipe, manifest: Manifest, weights: str) -> TeacherNetwork:
+    """The teacher of a recipe when it was trained: it has these weights, and sees images as it was trained to."""
+    wanted, model = recipe.teacher, teacher_model(recipe, manifest)
+    assert model is not None, "it was trained"
+    tuned = wanted.model_copy(update={"head": wanted.head or "keep"} if wanted.weights else {})
+    own = {"model": model, "model_args": teacher_args(recipe, manifest)} if wanted.model is None else {}
+    trained = wanted.model_copy(update={"weights": weights, "head": None, **own})
+    saw, sees = (teacher_input(recipe.model_copy(update={"teacher": one}), manifest, model) for one in (tuned, trained))
+    # A library knows how its own weights see, not these.
+    return trained if saw == sees else trained.model_copy(update={"normalisation": saw[0], "crop": saw[1]})
