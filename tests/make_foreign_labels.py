@@ -79,7 +79,7 @@ def make_fkd(clone: Path, train: Path, out: Path) -> None:
             label_type="marginal_smoothing_k5",
             use_fp16=half,
         )
-        batches = [batch for batch in DataLoader(dataset, batch_size=4)]
+        batches = list(DataLoader(dataset, batch_size=4))
         for images, _, _, _, paths in batches:
             kept |= {path: torch.stack([one[index] for one in images]) for index, path in enumerate(paths)}
         writer.generate_soft_labels(batches, Network(), args)
@@ -99,7 +99,7 @@ class Network(torch.nn.Module):
 
 
 def make_ml_dr(clone: Path, train: Path, out: Path) -> None:
-    """`reinforce` of reinforce.py, without `internal`, which was never published, and `models`, which Python refuses."""
+    """`reinforce` of reinforce.py, without `internal`, which nobody published, and `models`, which Python refuses."""
     for name in ("internal", "internal.hooks", "internal.data", "models"):
         sys.modules[name] = types.ModuleType(name)
     sys.modules["models"].load_model = None
