@@ -21,7 +21,7 @@ class ImportedCrops(ViewSpec):
     size: int = Field(224, ge=1, le=4096, description="of the student's image; the teacher may have had another")
     interpolation: Interpolation = Field("bilinear", description="how pixels are resampled")
     num_ops: int = Field(0, ge=0, le=8, description="operations of a view")
-    operations: Operations = None
+    operations: Operations = Field(None, description="that views may have")
     erase: bool = Field(False, description="whether views may have a black box")
     count: int = Field(ge=1, le=MOST_VIEWS, description="views of every image")
 

@@ -226,10 +226,11 @@ def _of_view(view: object, where: str) -> tuple[object, Sequence[object]]:
 
 def _named(params: object, transforms: Sequence[str], where: str) -> dict[str, object]:
     """The image's own parameters by transform; the partner's, which nothing mixes in, are left."""
-    if isinstance(params, dict):
+    own: dict[str, object] = {}
+    if isinstance(params, list) and len(params) == len(transforms):
+        own = dict(zip(transforms, params, strict=True))
+    elif isinstance(params, dict):
         own = {name: one[0] for name in transforms if isinstance(one := params.get(name), list | tuple) and one}
-    else:
-        own = dict(zip(transforms, params, strict=False)) if isinstance(params, list) else {}
     if len(own) != len(transforms):
         raise DataError(f"{where}: params of a view are {params!r:.100}, {CONFIG} names {', '.join(transforms)}.")
     return own

@@ -1,7 +1,7 @@
 """Operations that move pixels: each takes an RGB image and a magnitude, and gives one of the same size.
 
 Each is there twice: with bilinear resampling and ImageNet's mean colour behind the edge, and, called `nearest`, with
-the nearest pixel and black behind the edge, as torchvision's RandAugment and TrivialAugment have it by default.
+the nearest pixel and black behind the edge, as torchvision's RandAugment has it by default.
 """
 
 import numpy as np
