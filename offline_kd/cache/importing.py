@@ -33,6 +33,7 @@ from offline_kd.store.codecs.topk import TAIL_TEMPERATURES, TopK
 from offline_kd.store.join import row_arrays
 from offline_kd.store.layout import parts_of, plan_views_per_group
 from offline_kd.store.leases import leases_at
+from offline_kd.store.opening import read_identity
 from offline_kd.store.reader import Arrays
 from offline_kd.store.schema import (
     SCHEMA_VERSION,
@@ -46,7 +47,7 @@ from offline_kd.store.schema import (
 from offline_kd.store.writer import commit
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import DataError, RecipeError, TeacherError
-from offline_kd.support.places import place_at
+from offline_kd.support.places import Place, place_at
 from offline_kd.support.strict import parse
 
 LOOKED_AT = 2000  # images whose answers are compared with their labels before anything is written
@@ -106,9 +107,8 @@ def import_labels(
     others = [one for one in ("test", "val") if one in manifest.dataset(name).splits and one != options.split]
     recipe = _describe(foreign, name, options.split, [*others, options.split][0])
     place = place_at(out)
-    created, additions, own = announce(
-        place, _identify(foreign, recipe, loader, looked, options.teacher), recipe, False
-    )
+    wanted = _identify(foreign, recipe, loader, looked, options.teacher, place)
+    created, additions, own = announce(place, wanted, recipe, False)
     device = torch.device("cpu")
     capture = Capture(recipe, loader, None, device, place, created, additions, own, foreign.views.num_views)
     refuse_uneven_views(capture)
@@ -215,8 +215,9 @@ def _describe(foreign: Foreign, dataset: str, split: str, evaluation: str) -> Ca
 
 
 def _identify(
-    foreign: Foreign, recipe: CaptureRecipe, loader: BlockLoader, looked: Looked, teacher: str
+    foreign: Foreign, recipe: CaptureRecipe, loader: BlockLoader, looked: Looked, teacher: str, place: Place
 ) -> StoreIdentity:
+    views_per_group = read_identity(place)[1].views_per_group if place.size("store.json") is not None else None
     classes, rows_per_block = loader.dataset.classes, max(tar.count for tar in loader.split.tars)
     if not foreign.k < len(classes) <= MAX_IDS:
         raise DataError(
@@ -247,7 +248,7 @@ def _identify(
         codec=_codec(foreign),
         rows_per_block=rows_per_block,
         views_per_group=plan_views_per_group(
-            recipe.views, rows_per_block=rows_per_block, num_classes=len(classes), requested=None
+            recipe.views, rows_per_block=rows_per_block, num_classes=len(classes), requested=views_per_group
         ),
         versions=software_versions(),
     )
