@@ -46,7 +46,7 @@ from offline_kd.store.schema import (
 )
 from offline_kd.store.writer import commit
 from offline_kd.support.console import progress, say
-from offline_kd.support.errors import DataError, RecipeError, TeacherError
+from offline_kd.support.errors import DataError, RecipeError, TeacherError, shorten
 from offline_kd.support.places import Place, place_at
 from offline_kd.support.strict import parse
 
@@ -152,8 +152,10 @@ def read_keys(file: Path | None) -> list[str] | None:
         return None
     try:
         return file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--keys {file}: not readable ({error}). Give a text file with one key a line.") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"--keys {shorten(str(file))}: not readable ({error}). Give a text file with one key a line."
+        ) from error
 
 
 def _samples(block: ImageBlock, classes: Sequence[str], numbers: Mapping[str, int]) -> list[Sample]:

@@ -1,6 +1,7 @@
 """Stage 1 with a teacher that is a module in somebody's hands: what a recipe and a manifest say, from the objects."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -103,7 +104,7 @@ def find_dataset(
     if is_url(dataset):
         folder = root_at(dataset)
         name, roots = str(folder).rsplit("/", 1)[-1], [folder]
-    elif Path(dataset).is_dir():
+    elif os.path.isdir(dataset):
         folder = Path(dataset).resolve()
         name, roots = folder.name, [folder.parent]
     else:

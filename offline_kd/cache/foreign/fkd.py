@@ -4,6 +4,7 @@
 (top, left, height, width), flips `[v]`, and labels: `[v, 2, k]`, classes above probabilities, or `[v, 2]` for k = 1.
 """
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -94,8 +95,12 @@ def open_fkd(source: Path, size: int, interpolation: str, temperature: int, num_
 
     Raises DataError where there are none that can be imported.
     """
-    folder = source / "train" if (source / "train").is_dir() else source
-    first = next((file for file in sorted(folder.glob("*/*.tar")) if file.is_file()), None) if folder.is_dir() else None
+    folder = source / "train" if os.path.isdir(source / "train") else source
+    first = (
+        next((file for file in sorted(folder.glob("*/*.tar")) if file.is_file()), None)
+        if os.path.isdir(folder)
+        else None
+    )
     if first is None:
         raise DataError(
             f"{shorten(str(source))}: holds no CLASS/NAME.tar of FKD, here or in train/. Give the folder whose folders "

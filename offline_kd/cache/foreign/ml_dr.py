@@ -6,6 +6,7 @@ names: a mapping of name to the image's own and a partner's, or, compressed, a l
 TRANSFORMS.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +148,8 @@ def open_ml_dr(source: Path, num_views: int | None, in_listed_order: bool) -> ML
 
     Raises DataError where there are none, and for transforms that our views do not have.
     """
-    folder = source / "reinforced_data" if (source / "reinforced_data" / CONFIG).is_file() else source
-    if not (folder / CONFIG).is_file():
+    folder = source / "reinforced_data" if os.path.isfile(source / "reinforced_data" / CONFIG) else source
+    if not os.path.isfile(folder / CONFIG):
         raise DataError(
             f"{shorten(str(source))}: has no {CONFIG}. Give the folder with it and N.pth.tar of every image."
         )

@@ -9,6 +9,7 @@ stood beside it in the batch) the pixels cannot be made again without their code
 """
 
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -150,7 +151,7 @@ def open_tinyvit(source: Path, config: Path, num_views: int | None) -> TinyViT:
     """
     found = sorted(
         (int(match[2]), int(match[1]), folder)
-        for folder in (source.iterdir() if source.is_dir() else ())
+        for folder in (source.iterdir() if os.path.isdir(source) else ())
         if (match := FOLDER.fullmatch(folder.name)) and folder.is_dir()
     )
     if not found:
