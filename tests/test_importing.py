@@ -162,7 +162,7 @@ def test_a_student_gets_the_stored_answers_and_the_pixels_they_are_about(name, s
     assert np.abs(here - np.roll(expected, 1, axis=1)).mean() > 5 * max(differences.max(), 0.5)  # not any view
 
 
-@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize("name", ["fkd", "ml_dr", "tinyvit"])
 def test_an_imported_store_is_proven_and_tells_what_was_lost(name, stores, photos):
     where = ["--manifest", photos / "manifest.yaml", "--data-root", photos]
     proven = invoke("store", "verify", stores[name], "--dataset", *where)
@@ -206,6 +206,7 @@ def test_an_import_that_was_ended_goes_on_and_one_that_is_whole_is_left(stores, 
     assert "holds another capture" in refused(*importing(photos, "fkd_half", store))
 
 
+@pytest.mark.slow
 def test_the_first_views_can_be_imported_and_the_others_later(photos, tmp_path):
     store = tmp_path / "store"
     assert invoke(*importing(photos, "ml_dr_plain", store, "--views", 2)).exit_code == 0
@@ -273,7 +274,8 @@ def test_answers_that_do_not_name_the_labels_are_refused(copied, photos, tmp_pat
             torch.save([*own[:2], other[2]], file)
     message = nothing_was_written(photos, "fkd", tmp_path / "out")
     assert "the likeliest class is the label in 0.0 % of the views, less than 50 %" in message
-    assert invoke(*importing(photos, "fkd", tmp_path / "out", "--least-top1", 0)).exit_code == 0
+    message = nothing_was_written(photos, "ml_dr", tmp_path / "out", "--least-top1", 80)
+    assert "in 70.8 % of the views, less than 80 %" in message
 
 
 def test_the_order_of_another_dataset_is_given_by_its_keys(copied, photos, tmp_path):

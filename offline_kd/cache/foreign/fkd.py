@@ -96,11 +96,8 @@ def open_fkd(source: Path, size: int, interpolation: str, temperature: int, num_
     Raises DataError where there are none that can be imported.
     """
     folder = source / "train" if os.path.isdir(source / "train") else source
-    first = (
-        next((file for file in sorted(folder.glob("*/*.tar")) if file.is_file()), None)
-        if os.path.isdir(folder)
-        else None
-    )
+    classes = sorted(folder.iterdir()) if os.path.isdir(folder) else []
+    first = next((file for one in classes for file in sorted(one.glob("*.tar")) if os.path.isfile(file)), None)
     if first is None:
         raise DataError(
             f"{shorten(str(source))}: holds no CLASS/NAME.tar of FKD, here or in train/. Give the folder whose folders "
