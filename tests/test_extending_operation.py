@@ -18,7 +18,7 @@ def test_a_new_operation_is_drawn_stored_and_rendered_again_where_a_recipe_names
     done = run_extended(package, "cache-teacher", file, "--store", store, *chosen, *where)
     assert done.returncode == 0, done.stderr
     assert "channel_swap" in (store / "README.md").read_text()
-    assert "18: channel_swap" in (store / "targets.zarr" / "view" / "op" / "zarr.json").read_text()
+    assert "23: channel_swap" in (store / "targets.zarr" / "view" / "op" / "zarr.json").read_text()
 
     # Stage 2 renders the probes of the store again, and compares them with what the teacher saw.
     run = ["--out", tmp_path / "run", "--objective", "kd", "--set", "training.epochs=1"]

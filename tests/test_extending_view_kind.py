@@ -43,4 +43,4 @@ def test_a_new_kind_of_view_is_captured_trained_with_and_named_where_kinds_are(t
     assert wrong.returncode == 1
     assert "Did you mean 'flip_only'?" in wrong.stderr
     wrong = run_extended(package, "cache-teacher", file, "--store", store, "--set", "views={kind: qqqq}", *where)
-    assert "Known: center_crop, flip_only, none, pad_crop_flip, random_resized_crop." in wrong.stderr
+    assert "Known: center_crop, flip_only, imported, none, pad_crop_flip, random_resized_crop." in wrong.stderr

@@ -37,6 +37,7 @@ NOT_RUN = {
     "offline-kd init": "networks of 25 million weights, and their download: tests/test_init.py",
     "offline-kd export": "a minute of compiling: tests/test_usable.py",
     "find . -name": "two programs and a pipe: tests/test_usable.py has the one that is ours",
+    "store import": "labels of ImageNet that other programs made: tests/test_importing.py has those of 24 pictures",
     "--engine ray": "a Ray cluster: tests/test_ray.py",
     "torchrun --nproc-per-node 8": "eight GPUs: tests/test_ranks.py has two processes",
     "--source DIR": "one's own copy of CIFAR-100",

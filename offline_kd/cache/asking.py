@@ -140,7 +140,7 @@ def ask_teacher(
     arrays: Arrays = {
         **row_arrays(inquiry.identity, kept),
         **{f"view/{name}": array for name, array in parameters.items()},
-        **_probes(inquiry.identity, kept, parameters, number, group),
+        **probes(inquiry.identity, kept, parameters, number, group),
         **logits.encoded(),
         **{name: array.reshape(count, num_views, *array.shape[1:]) for name, array in per_view.items()},
     }
@@ -331,7 +331,7 @@ def _other_images(where: str) -> StoreMismatch:
     )
 
 
-def _probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, number: int, group: int) -> Arrays:
+def probes(identity: StoreIdentity, block: ImageBlock, parameters: Parameters, number: int, group: int) -> Arrays:
     """Some views that are stored as pixels, by which a later renderer shows that it renders the same."""
     count, num_views = parameters["flip"].shape
     draws = counter_hash(PROBE_STREAM, number, group, np.arange(PROBES_PER_GROUP, dtype=np.uint64))

@@ -60,6 +60,11 @@ def ask_again(
     """
     assert store.manifest is not None
     known = store.identity.teacher
+    if known.imported:
+        raise StoreMismatch(
+            f"{store.place}: its answers were imported from {known.imported.format}: which weights gave them is not "
+            "known, and nobody can ask again. `store verify` without --teacher proves everything else."
+        )
     teacher = load_teacher(recipe, manifest, roots, store.identity.num_classes, device)
     teacher = replace(teacher, dtype=known.dtype, compile=known.compile, tf32=known.tf32)  # as it computed then
     if teacher.weights_sha256 != store.identity.teacher.weights_sha256:

@@ -205,7 +205,7 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
         pages=found.pages,
         entries=found.entries,
         files={},
-        fidelity={**(old.fidelity if old else {}), targets: fidelity},
+        fidelity={**(old.fidelity if old else {}), **({targets: fidelity} if fidelity else {})},
         left_out=found.left_out,
         image_sizes=sizes,
         total_bytes=found.bytes_by_array.total(),
@@ -222,11 +222,13 @@ def _finish(capture: Capture, own: dict[str, int], still_mine: Callable[[], bool
     return current_manifest(place)
 
 
-def _measure(capture: Capture, store: Store) -> tuple[Fidelity, ImageSizes | None]:
+def _measure(capture: Capture, store: Store) -> tuple[Fidelity | None, ImageSizes | None]:
     """Ask the teacher about as many rows as the recipe says, and no block is believed unseen.
 
-    And between which sizes the images of those blocks lie, where they differ.
+    And between which sizes the images of those blocks lie, where they differ. Nothing, where nobody can be asked.
     """
+    if capture.teacher is None:
+        return None, None
     num_rows = max(capture.recipe.capture.fidelity_rows, len(store.blocks))
     images = capture.loader
     seen: list[NDArray[np.int64]] = []  # the smallest and the largest height and width so far, `[2, 2]`

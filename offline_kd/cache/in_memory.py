@@ -1,7 +1,8 @@
 """Stage 1 with a teacher that is a module in somebody's hands: what a recipe and a manifest say, from the objects."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypedDict
@@ -55,15 +56,7 @@ def cache_module(
     Args:
         manifest: where `dataset` is looked up when it is neither folder nor URL.
     """
-    about, roots, folder = str(dataset), data_roots(), None
-    if is_url(dataset):
-        folder = root_at(dataset)
-        about, roots = str(folder).rsplit("/", 1)[-1], [folder]
-    elif Path(dataset).is_dir():
-        folder = Path(dataset).resolve()
-        about, roots = folder.name, [folder.parent]
-    if folder is not None:
-        manifest = Manifest(manifest_version=1, datasets={about: dataset_of(folder, options.get("classes"))})
+    about, manifest, roots = find_dataset(dataset, manifest, data_roots(), options.get("classes"))
     evaluation = "test" if "test" in manifest.dataset(about).splits else "train"
     module, codec = type(network), options.get("codec", "f16")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
@@ -101,6 +94,25 @@ def cache_module(
             tf32=recipe.teacher.tf32,
         )
         cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
+
+
+def find_dataset(
+    dataset: str | Path, manifest: Manifest, roots: Sequence[Root], classes: list[str] | None
+) -> tuple[str, Manifest, Sequence[Root]]:
+    """Name, manifest and roots of a dataset: a folder or URL of tars, or else a name in `manifest`.
+
+    Args:
+        classes: of a folder; by default "0", "1", ...
+    """
+    if is_url(dataset):
+        folder = root_at(dataset)
+        name, roots = str(folder).rsplit("/", 1)[-1], [folder]
+    elif os.path.isdir(dataset):
+        folder = Path(dataset).resolve()
+        name, roots = folder.name, [folder.parent]
+    else:
+        return str(dataset), manifest, roots
+    return name, Manifest(manifest_version=1, datasets={name: dataset_of(folder, classes)}), roots
 
 
 def dataset_of(folder: Root, classes: list[str] | None) -> Dataset:

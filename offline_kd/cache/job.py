@@ -51,7 +51,7 @@ class Capture:
 
     recipe: CaptureRecipe
     loader: BlockLoader
-    teacher: Teacher
+    teacher: Teacher | None  # None: its answers are imported, and nobody can ask it
     device: torch.device
     place: Place
     created: StoreIdentity  # as in store.json
@@ -62,6 +62,12 @@ class Capture:
     @property
     def groups(self) -> list[range]:
         return view_groups(self.num_views, self.created.views_per_group)
+
+    @property
+    def asked(self) -> Teacher:
+        """The teacher, of a capture that asks it."""
+        assert self.teacher is not None
+        return self.teacher
 
     def identity_of(self, part: str) -> StoreIdentity:
         """The store as this part sees it: what its teacher is asked for."""
@@ -283,7 +289,7 @@ def describe_capture(
     return StoreIdentity(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
-        dataset=_describe_dataset(recipe, loader, first),
+        dataset=describe_dataset(recipe, loader, first),
         teacher=TeacherIdentity(
             name=teacher.name,
             model=teacher.model,
@@ -308,13 +314,21 @@ def describe_capture(
         ),
         rows_per_block=rows_per_block,
         views_per_group=views_per_group,
-        versions={"python": platform.python_version()}
-        | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")}
-        | decoder_versions(),
+        versions=software_versions(),
     )
 
 
-def _describe_dataset(recipe: CaptureRecipe, loader: BlockLoader, first: ImageBlock) -> DatasetIdentity:
+def software_versions() -> dict[str, str]:
+    """Of what a store is made with."""
+    return (
+        {"python": platform.python_version()}
+        | {name: version(name) for name in ("offline-kd", "torch", "torchvision", "zarr", "numpy", "pillow")}
+        | decoder_versions()
+    )
+
+
+def describe_dataset(recipe: CaptureRecipe, loader: BlockLoader, first: ImageBlock) -> DatasetIdentity:
+    """The images of a recipe, as a store names them."""
     return DatasetIdentity(
         name=recipe.data.dataset,
         split=recipe.data.train,

@@ -106,7 +106,7 @@ def _commit_missing_tables(capture: Capture, addition: str, leases: Leases) -> N
     while leases.wait_for(lease, lambda: not missing()):
         identity = capture.identity_of(addition)
         with tempfile.TemporaryDirectory(prefix=scratch_prefix(), dir=_scratch_folder(place)) as scratch:
-            fitted = fit_tables(capture.teacher, identity, missing(), capture.loader, Path(scratch), capture.device)
+            fitted = fit_tables(capture.asked, identity, missing(), capture.loader, Path(scratch), capture.device)
         with contextlib.suppress(LeaseLost):  # another writer fits them now: wait for it
             for name, (arrays, statistics) in fitted.items():
                 commit_tables(place, part, name, arrays, statistics, partial(leases.is_mine, lease))

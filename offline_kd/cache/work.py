@@ -76,7 +76,7 @@ def open_work(capture: Capture, addition: str, blocks: Sequence[int]) -> Work:
     """
     part = parts_of(capture.created, capture.additions)[addition]
     identity = capture.identity_of(addition)
-    inquiry = Inquiry(capture.teacher, identity, _tables(capture, part), capture.device)
+    inquiry = Inquiry(capture.asked, identity, _tables(capture, part), capture.device)
     done = committed(capture.place, capture.created, {addition: capture.num_views})[addition]
     count = int(done[list(blocks)].sum())
     if count:

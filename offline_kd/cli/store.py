@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 import click
 
 from offline_kd.cli.explore import explore_command
+from offline_kd.cli.import_ import import_command
 from offline_kd.cli.options import (
     TARGET_KINDS,
     Inputs,
@@ -41,6 +42,7 @@ def command() -> None:
 
 command.add_command(sign_command)
 command.add_command(explore_command)
+command.add_command(import_command)
 
 
 @command.command("info")

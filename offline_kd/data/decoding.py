@@ -44,6 +44,7 @@ REVERSED = {
     7: (True, True),
     8: (True, False),
 }
+TRANSPARENT = ("RGBA", "LA", "PA", "La", "RGBa")  # modes with an alpha channel
 SCALES = (8, 4, 2)  # a JPEG can be decoded at 1/scale
 
 # Pillow warns of images that are read here. Its limit is raised once: filters of warnings, put and taken away by
@@ -112,6 +113,25 @@ def image_size(encoded: bytes) -> tuple[int, int]:
         return _upright_size(image, _orientation(image))
 
 
+def seen_otherwise(encoded: bytes) -> str:
+    """Why programs that open images and say `convert("RGB")` see other pixels of a file than these; "" if they do not.
+
+    So do torchvision's folders of images.
+    """
+    try:
+        with _open_image(encoded) as image:
+            orientation = _orientation(image)
+            if orientation in UPRIGHT:
+                return f"the image is turned by its EXIF orientation ({orientation}), which other programs ignore"
+            if image.mode.startswith("I"):
+                return "the image has 16 bits, of which other programs keep others"
+            if image.mode in TRANSPARENT or "transparency" in image.info:
+                return "the image is transparent, and other programs do not lay it over white"
+    except UNDECODABLE as error:
+        return f"the image cannot be read ({' '.join(str(error).split())[:80]})"
+    return ""
+
+
 def _orientation(image: Image.Image) -> int:
     """As EXIF has it, which may be anything."""
     orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
@@ -131,7 +151,7 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.mode in TRANSPARENT or "transparency" in image.info:
         over = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", over.size, "white"), over).convert("RGB")
     return image.convert("RGB")

@@ -151,6 +151,11 @@ def warnings_of(store: Store, answers: Answers | None, fidelity: Fidelity | None
     """
     teacher = store.identity.teacher
     warnings = []
+    if teacher.imported:
+        warnings.append(
+            f"Its answers were imported from {teacher.imported.format}. The teacher was never asked here, and saw "
+            "views as that program made them, whose pixels may differ a little from those of students here."
+        )
     if teacher.measured_top1 < POOR_TOP1:
         warnings.append(
             f"The teacher is right about {teacher.measured_top1:.1f} % of {teacher.evaluated_on}, less than "

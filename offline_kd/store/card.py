@@ -30,6 +30,10 @@ from offline_kd.support.strict import in_words
 CARD_FILES = ("README.md", "index.html", RECIPE_FILE)
 SUM = re.compile(rb"(?:<!-- |# )sha256 of what is above: ([0-9a-f]{64})(?: -->)?\n")
 MAX_CLASSES_SHOWN = 200
+ASKED = "The teacher was run again on rows read back from this store:"
+NOT_ASKED = "The teacher was never run here; another program stored its answers:"
+CAPTURED = "Raw teacher logits for stored augmentations of every image, made by `offline-kd cache-teacher`."
+IMPORTED = "Likeliest classes for stored augmentations of every image, brought here by `offline-kd store import`."
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Section:
     title: str
     warnings: list[str]
     facts: dict[str, str]
+    asked_again: str  # what `measured` is of, a sentence
     measured: dict[str, str]
     examples: list[tuple[str, str]]  # caption and address
     plots: list[tuple[str, str]]
@@ -65,7 +70,7 @@ def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str
         ],
     )
     return {
-        "README.md": _with_sum(_markdown(identity.name, common, sections, recipe)),
+        "README.md": _with_sum(_markdown(identity, common, sections, recipe)),
         "index.html": _with_sum(page),
         RECIPE_FILE: _with_sum(recipe, "# ", ""),
     }
@@ -78,17 +83,18 @@ def _section(store: Store, targets: str, fidelity: Fidelity | None) -> Section:
         _title(store, targets),
         warnings_of(store, answers, fidelity),
         _facts(store, fidelity),
-        measured(fidelity),
+        NOT_ASKED if store.identity.teacher.imported else ASKED,
+        measured(store.identity.teacher, fidelity),
         [(caption, _png(pixels)) for pixels, caption in answers.examples] if answers else [],
         _plots(store.identity, answers) if answers else [],
     )
 
 
-def _markdown(name: str, common: dict[str, str], sections: Sequence[Section], recipe: str) -> str:
+def _markdown(identity: StoreIdentity, common: dict[str, str], sections: Sequence[Section], recipe: str) -> str:
     lines = [
-        f"# Teacher store: {_plain(name)}",
+        f"# Teacher store: {_plain(identity.name)}",
         "",
-        "Raw teacher logits for stored augmentations of every image, made by `offline-kd cache-teacher`.",
+        IMPORTED if identity.teacher.imported else CAPTURED,
         f"Train from it with `{COMMAND}`;",
         'look at it with `zarr.open("targets.zarr")`, whose arrays describe themselves. index.html has pictures.',
         "",
@@ -99,7 +105,7 @@ def _markdown(name: str, common: dict[str, str], sections: Sequence[Section], re
         lines += [f"## {_plain(one.title)}", ""]
         lines += [f"- **Warning:** {_plain(warning)}" for warning in one.warnings] + [""] * bool(one.warnings)
         lines += [*_table(one.facts), "", "### Fidelity", ""]
-        lines += ["The teacher was run again on rows read back from this store:", "", *_table(one.measured), ""]
+        lines += [one.asked_again, "", *_table(one.measured), ""]
     # Not between fences, which a name could close.
     lines += ["## A recipe that trains from it", "", "<pre>", *map(_line, recipe.splitlines()), "</pre>"]
     return "\n".join(lines)
@@ -142,11 +148,15 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
     teacher = identity.teacher
     facts = {
         "teacher": f"{teacher.name} ({teacher.model}, {teacher.arithmetic}), weights sha256 `{teacher.weights_sha256}`",
-        "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, measured before the capture",
+        "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, "
+        + ("by the imported answers" if teacher.imported else "measured before the capture"),
         "codec": in_words(identity.codec.model_dump(mode="json")),
         "serves": ", ".join(served_terms(store)),
         "licence": teacher.licence or "not stated",
     }
+    if teacher.imported:
+        facts["teacher"] = f"{teacher.name}, {teacher.weights}"
+        facts["imported from"] = teacher.imported.in_words
     if teacher.weights_part:
         facts["part of the weights' file"] = f"`{teacher.weights_part}`"
     if teacher.classes is not None:

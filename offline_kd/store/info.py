@@ -3,7 +3,7 @@
 from offline_kd.store.join import proof_of_images
 from offline_kd.store.opening import group_digests
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import Fidelity
+from offline_kd.store.schema import Fidelity, TeacherIdentity
 from offline_kd.store.serving import describe, served_terms
 from offline_kd.support.strict import in_words
 
@@ -74,10 +74,12 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
             "network": " ".join(
                 [teacher.model, *([f"({in_words(teacher.model_args)})"] if teacher.model_args else [])]
             ),
-            "weights": f"sha256 {teacher.weights_sha256}",
+            "weights": teacher.weights,
             "arithmetic": teacher.arithmetic,
-            "top-1": f"{teacher.measured_top1:.2f} % of {teacher.evaluated_on}",
+            "top-1": f"{teacher.measured_top1:.2f} % of {teacher.evaluated_on}"
+            + ", by the imported answers" * bool(teacher.imported),
             "licence": teacher.licence or "not stated",
+            **({"imported from": teacher.imported.in_words} if teacher.imported else {}),
         },
         "Targets": {
             "codec": in_words(identity.codec.model_dump(mode="json")),
@@ -92,7 +94,7 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
             },
             "serves": ", ".join(served_terms(store)) or "nothing",
         },
-        "Fidelity": measured(fidelity),
+        "Fidelity": measured(store.identity.teacher, fidelity),
         "Largest arrays": {
             name: f"{_bytes(size)} ({size / max(manifest.total_bytes, 1):.1%})"
             for name, size in sorted(manifest.bytes_by_array.items(), key=lambda one: -one[1])[:MAX_ARRAYS]
@@ -111,8 +113,10 @@ def _bytes(size: int) -> str:
     return f"{value:.3g} {unit}" if unit != "bytes" else f"{size:,} bytes"
 
 
-def measured(fidelity: Fidelity | None) -> dict[str, str]:
+def measured(teacher: TeacherIdentity, fidelity: Fidelity | None) -> dict[str, str]:
     """What the teacher, asked again, said about the store."""
+    if teacher.imported:
+        return {"rows asked again": f"0: imported from {teacher.imported.format}, nobody can ask again"}
     if fidelity is None:
         return {"rows asked again": "0: `offline-kd store verify STORE --teacher 1000` asks this teacher"}
     return {

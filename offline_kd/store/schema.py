@@ -91,11 +91,24 @@ class DatasetIdentity(Strict):
     licence: str
 
 
+class Imported(Strict):
+    """Of answers that another program stored: the teacher was never asked here."""
+
+    format: str = Field(description="of the files, as the command line has it")
+    evaluation: str = Field(description="a split on which students may be evaluated")
+    lost: list[str] = Field(description="what the files do not say")
+
+    @property
+    def in_words(self) -> str:
+        """For people."""
+        return f"{self.format}; lost: {'; '.join(self.lost)}"
+
+
 class TeacherIdentity(Strict):
     name: str
     model: str
     model_args: dict[str, int | float | str | bool]
-    weights_sha256: Sha256
+    weights_sha256: Sha256 = Field(description="where answers were imported: of all that was read of them")
     weights_part: str = Field(
         "", exclude_if=_is_unused, description="entry, prefix of the file, where not the weights themselves were meant"
     )
@@ -112,6 +125,7 @@ class TeacherIdentity(Strict):
     evaluated_on: str
     measured_top1: float = Field(description="percent, by the gate, before anything was written")
     licence: str
+    imported: Imported | None = Field(None, exclude_if=_is_unused, description="None: it was asked by offline-kd")
 
     @property
     def what_is_asked(self) -> tuple[object, ...]:
@@ -119,8 +133,16 @@ class TeacherIdentity(Strict):
         return self.weights_sha256, self.weights_part, self.classes
 
     @property
+    def weights(self) -> str:
+        """Which weights, in words."""
+        of_what = " of the imported labels; the weights are not known" if self.imported else ""
+        return f"sha256 {self.weights_sha256}{of_what}"
+
+    @property
     def arithmetic(self) -> str:
         """How it computed, in words."""
+        if self.imported:
+            return "arithmetic not known"
         return self.dtype + ", TF32" * self.tf32 + ", compiled" * self.compile
 
     @property

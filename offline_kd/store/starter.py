@@ -27,6 +27,7 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
     identity, held = store.identity, manifest.held
     dataset, teacher = identity.dataset, identity.teacher
     evaluation = teacher.evaluated_on.removeprefix(f"{dataset.name}/")
+    evaluation = teacher.imported.evaluation if teacher.imported else evaluation
     blocks = range(len(dataset.tars)) if held is None else range(held.first_block, held.end_block)
     samples = sum(dataset.tars[block].count for block in blocks)
     data = {

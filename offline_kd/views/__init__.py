@@ -18,6 +18,7 @@ VIEWS: dict[str, type[ViewSpec]] = {
     "pad_crop_flip": resolve_name("offline_kd.views.pad_crop_flip:PadCropFlip"),
     "center_crop": resolve_name("offline_kd.views.center_crop:CenterCrop"),
     "random_resized_crop": resolve_name("offline_kd.views.random_resized_crop:RandomCrop"),
+    "imported": resolve_name("offline_kd.views.imported:ImportedCrops"),
 }
 
 if TYPE_CHECKING:  # a type checker cannot follow a table

@@ -17,7 +17,7 @@ class Erase(Strict):
     probability: float = Field(0.25, ge=0, le=1, description="that a view has an erased box")
     area: tuple[float, float] = Field((0.02, 0.33), description="of the box, as a share of the image: from, to")
     ratio: tuple[float, float] = Field((0.3, 3.3), description="height / width of the box: from, to")
-    fill: Erased = Field("mean", description="what lies in the box: ImageNet's mean colour, or noise")
+    fill: Erased = Field("mean", description="what lies in the box: ImageNet's mean colour, noise, or black")
 
     def arrays(self) -> dict[str, ViewArray]:
         """The array of erased boxes."""
@@ -53,8 +53,8 @@ def inner_box(box: NDArray[np.int16], size: int) -> tuple[slice, slice]:
 def erase_box(pixels: NDArray[np.uint8], box: NDArray[np.int16], fill: Erased) -> None:
     """Erase a box `[4]` of an image `[3, size, size]`, in place; the noise is a function of the box."""
     rows, columns = inner_box(box, pixels.shape[1])
-    if fill == "mean":
-        pixels[:, rows, columns] = np.array(GREY, dtype=np.uint8)[:, None, None]
+    if fill != "noise":
+        pixels[:, rows, columns] = np.array(GREY if fill == "mean" else (0, 0, 0), dtype=np.uint8)[:, None, None]
         return
     shape = pixels[:, rows, columns].shape
     noise = counter_hash(*(int(value) for value in box), np.arange(int(np.prod(shape)), dtype=np.uint64))

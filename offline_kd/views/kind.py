@@ -29,7 +29,7 @@ Decoding = Annotated[  # left out of JSON where it is full, so that views are de
         description="scaled: JPEGs at 1/2, 1/4 or 1/8 where a crop is so much larger than what it is resized to",
     ),
 ]
-Erased = Literal["mean", "noise"]  # what lies in an erased box: ImageNet's mean colour, or noise
+Erased = Literal["mean", "noise", "black"]  # what lies in an erased box: ImageNet's mean colour, noise, or nothing
 Parameters = dict[str, NDArray[Any]]  # of views, by array: `[n, v, ...]`; which there are says `ViewSpec.arrays`
 Uniform = Callable[[int, int], NDArray[np.float64]]  # numbers of a stream, `[n, v]` in [0, 1): one for every view
 
@@ -76,6 +76,11 @@ class ViewSpec(Strict):
     def with_count(self, num_views: int) -> Self:
         """The same views, so many of them; a kind without a `count` stays what it is."""
         return self.model_copy(update={"count": num_views}) if "count" in type(self).model_fields else self
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether parameters follow from keys, so that they can be drawn again and compared with what is stored."""
+        return True
 
     @property
     def interpolation_used(self) -> Interpolation | None:

@@ -36,7 +36,7 @@ class Actor:
         """Take the teacher; `folder` is where the driver works."""
         in_folder(folder)
         here = torch.device(device)
-        work.capture.teacher.network.to(here)
+        work.capture.asked.network.to(here)
         self.work = _on(work, here)
 
     def do(self, number: int) -> tuple[int, float, list[str]]:
@@ -190,7 +190,7 @@ def _portable(work: Work) -> Work:
 
     It has no keys, of which there may be many: that they are unique is proven when the store is finished.
     """
-    teacher = work.capture.teacher
+    teacher = work.capture.asked
     teacher = replace(teacher, network=copy.deepcopy(teacher.network).cpu())
     work = replace(work, capture=replace(work.capture, teacher=teacher), known_keys=KnownKeys())
     return _on(work, torch.device("cpu"))
@@ -202,5 +202,5 @@ def _on(work: Work, device: torch.device) -> Work:
     What Ray hands out lies in memory that others read: what is written to is copied.
     """
     tables = {name: {key: one.to(device) for key, one in of.items()} for name, of in work.inquiry.tables.items()}
-    inquiry = replace(work.inquiry, teacher=work.capture.teacher, tables=tables, device=device)
+    inquiry = replace(work.inquiry, teacher=work.capture.asked, tables=tables, device=device)
     return replace(work, capture=replace(work.capture, device=device), inquiry=inquiry, done=work.done.copy())

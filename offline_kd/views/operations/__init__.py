@@ -49,6 +49,11 @@ OPERATIONS: dict[str, Op] = {
     "grayscale": Op(15, "colour:grayscale"),
     "blur": Op(16, "colour:blur"),
     "hue": Op(17, "colour:hue"),
+    "shear_x_nearest": Op(18, "geometry:shear_x_nearest", (0.3, 0.99), signed=True),
+    "shear_y_nearest": Op(19, "geometry:shear_y_nearest", (0.3, 0.99), signed=True),
+    "translate_x_nearest": Op(20, "geometry:translate_x_nearest", (150 / 331, 32 / 224), signed=True),
+    "translate_y_nearest": Op(21, "geometry:translate_y_nearest", (150 / 331, 32 / 224), signed=True),
+    "rotate_nearest": Op(22, "geometry:rotate_nearest", (30, 135), signed=True),
 }
 FIRST_CODES = 18  # operations that every store's metadata names
 
