@@ -62,7 +62,7 @@ class Seconds:
     answering: float
     learning: float  # a training step of the student
     reading: float  # decoding it, and rendering a view
-    asked_at: int | None = None  # pixels that the teacher sees, whatever the student's are
+    asked_at: int | None = None  # pixels that the teacher sees and learns at, whatever the student's are
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,8 @@ def seconds_of_all(start: Start, student: str, photos: Photos, device: torch.dev
     sizes, exact = view_sizes(pictures), one_size(pictures) is not None
     first = min(TIMED_AT, sizes[0])
     own = start.sees.crop.size if start.sees and not exact else first
-    at = first if start.trains else own
+    keeps_size = start.head_alone or not start.trains  # what it knows, it knows of pictures of that size
+    at = own if keeps_size else first
     try:
         taught, answered = seconds_of_network(start.model, classes, at, device)
     except ModelError:
@@ -241,7 +242,7 @@ def seconds_of_all(start: Start, student: str, photos: Photos, device: torch.dev
     some = [] if exact else pictures[:: max(len(pictures) // TIMED_PICTURES, 1)][:TIMED_PICTURES]
     reading = [timed(partial(read, picture, picture.encoded(), views), torch.device("cpu")) for picture in some]
     mean = sum(reading) / max(len(reading), 1)
-    return Seconds(taught * start.trains, answered, learned, mean, None if start.trains else own), sizes
+    return Seconds(taught * start.trains, answered, learned, mean, own if keeps_size else None), sizes
 
 
 def plan(seconds: Seconds, rows: int, held_out: int, sizes: Sequence[int], budget: float) -> Plan:
@@ -259,11 +260,11 @@ def plan(seconds: Seconds, rows: int, held_out: int, sizes: Sequence[int], budge
         larger, asked = ((one / TIMED_AT) ** 2 for one in (size, seconds.asked_at or size))
 
         def epoch(step: float) -> float:  # an answer takes a third of a training step
-            return rows * (step * larger + seconds.reading) + held_out * (step / 3 * larger + seconds.reading)
+            return rows * (step + seconds.reading) + held_out * (step / 3 + seconds.reading)
 
-        teacher = TEACHER_EPOCHS * epoch(seconds.teaching) if seconds.teaching else 0
+        teacher = TEACHER_EPOCHS * epoch(seconds.teaching * asked) if seconds.teaching else 0
         answers = rows * (seconds.answering * asked + seconds.reading)
-        return teacher + answers + STUDENTS * EPOCHS * epoch(seconds.learning)
+        return teacher + answers + STUDENTS * EPOCHS * epoch(seconds.learning * larger)
 
     size = next((size for size in sizes if of_a_round(size) * ENOUGH <= budget), sizes[-1])
     rounds = int(min(max(budget / of_a_round(size), FEW), most))

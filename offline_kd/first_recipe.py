@@ -149,7 +149,10 @@ def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: to
     text += f"  normalisation: {_flow(normalisation)}\n"
     if one_size(pictures) is None:
         crop = RandomCrop(kind="random_resized_crop", size=chosen.size, count=1).evaluation_crop
-        text += f"  crop: {_flow(crop)}  # it is asked at the size at which it learned\n"
+        why = "the size at which it learns, and is asked"
+        if start.head_alone and start.sees:
+            crop, why = start.sees.crop, "the size of what it knows: it learns and is asked there, students see less"
+        text += f"  crop: {_flow(crop)}  # {why}\n"
     rate, why = ("2.0e-4", "small, for what it knows already") if start.new_head else ("1.0e-3", "from nothing")
     alone = ""
     if start.head_alone:

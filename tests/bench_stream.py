@@ -34,17 +34,12 @@ from offline_kd.distill.loader import Loader
 from offline_kd.distill.reader import Options, Source
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.codecs.int_ import Int
+from offline_kd.store.identity import DatasetIdentity, TeacherIdentity
 from offline_kd.store.join import Wanted, join
 from offline_kd.store.layout import entry_names, parts_of, probe_pixels
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import (
-    SCHEMA_VERSION,
-    DatasetIdentity,
-    LedgerEntry,
-    StoreIdentity,
-    TeacherIdentity,
-)
+from offline_kd.store.schema import SCHEMA_VERSION, LedgerEntry, StoreIdentity
 from offline_kd.store.writer import commit, create_or_resume
 from offline_kd.support.places import Folder
 from offline_kd.views.choice import choose

@@ -5,16 +5,15 @@ from collections.abc import Mapping
 
 from offline_kd.data.manifest import Normalisation, Tar
 from offline_kd.store.codecs import AnyCodec
+from offline_kd.store.identity import DatasetIdentity, TeacherIdentity
 from offline_kd.store.layout import listed_names, num_pages, parts_of, small_files
 from offline_kd.store.reader import stored_object
 from offline_kd.store.schema import (
     PAGE_BLOCKS,
     SCHEMA_VERSION,
-    DatasetIdentity,
     Fidelity,
     StoreIdentity,
     StoreManifest,
-    TeacherIdentity,
     ledger_name,
     store_digest,
 )

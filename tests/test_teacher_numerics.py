@@ -20,8 +20,8 @@ from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import Recipe, dump_recipe
 from offline_kd.store.decisions import TemplateDecisions
+from offline_kd.store.identity import DecisionsIdentity, TeacherIdentity
 from offline_kd.store.opening import open_store
-from offline_kd.store.schema import DecisionsIdentity, TeacherIdentity
 from offline_kd.support.errors import TeacherError
 from offline_kd.views.kind import draw
 

@@ -30,20 +30,13 @@ from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.codecs.f16 import as_float16
 from offline_kd.store.codecs.largest import MAX_IDS
 from offline_kd.store.codecs.topk import TAIL_TEMPERATURES, TopK
+from offline_kd.store.identity import Imported, TeacherIdentity
 from offline_kd.store.join import row_arrays
 from offline_kd.store.layout import parts_of, plan_views_per_group
 from offline_kd.store.leases import leases_at
 from offline_kd.store.opening import read_identity
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import (
-    SCHEMA_VERSION,
-    Imported,
-    LedgerEntry,
-    StoreIdentity,
-    StoreManifest,
-    TeacherIdentity,
-    ledger_name,
-)
+from offline_kd.store.schema import SCHEMA_VERSION, LedgerEntry, StoreIdentity, StoreManifest, ledger_name
 from offline_kd.store.writer import commit
 from offline_kd.support.console import progress, say
 from offline_kd.support.errors import DataError, RecipeError, TeacherError, shorten

@@ -22,19 +22,12 @@ from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.evaluation_beside import keep_evaluation
 from offline_kd.store.features import FeaturesIdentity
+from offline_kd.store.identity import DatasetIdentity, TeacherIdentity
 from offline_kd.store.layout import Part, parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
 from offline_kd.store.opening import read_addition, read_identity
 from offline_kd.store.reader import Store, parse_metadata, stored_object
-from offline_kd.store.schema import (
-    SCHEMA_VERSION,
-    Addition,
-    DatasetIdentity,
-    StoreIdentity,
-    StoreManifest,
-    Tapped,
-    TeacherIdentity,
-)
+from offline_kd.store.schema import SCHEMA_VERSION, Addition, StoreIdentity, StoreManifest, Tapped
 from offline_kd.store.writer import create_addition, create_or_resume, manifest_bytes, read_entries
 from offline_kd.support.console import say
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch

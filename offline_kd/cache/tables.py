@@ -21,8 +21,9 @@ from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import SubclassDecisions, TemplateDecisions
+from offline_kd.store.identity import DecisionsIdentity
 from offline_kd.store.reader import Arrays
-from offline_kd.store.schema import DecisionsIdentity, StoreIdentity
+from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_uniform
 from offline_kd.support.errors import TeacherError

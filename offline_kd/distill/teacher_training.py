@@ -31,6 +31,7 @@ from offline_kd.recipe import Recipe
 from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.ranks import from_first, joined
+from offline_kd.views.random_resized_crop import RandomCrop
 
 TEACHER_FILE = "teacher.safetensors"  # of its run directory: student.safetensors under the name of what it is
 
@@ -45,7 +46,8 @@ def train_teacher(
 ) -> Result:
     """Train the teacher of a recipe with cross-entropy on all labels; `out/teacher.safetensors` are its weights.
 
-    It begins from `teacher.weights`, where there are any, with their head unless `teacher.head` is `new`.
+    It begins from `teacher.weights`, where there are any, with their head unless `teacher.head` is `new`. Views have
+    the size that it will be asked at, that of its crop, where they are resampled.
 
     Args:
         log: a tracker that is told every epoch, as of `distill`.
@@ -67,10 +69,13 @@ def train_teacher(
         prepare_network(network, num_classes, begin, state)
         if state is not None:
             say(f"the teacher begins from {state.where}" + ", and its head alone trains" * (training.train == "head"))
-        normalisation, _ = teacher_input(recipe, manifest, model)
+        normalisation, crop = teacher_input(recipe, manifest, model)
+        views = recipe.views
+        if crop is not None and isinstance(views, RandomCrop):
+            views = views.model_copy(update={"size": crop.size})
         own = {"labelled_fraction": 1.0, "subset": None, "normalisation": normalisation}  # subsets are of students
-        data = recipe.data.model_copy(update=own)
-        plain = recipe.without_sweep().model_copy(update={"training": training, "data": data})
+        data = recipe.data.model_copy(update=own | ({"crop": crop} if crop else {}))
+        plain = recipe.without_sweep().model_copy(update={"training": training, "data": data, "views": views})
         rows, groups = chosen_images(plain, images), group_views(plain, images, None)
         loader = make_loader(plain, source_of(plain, rows.trained, groups=groups), seed, device)
         trained = StudentNetwork(model=model, model_args=args)
@@ -87,7 +92,7 @@ def train_teacher(
             rows_sha256=rows.sha256,
         )
         student = Student(network.to(device), {}, model, num_classes)
-        judged = Judged(evaluation_images(recipe, manifest, roots), rows.validation)
+        judged = Judged(evaluation_images(plain, manifest, roots), rows.validation)
         result = fit(run, student, loader, judged, no_signal)
         from_first(lambda: place.copy("student.safetensors", TEACHER_FILE))
         return result

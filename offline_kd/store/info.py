@@ -1,9 +1,10 @@
 """What a store holds, from whom, how faithfully, and which objectives it serves: for programs and for people."""
 
+from offline_kd.store.identity import TeacherIdentity
 from offline_kd.store.join import proof_of_images
 from offline_kd.store.opening import group_digests
 from offline_kd.store.reader import Store
-from offline_kd.store.schema import Fidelity, TeacherIdentity
+from offline_kd.store.schema import Fidelity
 from offline_kd.store.serving import describe, served_terms
 from offline_kd.support.strict import in_words
 

@@ -32,11 +32,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from offline_kd.data.labels import LabelRule
-from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
 from offline_kd.store.codecs import AnyCodec
-from offline_kd.store.decisions import DecisionsConfig
 from offline_kd.store.features import FeaturesIdentity, names_of_their_own
+from offline_kd.store.identity import DatasetIdentity, DecisionsIdentity, Side, TeacherIdentity
 from offline_kd.support.strict import Sha256, Strict, fingerprint
 from offline_kd.views import Views
 from offline_kd.views.epochs import view_groups
@@ -47,26 +45,9 @@ PROBE_SIDE = 64  # so many of them in a row
 DIGESTS_SINCE = 3  # the version from which a store keeps a sha256 of every image, and the keys themselves
 PAGES_SINCE = 4  # the version from which manifest.json lists pages of hashes; before, it lists every ledger entry
 PAGE_BLOCKS = 1024  # whose entries a page vouches for: 32 KiB
-MAX_TARS = 2**17  # of one store
 KINDS = "logits", "decisions", "features"  # of targets: what their arrays' names begin with
 
 Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]
-Side = Annotated[int, Field(gt=0, lt=2**15)]
-
-
-def _is_usual(labels: object) -> bool:
-    """Left out of JSON, so that stores of images with `.cls` are described as by earlier versions."""
-    return labels == "cls"
-
-
-def _is_false(value: object) -> bool:
-    """Left out of JSON, so that stores of teachers that compute as they always did are described as before."""
-    return value is False
-
-
-def _is_unused(value: object) -> bool:
-    """Left out of JSON, so that stores of teachers with classes of their own are described as before."""
-    return value in (None, "")
 
 
 def _is_none(value: object) -> bool:
@@ -77,87 +58,6 @@ def _is_none(value: object) -> bool:
 def _is_empty(value: dict[str, object]) -> bool:
     """Left out of JSON, so that stores without are described as before."""
     return not value
-
-
-class DatasetIdentity(Strict):
-    name: str
-    split: str
-    fingerprint: Sha256
-    classes: list[str] = Field(min_length=2)
-    height: Side | None = Field(description="of every image; None: they differ")
-    width: Side | None
-    tars: list[Tar] = Field(min_length=1, max_length=MAX_TARS)
-    labels: LabelRule = Field("cls", exclude_if=_is_usual, description="what says the label of a sample")
-    licence: str
-
-
-class Imported(Strict):
-    """Of answers that another program stored: the teacher was never asked here."""
-
-    format: str = Field(description="of the files, as the command line has it")
-    evaluation: str = Field(description="a split on which students may be evaluated")
-    lost: list[str] = Field(description="what the files do not say")
-
-    @property
-    def in_words(self) -> str:
-        """For people."""
-        return f"{self.format}; lost: {'; '.join(self.lost)}"
-
-
-class TeacherIdentity(Strict):
-    name: str
-    model: str
-    model_args: dict[str, int | float | str | bool]
-    weights_sha256: Sha256 = Field(description="where answers were imported: of all that was read of them")
-    weights_part: str = Field(
-        "", exclude_if=_is_unused, description="entry, prefix of the file, where not the weights themselves were meant"
-    )
-    normalisation: Normalisation
-    crop: EvaluationCrop | None = Field(None, description="of images of different sizes; its size is that of views")
-    dtype: str
-    compile: bool = Field(False, exclude_if=_is_false, description="whether the network was compiled")
-    tf32: bool = Field(False, exclude_if=_is_false, description="whether float32 products may have had 10 bits")
-    classes: list[Annotated[list[int], Field(min_length=1)]] | None = Field(
-        None,
-        exclude_if=_is_unused,
-        description="indices of the network's classes that each class of the dataset is; None: they are its own",
-    )
-    evaluated_on: str
-    measured_top1: float = Field(description="percent, by the gate, before anything was written")
-    licence: str
-    imported: Imported | None = Field(None, exclude_if=_is_unused, description="None: it was asked by offline-kd")
-
-    @property
-    def what_is_asked(self) -> tuple[object, ...]:
-        """Which weights, and which of their classes: teachers that differ in it say other things."""
-        return self.weights_sha256, self.weights_part, self.classes
-
-    @property
-    def weights(self) -> str:
-        """Which weights, in words."""
-        of_what = " of the imported labels; the weights are not known" if self.imported else ""
-        return f"sha256 {self.weights_sha256}{of_what}"
-
-    @property
-    def arithmetic(self) -> str:
-        """How it computed, in words."""
-        if self.imported:
-            return "arithmetic not known"
-        return self.dtype + ", TF32" * self.tf32 + ", compiled" * self.compile
-
-    @property
-    def precision(self) -> str:
-        """The dtype whose rounding explains how far two runs differ; TF32 has as many bits as float16."""
-        return "float16" if self.dtype == "float32" and self.tf32 else self.dtype
-
-
-class DecisionsIdentity(Strict):
-    """Decisions that a store holds, and the map they were made on."""
-
-    config: DecisionsConfig
-    channels: int = Field(gt=0, le=2**20)
-    height: Side
-    width: Side
 
 
 Tapped = DecisionsIdentity | FeaturesIdentity
