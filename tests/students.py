@@ -1,15 +1,21 @@
 """Students of tests: a recipe of one with KD layers, files of some that nobody trained, and what files say."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import safetensors
 import torch
 import yaml
 from conftest import ROOT, make_recipe
+from torch import Tensor
 
 import offline_kd as okd
 from offline_kd.data.manifest import Normalisation
+from offline_kd.distill import loop
+from offline_kd.distill.loop import train_step
 from offline_kd.models.kd_layer import insert_kd_layer
 from offline_kd.models.networks import build
 from offline_kd.models.student_file import ENTRY, StudentFile, describe_kd_layers, student_bytes
@@ -33,6 +39,22 @@ LETKD = {
         ]
     },
 }
+
+
+@contextmanager
+def ended_after(steps: int) -> Iterator[None]:
+    """Training ends as by Ctrl-C when so many steps have been made."""
+    made = 0
+
+    def stopping(*arguments: object) -> tuple[Tensor, Tensor]:
+        nonlocal made
+        if made == steps:
+            raise KeyboardInterrupt
+        made += 1
+        return train_step(*arguments)
+
+    with patch.object(loop, "train_step", stopping):
+        yield
 
 
 def letkd_recipe(teacher_weights: Path, folder: Path) -> Path:

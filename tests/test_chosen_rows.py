@@ -12,6 +12,7 @@ import yaml
 from conftest import CPU, RECIPE, invoke, make_recipe, merged, refused
 from pictures import photographs, views_of
 from safetensors.torch import load_file
+from students import ended_after
 from test_images import with_bad_ones
 from test_ranks import torchrun
 
@@ -19,9 +20,7 @@ import offline_kd as okd
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data import blocks
 from offline_kd.data.tars import hash_key
-from offline_kd.distill import loop
 from offline_kd.distill.chosen_rows import choose_rows, is_validation
-from offline_kd.distill.loop import train_step
 from offline_kd.distill.tracking import figures
 from offline_kd.distill.training import prepare, training_images
 from offline_kd.models.networks import normalise
@@ -157,22 +156,12 @@ def test_a_subset_of_photographs_is_the_same_from_store_and_tars_whether_or_not_
         assert [tar.count for tar in streams[0].source.images.split.tars] == [of_first, len(named) - of_first]
 
 
-def test_a_stopped_run_goes_on_with_the_rows_it_began_with_and_with_no_others(command, keys, tmp_path, monkeypatch):
+def test_a_stopped_run_goes_on_with_the_rows_it_began_with_and_with_no_others(command, keys, tmp_path):
     file = written(tmp_path / "keys.txt", keys[::3])
     ours = [*command, "--set", f"data.subset={file}", "--set", "data.validation=0.1"]
     assert invoke(*ours, "--out", tmp_path / "whole").exit_code == 0
-    done = 0
-
-    def stopping(*given: object) -> object:
-        nonlocal done
-        done += 1
-        if done == 3:
-            raise KeyboardInterrupt
-        return train_step(*given)
-
-    monkeypatch.setattr(loop, "train_step", stopping)
-    assert invoke(*ours, "--out", tmp_path / "stopped").exit_code != 0
-    monkeypatch.undo()
+    with ended_after(2):
+        assert invoke(*ours, "--out", tmp_path / "stopped").exit_code != 0
     written(file, keys[1::3])
     assert "holds a run of another recipe" in refused(*ours, "--out", tmp_path / "stopped")
     written(file, keys[::3][::-1])  # the same rows in another order, from another place

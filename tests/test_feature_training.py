@@ -9,9 +9,10 @@ import pytest
 import torch
 from conftest import CPU, invoke, make_recipe, merged, refused
 from safetensors.torch import load_file
+from students import ended_after
 from torch import Tensor, nn
 
-from offline_kd.distill import heads, loop
+from offline_kd.distill import heads
 from offline_kd.distill.heads import dataset_rows, row_numbers, with_heads
 from offline_kd.distill.loop import fit, train_step
 from offline_kd.distill.loss import term_weights
@@ -85,20 +86,9 @@ def finished(manifest, roots, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("steps", [3, pytest.param(6, marks=pytest.mark.slow)])
-def test_a_stopped_run_goes_on_with_its_heads_and_memory(finished, manifest, roots, tmp_path, monkeypatch, steps):
-    done = 0
-
-    def stopping(*arguments: object) -> tuple[Tensor, Tensor]:
-        nonlocal done
-        if done == steps:
-            raise KeyboardInterrupt
-        done += 1
-        return train_step(*arguments)
-
-    monkeypatch.setattr(loop, "train_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_stopped_run_goes_on_with_its_heads_and_memory(finished, manifest, roots, tmp_path, steps):
+    with ended_after(steps), pytest.raises(KeyboardInterrupt):
         trained(recipe_with(**OPTIONS), manifest, roots, tmp_path)
-    monkeypatch.undo()
     trained(recipe_with(**OPTIONS), manifest, roots, tmp_path)
     for name in ("student.safetensors", "student_ema.safetensors"):
         assert file_sha256(tmp_path / name) == file_sha256(finished / name)

@@ -18,12 +18,10 @@ import torch
 import yaml
 from conftest import CPU, RECIPE, ROOT, invoke, make_recipe, merged, refused
 from rich.console import Console
+from students import ended_after
 from test_ranks import torchrun
-from torch import Tensor
 
 from offline_kd.cli.options import read_inputs
-from offline_kd.distill import loop
-from offline_kd.distill.loop import train_step
 from offline_kd.distill.results import Run
 from offline_kd.distill.teacher_signal import said_of, stored_signal
 from offline_kd.distill.tracking import figures, tracking
@@ -50,19 +48,9 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def stop_once(command: list[object], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def stop_once(command: list[object], steps: int) -> None:
     """Begin the command, and end it as Ctrl-C does after so many steps."""
-    done = 0
-
-    def stopping(*arguments: object) -> tuple[Tensor, Tensor]:
-        nonlocal done
-        done += 1
-        if done > steps:
-            raise KeyboardInterrupt
-        return train_step(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", stopping)
+    with ended_after(steps):
         assert invoke(*command).exit_code != 0
 
 
@@ -70,7 +58,7 @@ def stop_once(command: list[object], steps: int, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_epoch_is_one_line_and_its_figures_are_those_of_metrics(
-    recipe, manifest, roots, recipe_file, where, store_path, tmp_path, monkeypatch
+    recipe, manifest, roots, recipe_file, where, store_path, tmp_path
 ):
     command = ["distill", recipe_file, "--store", store_path, "--objective", "kd", "--device", "cpu", *where]
     done = invoke(*command, "--out", tmp_path / "run")
@@ -101,7 +89,7 @@ def test_an_epoch_is_one_line_and_its_figures_are_those_of_metrics(
     assert history[0]["teacher_entropy"] != history[1]["teacher_entropy"]  # of other views
 
     stopped = [*command, "--out", tmp_path / "stopped", "--set", "training.checkpoint_steps=10"]
-    stop_once(stopped, 36, monkeypatch)
+    stop_once(stopped, 36)
     assert "resuming after epoch 1 and 10 steps" in invoke(*stopped).stderr
     timed = {"seconds": 0, "images_per_second": 0}
     assert [line | timed for line in metrics(tmp_path / "stopped")] == [line | timed for line in history]
@@ -241,10 +229,10 @@ def of_wandb(folder: Path) -> list[dict[str, float]]:
     return history
 
 
-def test_tensorboard_shows_a_stopped_run_as_one_that_was_not(plain, tmp_path, monkeypatch):
+def test_tensorboard_shows_a_stopped_run_as_one_that_was_not(plain, tmp_path):
     out = tmp_path / "run"
     command = [*plain, "--out", out, "--log", "tensorboard"]
-    stop_once(command, 16, monkeypatch)  # in the third epoch
+    stop_once(command, 16)  # in the third epoch
     assert len(of_tensorboard(out)) == 2
     assert invoke(*command).exit_code == 0
     shown, told = of_tensorboard(out), as_told(out)
@@ -261,7 +249,7 @@ def test_wandb_offline_holds_every_epoch_once_under_one_id(plain, tmp_path, monk
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
     command = [*plain, "--out", out, "--log", "wandb"]
-    stop_once(command, 16, monkeypatch)
+    stop_once(command, 16)
     assert invoke(*command).exit_code == 0
     first, second = sorted(out.glob("wandb/offline-run-*"), key=lambda folder: folder.stat().st_mtime_ns)
     assert first.name.rpartition("-")[2] == second.name.rpartition("-")[2] == (out / "tracking.id").read_text()
@@ -276,7 +264,7 @@ def test_trackio_goes_on_under_the_same_name(plain, tmp_path, monkeypatch):
     storage = pytest.importorskip("trackio.sqlite_storage", reason="trackio is not installed")
     out = tmp_path / "run"
     command = [*plain, "--out", out, "--log", "trackio"]
-    stop_once(command, 16, monkeypatch)
+    stop_once(command, 16)
     assert invoke(*command).exit_code == 0
     shown = storage.SQLiteStorage.get_logs("test", f"run-{(out / 'tracking.id').read_text()}")
     assert [one["step"] for one in shown] == [1, 2, 3]

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import CPU, RECIPE, invoke, make_recipe, merged, refused
 from safetensors.torch import load_file, save_file
+from students import ended_after
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -175,21 +176,10 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("steps", [5, 7])
-def test_a_stopped_run_goes_on_to_the_same_weights(finished, manifest, roots, tmp_path, monkeypatch, steps):
+def test_a_stopped_run_goes_on_to_the_same_weights(finished, manifest, roots, tmp_path, steps):
     """In the middle of a pass, and after its last step: with the average, the scale and what is kept."""
-    done = 0
-
-    def stopping(*arguments: object) -> tuple[Tensor, Tensor]:
-        nonlocal done
-        if done == steps:
-            raise KeyboardInterrupt
-        done += 1
-        return train_step(*arguments)
-
-    monkeypatch.setattr(loop, "train_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with ended_after(steps), pytest.raises(KeyboardInterrupt):
         trained(recipe_with(**ALL), manifest, roots, tmp_path)
-    monkeypatch.undo()
     trained(recipe_with(**ALL), manifest, roots, tmp_path)
     assert weights_of(tmp_path) == weights_of(finished)
     for ours, whole in zip(metrics(tmp_path), metrics(finished), strict=True):
