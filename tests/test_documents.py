@@ -39,6 +39,7 @@ NOT_RUN = {
     "docs/command-line.md": {"_OFFLINE_KD_COMPLETE=": "a shell's own start-up files: tests/test_start_up.py completes"},
     "docs/images.md": {"imagenet:\n  folder": "an entry with sha256 that are left out: tests/test_index.py makes it"},
     "docs/measurements.md": {"digits: student": "what a command printed", "after 200 steps": "what a command printed"},
+    "docs/own-loops.md": {"python train.py": "timm's own program: tests/test_own_loops.py runs it where there is one"},
     "docs/sharing.md": {
         "NAME/store.json": "the files of a store: tests/test_store.py",
         "stores:": "two files, with a digest that is left out: tests/test_signing.py",
@@ -100,7 +101,14 @@ OPTIONS = {"--help", "--version"} | {
     name for _, command in all_commands(cli.main) for one in command.params for name in (*one.opts, *one.secondary_opts)
 }
 # Options of other programs, and whose they are.
-OF_OTHERS = {"--max-restarts": "torchrun", "--array": "sbatch", "--threads": "tests/bench_decisions.py"}
+TIMM = "--resume", "--start-epoch", "--mixup-off-epoch", "--smoothing", "--img-size", "--val-split", "--dataset"
+OF_OTHERS = {
+    "--max-restarts": "torchrun",
+    "--array": "sbatch",
+    "--threads": "tests/bench_decisions.py",
+    **dict.fromkeys(TIMM, "timm's train.py"),
+    **dict.fromkeys(("--use_fp16", "--temp"), "FKD's generate_soft_label.py"),
+}
 
 
 def understand(words: Sequence[str]) -> None:
@@ -137,7 +145,7 @@ def test_commands_and_options_in_sentences_exist(page):
                 pass
             except click.UsageError as error:
                 pytest.fail(f"{page}: {code}: {error.message}")
-        if option := re.match("--[a-z][a-z-]+", code):
+        if option := re.match(r"--[a-z][\w-]+", code):
             assert option[0] in OPTIONS or option[0] in OF_OTHERS, f"{page}: {code}: no command has it"
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from documents import blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+import offline_kd as okd
 from offline_kd.objectives import (
     ContrastiveMemory,
     DatasetRows,
@@ -153,13 +155,14 @@ def test_itrd_equals_the_authors_code(case):
 @pytest.mark.parametrize("case", cases("wttm_crd_total") + cases("wttm_itrd_total"), ids=name)
 def test_sums_with_wttm_equal_the_authors_code(case):
     hp = case["hp"]
+    step = "step0/" if hp["other"] == "crd" else ""
     z_s, f_s, f_t, y = (
         value(case, "z_s").requires_grad_(),
-        value(case, "f_s").requires_grad_(),
-        *(value(case, one) for one in ("f_t", "y")),
+        value(case, f"{step}f_s").requires_grad_(),
+        *(value(case, one) for one in (f"{step}f_t", "y")),
     )
     if hp["other"] == "crd":
-        other = memory_of(case)(f_s, f_t, value(case, "idx"), value(case, "contrast_idx"))
+        other = memory_of(case)(f_s, f_t, value(case, "step0/idx"), value(case, "step0/contrast_idx"))
     else:
         embedded = F.linear(f_s, value(case, "embed_weight"), value(case, "embed_bias"))
         weights = {"correlation_weight": hp["corr_weight"], "information_weight": hp["mi_weight"]}
@@ -314,6 +317,25 @@ def test_scores_of_all_rows_and_of_those_wanted_are_the_same():
     for rows in (20, 50):
         found = crd_scores(anchors, memory[:rows], contrast % rows, temperature=2.0)
         torch.testing.assert_close(found, _of_all(anchors, memory[:rows], contrast % rows) / 2)
+
+
+def test_the_loop_of_the_page_makes_a_step_with_the_memory():
+    (block,) = (one for one in blocks("docs/objectives.md") if "ContrastiveMemory" in one.text)
+    torch.manual_seed(0)
+    body = torch.nn.Linear(8, 64)
+    names = {
+        "torch": torch,
+        "okd": okd,
+        "key_hash": np.arange(6000, dtype=np.uint64),
+        "labels": torch.arange(6000) % 10,
+        "student": body,
+        "student_features": body(torch.randn(4, 8)),
+        "teacher_features": torch.randn(4, 256),
+        "numbers": torch.tensor([3, 5, 7, 9]),
+    }
+    exec(compile(block.text, str(block), "exec"), names)
+    assert 15 < names["loss"].item() < 30
+    assert body.weight.grad.abs().sum() > 0
 
 
 def test_crd_begins_near_its_known_value():

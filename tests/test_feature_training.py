@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from offline_kd.distill import heads
 from offline_kd.distill.heads import dataset_rows, row_numbers, with_heads
-from offline_kd.distill.loop import fit, train_step
+from offline_kd.distill.loop import Judged, fit, train_step
 from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import make_optimizer
 from offline_kd.distill.results import Result, Run
@@ -68,7 +68,7 @@ def prepared(recipe: Recipe, manifest, roots, out: Path, seed: int = 0):
 
 def trained(recipe: Recipe, manifest, roots, out: Path) -> Result:
     run, student, loader = prepared(recipe, manifest, roots, out)
-    return fit(run, student, loader, evaluation_images(recipe, manifest, roots), ask)
+    return fit(run, student, loader, Judged(evaluation_images(recipe, manifest, roots)), ask)
 
 
 def saved(out: Path) -> dict[str, object]:
@@ -143,7 +143,7 @@ def test_a_step_that_the_optimizer_leaves_out_is_not_remembered(manifest, roots,
     run, student, loader = prepared(recipe, manifest, roots, tmp_path)
     student = with_states(student, recipe.training, CPU)
     optimizer = make_optimizer(recipe.training, student.network, list(student.heads.values()))
-    weights, batches = term_weights(run.terms, 0, CPU), loader.epoch(0)
+    weights, batches = term_weights(run.terms, 0, 1, CPU), loader.epoch(0)
     memory, updates = student.heads[1].memory_s, []
     for scale, same in ((torch.inf, True), (1.0, False), (torch.inf, True)):
         student.scaler.load_state_dict(student.scaler.state_dict() | {"scale": scale})
@@ -265,7 +265,7 @@ def test_a_compiled_student_has_the_features_of_the_plain_one(options, manifest,
         run, student, loader = prepared(recipe, manifest, roots, tmp_path / name)
         student = compiled(student, recipe.training)
         optimizer = make_optimizer(recipe.training, student.network, list(student.heads.values()))
-        weights, batches = term_weights(run.terms, 0, CPU), loader.epoch(0)
+        weights, batches = term_weights(run.terms, 0, 1, CPU), loader.epoch(0)
         values = []
         for _ in range(3):
             batch = next(batches)

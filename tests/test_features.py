@@ -12,6 +12,7 @@ import torch
 import yaml
 import zarr
 from conftest import CPU, invoke, make_recipe, refused
+from documents import blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans as Reference
@@ -250,6 +251,14 @@ def test_batches_of_a_resident_run_have_the_same_features(recipe, path, manifest
             assert one.key_hash.tolist() == other.key_hash.tolist()
             for name in FEATURES:
                 assert torch.equal(one.teacher_features[name], other.teacher_features[name])
+
+
+def test_the_loop_of_the_page_reads_features(path, data_root):
+    (block,) = (one for one in blocks("docs/features.md") if one.language == "python")
+    text = block.text.replace("stores/mine", str(path)).replace("penultimate", "exact")
+    names: dict[str, object] = {"okd": okd}
+    exec(compile(text.replace('data="digits"', f'data="{data_root}/digits"'), str(block), "exec"), names)
+    assert names["batch"].teacher_features["exact"].shape[1:] == SHAPES["exact"]
 
 
 def test_only_terms_on_features_are_served_with_them(recipe, path):

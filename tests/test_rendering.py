@@ -296,7 +296,9 @@ def test_a_box_that_reaches_outside_is_black_there():
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_operation_changes_an_image_and_does_it_again(op):
     image = Image.fromarray(np.asarray(photograph(5, 40, 40)) // 2 + 40)
-    magnitude = {"posterize": 4, "solarize": 128, "hue": 0.2, "rotate": 20, "blur": 1.5}.get(op, 0.3)
+    magnitude = {"posterize": 4, "solarize": 128, "hue": 0.2, "rotate": 20, "rotate_nearest": 20, "blur": 1.5}.get(
+        op, 0.3
+    )
     once, again = apply_op(image, op, magnitude), apply_op(image, op, magnitude)
     assert once.size == (40, 40)
     assert once.mode == "RGB"

@@ -342,7 +342,10 @@ def test_an_error_that_was_not_measured_is_not_taken_for_none(store_path):
         with pytest.raises(StoreMismatch, match="error was not measured"):
             refuse_bias(replace(store, identity=lossy, manifest=manifest.model_copy(update={"fidelity": {}})), [term])
         refuse_bias(replace(store, manifest=manifest), [term])  # f32 keeps the logits whole
-    assert measured(fidelity)["WTTM weight / DTKD temperature error"] == "not measured / not measured"
+    assert (
+        measured(store.identity.teacher, fidelity)["WTTM weight / DTKD temperature error"]
+        == "not measured / not measured"
+    )
 
 
 def test_only_a_loss_that_falls_back_counts_fallbacks():

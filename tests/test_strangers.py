@@ -191,7 +191,7 @@ def test_labels_and_probes_that_cannot_be_are_no_traceback_in_a_card(stranger, t
 
 def test_pages_allow_nothing_but_their_own_style_sheet_and_script(tmp_path):
     nothing = {"views": [], "maps": [], "about": "", "digest": ""}
-    view = {"pictures": [("a", "data:,")], "caption": "c", "likeliest": [("cat", "50.0")]}
+    view = {"pictures": [("a", "data:,")], "caption": "c", "likeliest": [("cat", "50.0")], "features": ["f"]}
     maps = [
         {"name": "n", "module": "m", "count": "1", "grid": "1 x 1", "templates": [
             {"colour": "rgb(1, 2, 3)", "number": 1, "patches": [], "vectors": "1"}
