@@ -83,7 +83,7 @@ def test_two_lines_make_students_of_a_folder(here):
     result = invoke("run", "recipe.yaml", *(word for one in short for word in ("--set", one)), "--device", "cpu")
     assert result.exit_code == 0, result.output
     assert {path.name for path in (here / "runs/photos/students").iterdir()} == {"kd-0", "ce-0"}
-    sentence = next(line for line in result.stderr.splitlines() if line.startswith("Students are "))
+    sentence = next(line for line in result.stderr.splitlines() if line.startswith("Students "))
     assert sentence in (here / "runs/photos/report.html").read_text()
     assert invoke("data", "check", "photos").exit_code == 0
 

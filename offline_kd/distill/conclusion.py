@@ -23,24 +23,26 @@ def _sentence(found: Sequence[Summary], teacher: float | None, summaries: Sequen
     assert best.difference is not None, "it stands beside plain training"
     plain = next(one for one in summaries if best.plain is not None and one.group.key == best.plain.key)
     figures = f"{best.group.label} has {best.top1_mean:.2f} %, {plain.group.label} {plain.top1_mean:.2f} %"
-    if best.difference.mean > 0:
-        return f"Students are better with the teacher than from labels alone: {figures}, {_chance(best.difference)}."
-    text = f"Students are no better with the teacher than from labels alone: {figures}"
+    apart, known = best.difference.mean, _is_known(best.difference)
+    if apart > 0 and known:
+        return f"Students are better with the teacher than from labels alone: {figures}."
+    if apart > 0:
+        return (
+            f"Students seem better with the teacher than from labels alone, but it may be chance: {figures}. "
+            "More seeds tell (--seeds 0,1,2,3,4)."
+        )
+    text = f"Students are {'worse' if known else 'no better'} with the teacher than from labels alone: {figures}"
     if teacher is not None and teacher <= plain.top1_mean:
         return (
             f"{text}. The teacher itself has {teacher:.2f} %, no more than plain training: take one that knows more, "
             "with pretrained weights, on larger views or after more epochs (docs/teachers.md)."
         )
-    return f"{text}, {_chance(best.difference)}. Try another objective, more views or more epochs."
+    return f"{text}. Try another objective, more views or more epochs."
 
 
-def _chance(apart: Difference) -> str:
-    """Whether a difference is more than chance."""
-    if apart.half_width is None:
-        return "which may be chance: seeds tell (seeds: [0, 1, 2])"
-    if abs(apart.mean) <= apart.half_width:
-        return "which is not more than chance may do"
-    return "which is more than chance"
+def _is_known(apart: Difference) -> bool:
+    """Whether a difference is more than chance: its interval of 95 % does not hold 0."""
+    return apart.half_width is not None and abs(apart.mean) > apart.half_width
 
 
 def _teacher_of(found: Sequence[Summary], summaries: Sequence[Summary]) -> float | None:
