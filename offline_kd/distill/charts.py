@@ -12,6 +12,7 @@ from offline_kd.models.evaluation import ECE_BINS
 WIDTH, HEIGHT = 480, 250  # of a chart
 LEFT, TOP, RIGHT, BOTTOM = 56, 10, 470, 212  # of the area where lines are
 POINTS = 100  # of a line, at most
+DASH = 5  # half of what is drawn for a single point
 SQUARE = 120  # of a reliability diagram
 
 
@@ -79,6 +80,9 @@ def chart(title: str, x_label: str, series: Sequence[Series]) -> Chart:
     lines = []
     for one in series:
         mean = [at(x, y) for x, y in zip(one.x, one.mean, strict=True)]
+        if len(mean) == 1:  # a dash, where a line would be nothing
+            ((x, y),) = mean
+            mean = [(x - DASH, y), (x + DASH, y)]
         above = [at(x, y) for x, y in zip(one.x, one.high, strict=True)]
         below = [at(x, y) for x, y in zip(one.x, one.low, strict=True)]
         band = _points(above + below[::-1]) if one.low != one.high else ""
