@@ -85,7 +85,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
     untrained = {**small["teacher"], "training": None, "weights": "runs/digits/teacher/student.safetensors"}
     for name in ("recipe.yaml", "cifar10/resnet56_resnet20_cpu"):  # files win over packaged recipes
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(yaml.safe_dump(small | {"teacher": untrained}))
+        (tmp_path / name).write_text(yaml.safe_dump(small | {"name": "own", "teacher": untrained}))
     for picture in ("train/a/1", "train/b/2", "val/a/3", "val/b/4"):
         (photos / picture).parent.mkdir(parents=True)
         shutil.copy(ROOT / "pipelines/cifar10/resnet56_resnet20_letkd.png", photos / f"{picture}.png")

@@ -460,3 +460,12 @@ def test_a_machine_without_a_compiler_is_one_line(manifest, roots, tmp_path):
     said = pytest.raises(TrainingError, match=r"training\.compile: torch\.compile cannot do this student here \(")
     with config.patch({"cpp.cxx": ("no-such-compiler",)}), said:
         trained(recipe, manifest, roots, tmp_path)
+
+
+def test_a_network_whose_statistics_are_too_slow_for_so_few_steps_is_told_of(recipe_file, where, tmp_path):
+    few = ("--set", "data.tars=[2]", "--set", "training.epochs=1", "--set", "training.batch_size=16")
+    said = invoke("train", recipe_file, "--out", tmp_path / "few", *few, *where).stderr
+    assert said.count("warning: the running statistics") == 1
+    assert "change by 0.1 a step, and there are " in said
+    many = (*few[:2], "--set", "training.epochs=2", "--set", "training.batch_size=4")
+    assert "warning: the running" not in invoke("train", recipe_file, "--out", tmp_path / "many", *many, *where).stderr

@@ -27,6 +27,7 @@ from offline_kd.distill.student import (
     compiling,
     kd_layer_scores,
     training_mode,
+    warn_of_slow_statistics,
     with_states,
 )
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, said_of
@@ -80,6 +81,8 @@ def fit(run: Run, student: Student, loader: Loader, judged: Judged, ask: AskTeac
         if result is not None:
             return result
         done = done or Progress(sums=[0.0] * len(run.terms))
+        if not (done.steps_done or done.epochs_done or run.initial_sha256 or rank()):
+            warn_of_slow_statistics(student.network, training.epochs // loader.views_per_decode * loader.steps_per_pass)
         if not done.steps_done:
             keep_weights(run, student, judged.evaluation, done.history)
         with compiling(training):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from offline_kd.data.blocks import BlockLoader
@@ -28,6 +29,8 @@ from offline_kd.support.console import say
 from offline_kd.support.errors import ModelError, RecipeError, TrainingError
 from offline_kd.support.ranks import world
 from offline_kd.training_recipe import Training
+
+LEFT = 0.05  # of what running statistics begin with, that need not be told of
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,22 @@ def compiled(student: Student, training: Training) -> Student:
     network = torch.compile(student.network, mode=None if training.compile is True else training.compile)
     assert isinstance(network, nn.Module)
     return replace(student, trained=network)
+
+
+def warn_of_slow_statistics(network: nn.Module, steps: int) -> None:
+    """Say so where a new network's BatchNorm will not have forgotten in so many steps what it began with.
+
+    Then it is evaluated with statistics that no layer ever saw, however well it has learned: top-1 like chance, beside a
+    loss near 0.
+    """
+    kept = {one.momentum for one in network.modules() if isinstance(one, BatchNorm) and one.momentum is not None}
+    slowest = min(kept, default=1.0)
+    if (1 - slowest) ** steps > LEFT:
+        say(
+            f"warning: the running statistics of this network's BatchNorm begin with nothing and change by {slowest:g} "
+            f"a step, and there are {steps} steps: it will look worse than it is. Train for more epochs, with smaller "
+            "batches, take another network, or begin from weights"
+        )
 
 
 @contextmanager
