@@ -198,8 +198,8 @@ def compiled(student: Student, training: Training) -> Student:
 def warn_of_slow_statistics(network: nn.Module, steps: int) -> None:
     """Say so where a new network's BatchNorm will not have forgotten in so many steps what it began with.
 
-    Then it is evaluated with statistics that no layer ever saw, however well it has learned: top-1 like chance, beside a
-    loss near 0.
+    Then it is evaluated with statistics that no layer ever saw, however well it has learned: top-1 like chance, beside
+    a loss near 0.
     """
     kept = {one.momentum for one in network.modules() if isinstance(one, BatchNorm) and one.momentum is not None}
     slowest = min(kept, default=1.0)
