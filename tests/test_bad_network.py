@@ -93,6 +93,7 @@ def test_what_is_corrupted_once_on_its_way_is_read_again_and_right(
     assert network.suffered["corrupt answer"] > 100
 
 
+@pytest.mark.slow
 def test_bytes_that_are_always_changed_are_blamed_on_the_network_and_damage_on_the_store(network, address, tmp_path):
     copy_store(STORE, address)
     network.fate = lambda method, path: "corrupt answer" if "logits/code/c/" in path else ""

@@ -103,11 +103,12 @@ def end_rank(line: str) -> None:
     import json
     import time
 
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE", "")
+    file, ranks = os.environ.get("TORCHELASTIC_ERROR_FILE", ""), sys.modules.get("offline_kd.support.ranks")
     if file:
+        # torchrun names who failed in the first second: never one that ends because another did, within the same one.
+        second = int(time.time()) + (ranks is not None and ranks.ANOTHER_ENDED in line)
         with contextlib.suppress(OSError):
-            Path(file).write_text(json.dumps({"message": line, "timestamp": str(int(time.time()))}), encoding="utf-8")
-    ranks = sys.modules.get("offline_kd.support.ranks")
+            Path(file).write_text(json.dumps({"message": line, "timestamp": str(second)}), encoding="utf-8")
     if ranks is not None:
         ranks.end_at_once_among_others()
 

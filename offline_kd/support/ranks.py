@@ -25,6 +25,7 @@ from offline_kd.support.errors import OfflineKDError, TrainingError
 T = TypeVar("T")
 NEEDED = ("RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes, beside WORLD_SIZE
 LOST = ("gloo", "nccl", "connection closed", "connection reset")  # in what torch says when another rank has ended
+ANOTHER_ENDED = "another rank has ended; it or torchrun says why"
 _meetings = itertools.count()
 
 
@@ -77,7 +78,7 @@ def joined(device: torch.device) -> Iterator[None]:
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST):
-            raise TrainingError("another rank has ended; it or torchrun says why. The same command goes on.") from error
+            raise TrainingError(f"{ANOTHER_ENDED}. The same command goes on.") from error
         traceback.print_exc()
         end_at_once_among_others()
         raise
