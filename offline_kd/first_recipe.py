@@ -157,7 +157,7 @@ def _teacher(start: Start, pictures: Sequence[Picture], chosen: Plan, device: to
     rate, why = ("2.0e-4", "small, for what it knows already") if start.new_head else ("1.0e-3", "from nothing")
     alone = ""
     if start.head_alone:
-        rate, why = "5.0e-3", "of a last layer"
+        rate, why = "1.0e-3", "of a last layer"
         alone = "    train: head  # with so few pictures what it knows stays; all: everything learns (lr: 2.0e-4)\n"
     training = _training(pictures, device, rate, why).replace("\n  ", "\n    ")
     return f"{text}  training:\n    epochs: {TEACHER_EPOCHS * chosen.rounds}\n{alone}  {training}"

@@ -83,8 +83,7 @@ def begin_from(
     Raises ModelError for weights that do not fit, and for a head of other classes that is to be kept.
     """
     if wanted == "new":
-        load_state(model, state, left=head)
-        return list(head)
+        return _with_new_head(model, state, head)
     here, there = classes_of(model.state_dict(), head), known_classes(model, state, head)
     if there in (None, here):
         load_state(model, state)
@@ -94,7 +93,19 @@ def begin_from(
             f"{state.where}: is for {there:,} classes, the dataset has {here:,}. To begin with a new head: "
             f"{field}: new; a teacher that stays as it is can be asked about some of its classes: teacher.classes."
         )
+    return _with_new_head(model, state, head)
+
+
+def _with_new_head(model: nn.Module, state: StateDict, head: Mapping[str, int]) -> list[str]:
+    """Load all but the head, which begins with 0 where it is a linear map.
+
+    What it would begin with by chance stays in all directions that the images at hand do not show: with few of them,
+    and libraries that begin with large numbers, that decides what is said of others.
+    """
     load_state(model, state, left=head)
+    for name in head:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | nn.Conv2d):
+            nn.init.zeros_(model.get_parameter(name))
     return list(head)
 
 
