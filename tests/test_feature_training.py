@@ -13,6 +13,7 @@ from students import ended_after
 from torch import Tensor, nn
 
 from offline_kd.distill import heads
+from offline_kd.distill.chosen_rows import chosen_images
 from offline_kd.distill.heads import dataset_rows, row_numbers, with_heads
 from offline_kd.distill.loop import Judged, fit, train_step
 from offline_kd.distill.loss import term_weights
@@ -187,6 +188,16 @@ def test_rows_are_numbered_by_key_whether_a_store_or_the_images_say_so(recipe, m
         numbers = row_numbers(student, batch)
         assert (rows.key_hash[numbers.numpy()] == batch.key_hash).all()
         assert torch.equal(rows.labels[numbers], batch.labels)
+
+
+def test_rows_that_are_not_trained_on_are_not_remembered(recipe, manifest, roots, store_path):
+    data = recipe.data.model_copy(update={"validation": 0.3})
+    cut, stores = recipe.model_copy(update={"data": data}), [open_store(store_path)]
+    images = chosen_images(cut, training_images(recipe, manifest, roots), stores).trained
+    trained_on = sorted(key for block in images for key in block.key_hash.tolist())
+    for some in ([], stores):
+        rows = dataset_rows(make_loader(cut, source_of(cut, images, some), 0, CPU))
+        assert rows.key_hash.tolist() == trained_on
 
 
 # ---- which features --------------------------------------------------------------------------------------------------
