@@ -16,9 +16,9 @@ setup: .venv/installed
 demo: setup
 	$(BIN)/offline-kd run pipelines/digits.yaml --out runs/digits
 
-# One process more than there are cores, since tests wait for processes, servers and files a sixth of their time.
+# One process a core.
 test: setup check
-	$(BIN)/python -m pytest -m 'not slow' -n $$($(BIN)/python -c 'import os; print(os.cpu_count() + 1)') --dist worksteal
+	$(BIN)/python -m pytest -m 'not slow' -n auto --dist worksteal
 
 # Needs the real images and teachers: OFFLINE_KD_DATA=FOLDER make test-slow
 test-slow: setup

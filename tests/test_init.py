@@ -161,7 +161,7 @@ def test_weights_of_ones_own_are_used_as_they_are_or_with_a_new_last_layer(here)
     fields = yaml.safe_load((here / "other/recipe.yaml").read_text())["teacher"]
     assert fields["weights"] == str(here / "7.pth")
     assert fields["head"] == "new"
-    assert (fields["training"]["train"], fields["training"]["optimizer"]["lr"]) == ("head", 5e-3)
+    assert (fields["training"]["train"], fields["training"]["optimizer"]["lr"]) == ("head", 1e-3)
     arguments = ("init", "--images", "photos", "--out", "third", "--teacher")
     assert "3.pth: lacks 'block1.layer.0.bn1.weight'" in refused(*arguments, "cifar:wrn_16_1", "--weights", "3.pth")
     assert "--weights none.pth: no such file" in refused(*arguments, "cifar:resnet8", "--weights", "none.pth")
