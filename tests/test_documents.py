@@ -18,7 +18,7 @@ from test_end_to_end import all_commands
 
 from offline_kd.cache.engines import local
 from offline_kd.cli import main as cli
-from offline_kd.recipe import load_recipe
+from offline_kd.recipe import Recipe, load_recipe
 from offline_kd.support.errors import RecipeError
 
 # Programs that other tests run: the file of the test.
@@ -158,16 +158,29 @@ def test_a_command_that_does_not_exist_is_found():
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
+def read_piece(text: str, folder: Path) -> Recipe:
+    """A recipe as a page writes it; a piece of one, as what changes the demo."""
+    content = yaml.safe_load(text) or {}
+    whole = {"data", "student", "training", "objectives"} <= set(content)
+    (folder / "recipe.yaml").write_text(text if whole else f"extends: digits\n{text}")
+    return load_recipe(folder / "recipe.yaml")
+
+
 @pytest.mark.parametrize("block", of_kind("yaml"), ids=str)
 def test_pieces_of_recipes_are_read(block, tmp_path):
-    content = yaml.safe_load(block.text) or {}
-    whole = {"data", "student", "training", "objectives"} <= set(content)
-    file = tmp_path / "recipe.yaml"
-    file.write_text(block.text if whole else f"extends: digits\n{block.text}")
     try:
-        load_recipe(file)
+        read = read_piece(block.text, tmp_path)
     except RecipeError as error:
         pytest.fail(f"{block}: {error} If it is no piece of a recipe, say in NOT_RUN who reads it")
+    named = set(yaml.safe_load(block.text) or {}) - {"extends"}
+    assert named <= set(Recipe.model_fields)
+    assert named <= read.model_fields_set
+
+
+@pytest.mark.parametrize("wrong", ["training: {epoch: 3}", "trainig: {epochs: 3}", "views: {kind: none, count: many}"])
+def test_a_piece_that_is_none_is_found(wrong, tmp_path):
+    with pytest.raises(RecipeError):
+        read_piece(wrong, tmp_path)
 
 
 # ---- short pieces of Python ------------------------------------------------------------------------------------------

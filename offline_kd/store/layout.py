@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -179,22 +179,26 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
         make = per_row if array.of_image else per_view
         spec = make(f"logits/{name}", array.dtype, array.fill, array.description, *inner)
         specs.append(replace(spec, ragged=array.ragged))
+    return [*specs, *_tapped_specs(identity, per_view)]
+
+
+def _tapped_specs(identity: StoreIdentity, per_view: Callable[..., ArraySpec]) -> Iterator[ArraySpec]:
+    """Of decisions and features."""
     for name, about in identity.decisions.items():
         of, places = f"decisions/{name}", [("height", about.height), ("width", about.width)]
         if isinstance(about.config, SubclassDecisions):
-            specs.append(per_view(f"{of}/subclass", "|u1", 255, "sub-class within the label's class", *places))
+            yield per_view(f"{of}/subclass", "|u1", 255, "sub-class within the label's class", *places)
             continue
         top = ("rank", about.config.top)
-        specs.append(per_view(f"{of}/id", "<u2", 65535, "template, likeliest first", *places, top))
+        yield per_view(f"{of}/id", "<u2", 65535, "template, likeliest first", *places, top)
         if about.config.top > 1:
-            specs.append(per_view(f"{of}/prob", "<u2", 65535, "probability * 16383", *places, top))
-        specs.append(per_view(f"{of}/dropped", "<f4", np.nan, "largest mass that was not kept"))
+            yield per_view(f"{of}/prob", "<u2", 65535, "probability * 16383", *places, top)
+        yield per_view(f"{of}/dropped", "<f4", np.nan, "largest mass that was not kept")
     for name, held in identity.features.items():
         places = [] if held.config.pool == "avg" else [("height", held.height), ("width", held.width)]
         for part, one in arrays_of(held).items():
             inner = [("code" if part == "codes" else "channel", one.size), *places] if one.size else []
-            specs.append(per_view(f"features/{name}/{part}", one.dtype, one.fill, one.description, *inner))
-    return specs
+            yield per_view(f"features/{name}/{part}", one.dtype, one.fill, one.description, *inner)
 
 
 def probe_pixels(identity: StoreIdentity, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -9,6 +9,7 @@ from offline_kd.data.manifest import Tar
 from offline_kd.objectives.kd import KD
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.decisions import TemplateDecisions
+from offline_kd.store.identity import TeacherIdentity
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import Held, StoreIdentity, StoreManifest
 from offline_kd.support.console import printable
@@ -37,20 +38,12 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
         "normalisation": teacher.normalisation.model_dump(mode="json"),
         "tars": _numbers(dataset.tars, blocks),
     }
-    about = {
-        "model": teacher.model,
-        "model_args": teacher.model_args or None,
-        "normalisation": teacher.normalisation.model_dump(mode="json"),
-        "crop": teacher.crop.model_dump(mode="json") if teacher.crop else None,
-        "dtype": teacher.dtype,
-        "licence": teacher.licence or None,
-    }
     decisions = identity.decisions if held is None or held.has("decisions/") else {}
     features = identity.features if held is None or held.has("features/") else {}
     capture = {
         "codec": identity.codec.model_dump(mode="json"),
         "decisions": {name: one.config.model_dump(mode="json") for name, one in decisions.items()} or None,
-        "features": {name: about.config.model_dump(mode="json") for name, about in features.items()} or None,
+        "features": {name: one.config.model_dump(mode="json") for name, one in features.items()} or None,
         "views_per_group": identity.views_per_group,
     }
     small = _side(identity) <= SMALL
@@ -63,7 +56,7 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
     recipe = {
         "name": re.sub(r"[^0-9A-Za-z_-]+", "-", identity.name)[:100] or "store",
         "data": data,
-        "teacher": about,
+        "teacher": _teacher(teacher),
         "views": identity.views.model_dump(mode="json"),
         "capture": capture,
         "student": {"model": f"cifar:resnet{8 if _side(identity) < TINY else 20}" if small else "torchvision:resnet18"},
@@ -79,6 +72,17 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
         _without_none(recipe), sort_keys=False, allow_unicode=True, width=float("inf"), default_flow_style=None
     )
     return "\n".join([*comment, text])
+
+
+def _teacher(teacher: TeacherIdentity) -> dict[str, object]:
+    return {
+        "model": teacher.model,
+        "model_args": teacher.model_args or None,
+        "normalisation": teacher.normalisation.model_dump(mode="json"),
+        "crop": teacher.crop.model_dump(mode="json") if teacher.crop else None,
+        "dtype": teacher.dtype,
+        "licence": teacher.licence or None,
+    }
 
 
 def _numbers(tars: Sequence[Tar], blocks: range) -> list[int] | None:
