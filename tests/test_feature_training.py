@@ -190,6 +190,17 @@ def test_rows_are_numbered_by_key_whether_a_store_or_the_images_say_so(recipe, m
         assert torch.equal(rows.labels[numbers], batch.labels)
 
 
+@pytest.mark.parametrize("strange", [0, 2**64 - 1])
+def test_a_sample_that_is_no_row_is_not_remembered_as_another(recipe, manifest, roots, strange):
+    images = training_images(recipe, manifest, roots)
+    loader = make_loader(recipe, source_of(recipe, images), 0, CPU)
+    student = Student(nn.Linear(1, 1), {}, row_hashes=dataset_rows(loader).key_hash)
+    batch = next(loader.epoch(0))
+    batch.key_hash[3] = strange
+    with pytest.raises(StoreMismatch, match=f"1 of {len(batch)} samples of a batch are none of the"):
+        row_numbers(student, batch)
+
+
 def test_rows_that_are_not_trained_on_are_not_remembered(recipe, manifest, roots, store_path):
     data = recipe.data.model_copy(update={"validation": 0.3})
     cut, stores = recipe.model_copy(update={"data": data}), [open_store(store_path)]

@@ -226,21 +226,16 @@ def identify(
     known = next((one for one in there if one.teacher.what_is_asked == asked), None)
     if known:
         evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
+        targets = "" if isinstance(known, StoreIdentity) else known.name
+        added = [one.features for one in _additions_at(place) if one.extends == targets]
+        features = {name: about for one in (known.features, *added) for name, about in one.items()}
+        known = known.model_copy(update={"features": features})
     else:
         evaluated_on, found = gate(teacher, recipe, manifest, roots, device)
         measured = found.top1
         expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
         say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
         keep_evaluation(place, teacher.weights_sha256, found, loader.dataset.classes)
-    if known:
-        targets = "" if isinstance(known, StoreIdentity) else known.name
-        later = {
-            name: about
-            for one in _additions_at(place)
-            if one.extends == targets
-            for name, about in one.features.items()
-        }
-        known = known.model_copy(update={"features": {**known.features, **later}})
     return describe_capture(recipe, loader, teacher, (evaluated_on, measured), existing, known, device)
 
 

@@ -52,10 +52,21 @@ def with_heads(student: Student, terms: Sequence[AnyTerm], loader: Loader, ask: 
 
 
 def row_numbers(student: Student, batch: Rows) -> Tensor | None:
-    """`[B]` int64 on the device of a batch: the number of each sample in the training split; None: no head asks."""
-    if student.row_hashes is None:
+    """`[B]` int64 on the device of a batch: the number of each sample in the training split; None: no head asks.
+
+    Raises StoreMismatch for a sample that was not there when the rows were numbered.
+    """
+    known = student.row_hashes
+    if known is None:
         return None
-    numbers = torch.from_numpy(np.searchsorted(student.row_hashes, batch.key_hash))
+    found = np.searchsorted(known, batch.key_hash)
+    strange = known[found.clip(max=len(known) - 1)] != batch.key_hash
+    if strange.any():  # it would be remembered as another image
+        raise StoreMismatch(
+            f"{strange.sum()} of {len(strange)} samples of a batch are none of the {len(known):,} rows that were there "
+            "when the run began: the images have changed since. Run the same command again."
+        )
+    numbers = torch.from_numpy(found)
     if batch.labels.device.type == "cuda":
         numbers = numbers.pin_memory()  # else the copy might wait for what the device is doing
     return numbers.to(batch.labels.device, non_blocking=True)
