@@ -78,6 +78,7 @@ def images_asked(folder: Path) -> Counter[str]:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_ray_makes_the_store_of_one_process_when_an_actor_dies(recipe, manifest, roots, where, tmp_path):
     path = watched_recipe(recipe, tmp_path, dies_at=30)  # of 24 batches in the first view group of a block
     with ray_nodes(1, cpus=2) as nodes:
