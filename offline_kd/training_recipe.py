@@ -106,6 +106,11 @@ class Training(Strict):
         False,
         description="autocast of the student, true: bfloat16; helps on GPUs with tensor cores. float16 scales the loss",
     )
+    evaluate_every: Count = Field(
+        1,
+        exclude_if=lambda epochs: epochs == 1,
+        description="epochs between evaluations; the last is evaluated always",
+    )
     pool_blocks: Count = Field(16, description="tars whose rows are shuffled together")
     resident: Residence = Field(
         "auto",

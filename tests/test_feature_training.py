@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from offline_kd.distill import heads
 from offline_kd.distill.chosen_rows import chosen_images
 from offline_kd.distill.heads import dataset_rows, row_numbers, with_heads
-from offline_kd.distill.loop import Judged, fit, train_step
+from offline_kd.distill.judging import Judged
+from offline_kd.distill.loop import fit, train_step
 from offline_kd.distill.loss import term_weights
 from offline_kd.distill.optimisation import make_optimizer
 from offline_kd.distill.results import Result, Run

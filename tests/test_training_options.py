@@ -22,6 +22,7 @@ from offline_kd.distill.averaging import WeightAverage, decay_of
 from offline_kd.distill.loop import train_step
 from offline_kd.distill.optimisation import learning_rate, make_optimizer
 from offline_kd.distill.results import Result, Run
+from offline_kd.distill.run_records import group_runs, read_runs
 from offline_kd.distill.student import Student, compiled, new_student
 from offline_kd.distill.teacher_signal import TeacherSignal
 from offline_kd.distill.training import distill, make_loader, source_of, training_images
@@ -140,6 +141,24 @@ def test_true_is_bfloat16(manifest, roots, tmp_path):
         trained(recipe_with(amp=amp, epochs=1), manifest, roots, tmp_path / name)
     one, other = (load_file(tmp_path / name / "student.safetensors") for name in ("one", "other"))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
+def test_what_is_not_due_is_not_evaluated_and_the_student_is_the_same(manifest, roots, tmp_path):
+    rare = {"evaluate_every": 3, "keep": ["best"]}
+    results = {
+        name: trained(recipe_with(epochs=5, **options), manifest, roots, tmp_path / name)
+        for name, options in {"rare": rare, "always": {"keep": ["best"]}}.items()
+    }
+    assert results["rare"].student_sha256 == results["always"].student_sha256
+    rare, always = metrics(tmp_path / "rare"), metrics(tmp_path / "always")
+    assert [line["epoch"] for line in rare if "top1" in line] == [3, 5]
+    for found, known in zip(rare, always, strict=True):
+        timed = {"seconds": 0, "images_per_second": 0}
+        assert found | timed == {name: value for name, value in (known | timed).items() if name in found}
+    evaluated = [line["top1"] for line in rare if "top1" in line]
+    assert results["rare"].best_top1 == max(evaluated)
+    runs = read_runs([tmp_path / "rare", tmp_path / "always"])
+    assert len(group_runs(runs)) == 1  # one student, however often it was looked at
 
 
 # ---- going on ------------------------------------------------------------------------------------------------------

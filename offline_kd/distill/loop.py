@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from offline_kd.data.blocks import BlockLoader
 from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.heads import end_pass, row_numbers
+from offline_kd.distill.judging import Judged, evaluate_student
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loss import counts_of, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
@@ -32,8 +32,6 @@ from offline_kd.distill.student import (
 )
 from offline_kd.distill.teacher_signal import AskTeacher, TeacherSignal, said_of
 from offline_kd.distill.tracking import epoch_line, tracking
-from offline_kd.models.evaluation import evaluate
-from offline_kd.models.evaluation_file import put_predictions
 from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.objectives.term import LossBatch
 from offline_kd.recipe import AnyTerm
@@ -41,29 +39,15 @@ from offline_kd.store.rows import Rows
 from offline_kd.support.console import progress, say
 from offline_kd.support.counter_rng import counter_hash
 from offline_kd.support.errors import TrainingError
-from offline_kd.support.ranks import copy_from_first, from_first, of_all, rank, total, world
+from offline_kd.support.ranks import from_first, of_all, rank, total, world
 from offline_kd.support.strict import fingerprint
 from offline_kd.training_recipe import Training
 
 DROPOUT_STREAM = 0x64726F70  # first counter of the draws made here, so that they are independent of all others
 
 
-@dataclass(frozen=True)
-class Judged:
-    """The images that a student is evaluated on."""
-
-    evaluation: BlockLoader
-    validation: BlockLoader | None = None  # of the training split; then `evaluation` waits for the end
-
-    def after_pass(self, is_last: bool) -> dict[str, BlockLoader]:
-        """What is evaluated then, by what the names of its figures begin with."""
-        if self.validation is None:
-            return {"": self.evaluation}
-        return {"val_": self.validation} | ({"": self.evaluation} if is_last else {})
-
-
 def fit(run: Run, student: Student, loader: Loader, judged: Judged, ask: AskTeacher) -> Result:
-    """Train `student`, evaluating after every pass; the same call goes on after the last state that was saved.
+    """Train `student`, evaluating as `training` says; the same call goes on after the last state that was saved.
 
     Several ranks train one student together, and the first one alone reads and writes `run.out`. They may be others,
     or another number of them, when a run goes on.
@@ -93,7 +77,8 @@ def fit(run: Run, student: Student, loader: Loader, judged: Judged, ask: AskTeac
 
 def _refuse_different_ranks(run: Run) -> None:
     """All ranks train one student: from one recipe, with one objective and seed, from one store."""
-    identities = of_all(fingerprint([run.identity, run.recipe.training.checkpoint_steps]))
+    training = run.recipe.training
+    identities = of_all(fingerprint([run.identity, training.checkpoint_steps, training.evaluate_every]))
     if len(set(identities)) > 1:
         other = next(one for one, identity in enumerate(identities) if identity != identities[0])
         raise TrainingError(
@@ -140,7 +125,8 @@ def _train(
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
             losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
-            found = _evaluate(run, student, judged, is_last=epochs_done >= training.epochs)
+            due, is_last = judged.after(epoch, epochs_done, training), epochs_done >= training.epochs
+            found = evaluate_student(run, student, due, is_last)
             counted = _counted(whole, len(set().union(*of_all(loader.bad)))) | end_pass(student.heads.values())
             factors = _scheduled(run, weights)
             done.history.append({"epoch": epochs_done, **losses, **factors, "lr": lr, **found, **counted})
@@ -255,33 +241,6 @@ def _scheduled(run: Run, weights: Tensor) -> dict[str, float]:
         return {}
     named = zip(run.terms, _loss_names(run.terms), weights.tolist(), strict=True)
     return {name.replace("loss_", "weight_", 1): weight for term, name, weight in named if term.schedule}
-
-
-def _evaluate(run: Run, student: Student, judged: Judged, is_last: bool) -> dict[str, float]:
-    """top1 (percent), nll and ece on the evaluation split, also of the average of the weights: `top1_ema`, ...
-
-    With validation rows, `val_top1` and so on of those, and of the evaluation split after the last pass alone. Then
-    what the student answered there is written, before the checkpoint that says that all is done.
-    Leaves the network in evaluation mode. Ranks share the images, and evaluate what the first one saves: each has had
-    running statistics of its own.
-    """
-    found: dict[str, float] = {}
-    for end, network in student.networks.items():
-        copy_from_first(network.buffers())
-
-        @torch.inference_mode()
-        def predict(images: Tensor, network: nn.Module = network) -> Tensor:
-            network.eval()
-            return network(normalise(images, run.recipe.data.normalisation))
-
-        for prefix, images in judged.after_pass(is_last).items():
-            title = "validation" if prefix else "evaluation"
-            measured = evaluate(predict, images, 256, run.device, title, run.recipe.evaluation_crop)
-            if is_last and not prefix and not end:
-                put_predictions(run.out, measured.answers, images.dataset.classes, images.split.count)
-            figures = {"top1": measured.top1, "nll": measured.nll, "ece": measured.ece}
-            found |= {f"{prefix}{name}{end}": value for name, value in figures.items()}
-    return found
 
 
 # ---- one step ------------------------------------------------------------------------------------------------------

@@ -65,6 +65,7 @@ class Run:
             del content["data"][field_name]
         del content["training"]["checkpoint_steps"]
         content["training"].pop("resident", None)
+        content["training"].pop("evaluate_every", None)
         weights = content["student"].pop("weights", None)
         if isinstance(weights, dict):  # not where they lie, but what of them was taken
             content["student"]["weights"] = {name: weights[name] for name in ("key", "prefix")}
@@ -84,7 +85,7 @@ class Run:
         content["student"] = {"model": self.student.model, "model_args": self.student.model_args}
         for field_name in ("workers", "keep_bytes", "root"):
             del content["data"][field_name]
-        for field_name in ("checkpoint_steps", "resident", "keep"):
+        for field_name in ("checkpoint_steps", "resident", "keep", "evaluate_every"):
             content["training"].pop(field_name, None)
         if self.rows_sha256:
             content["data"]["subset"] = self.rows_sha256
@@ -257,9 +258,13 @@ def keep_weights(run: Run, student: Student, evaluation: BlockLoader, history: l
 
 
 def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
-    """The first of those with the best top-1 on the validation rows or, without such, on the evaluation split."""
-    judged = f"val_top1{end}" if "val_top1" in history[0] else f"top1{end}"
-    return max(history, key=lambda line: line[judged])["epoch"]
+    """The first of those with the best top-1 on the validation rows or, without such, on the evaluation split.
+
+    0: none was evaluated yet.
+    """
+    judged = f"val_top1{end}" if any("val_top1" in line for line in history) else f"top1{end}"
+    evaluated = [line for line in history if judged in line]
+    return max(evaluated, key=lambda line: line[judged])["epoch"] if evaluated else 0
 
 
 def put_weights(run: Run, name: str, network: nn.Module, evaluation: BlockLoader) -> str:

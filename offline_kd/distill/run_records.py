@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import progress, say
@@ -21,7 +21,7 @@ from offline_kd.support.places import Folder, Place, place_at
 from offline_kd.support.web import READ_BYTES
 
 COMPARED = ("data", "views", "student", "training")  # of the recipes of all students, whatever the objective
-NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps")
+NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps", "training.evaluate_every")
 ABSENT = "-"
 LARGEST = 1e300  # number that has a curve: neither infinite, nor an integer that no float can be
 M = TypeVar("M", bound=BaseModel)
@@ -51,24 +51,19 @@ class Outcome(BaseModel):
 
 
 class Epoch(BaseModel):
-    """A line of `metrics.jsonl`: top-1 in percent, of validation rows or the evaluation split, and whatever else was
-    measured of that pass."""
+    """A line of `metrics.jsonl`: top-1 in percent, of validation rows or the evaluation split, where the pass was
+    evaluated, and whatever else was measured of it."""
 
     model_config = ConfigDict(frozen=True, allow_inf_nan=False, extra="allow")
 
+    epoch: int
     top1: float | None = None  # with validation rows after the last pass alone
     val_top1: float | None = None
-
-    @model_validator(mode="after")
-    def _was_evaluated(self) -> Self:
-        if self.top1 is None and self.val_top1 is None:
-            raise ValueError("neither top1 nor val_top1 is there")
-        return self
 
     @property
     def numbers(self) -> dict[str, float]:
         """All that is a finite number, by name; in mappings by `mapping.name`."""
-        return dict(_numbers({"top1": self.top1, "val_top1": self.val_top1, **(self.model_extra or {})}))
+        return dict(_numbers(self.model_dump()))
 
 
 def _numbers(content: dict[str, Any], path: str = "") -> Iterator[tuple[str, float]]:

@@ -9,7 +9,8 @@ from offline_kd.cache.teacher import teacher_args, teacher_input, teacher_model
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.distill.chosen_rows import chosen_images
-from offline_kd.distill.loop import Judged, fit
+from offline_kd.distill.judging import Judged
+from offline_kd.distill.loop import fit
 from offline_kd.distill.results import Result, Run
 from offline_kd.distill.run_directory import run_place
 from offline_kd.distill.student import Beginning, Student, prepare_network

@@ -44,7 +44,7 @@ def epoch_line(run: Run, line: Line, seconds_left: float) -> str:
             accuracies.append(f"{split}top-1 {line[f'{begin}top1']:.2f} %{average}")
     return (
         f"{run.objective}, seed {run.seed}: epoch {line['epoch']} of {run.recipe.training.epochs}, "
-        f"loss {', '.join(losses)}, {', '.join(accuracies)}, lr {line['lr']:.3g}, "
+        f"loss {', '.join([*losses, *accuracies])}, lr {line['lr']:.3g}, "
         f"{rate_text(line['images_per_second'], 'images')}{left}"
     )
 

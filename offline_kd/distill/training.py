@@ -19,8 +19,9 @@ from offline_kd.data.tars import Proof
 from offline_kd.distill.chosen_rows import chosen_images
 from offline_kd.distill.compatibility import check_all, check_teachers
 from offline_kd.distill.heads import with_heads
+from offline_kd.distill.judging import Judged
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loop import Judged, fit
+from offline_kd.distill.loop import fit
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
 from offline_kd.distill.results import Result, Run, keep_teacher_evaluation
