@@ -1,6 +1,8 @@
 # Everything happens in .venv, made here from pyproject.toml; Python 3.11 or newer is all that is needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where this is set, each of the tests' many processes compiles torch's sources anew, which takes 20 s.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test test-slow bench check clean
 

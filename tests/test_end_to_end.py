@@ -31,7 +31,7 @@ def test_one_command_makes_teacher_store_students_and_report(tmp_path):
     objectives = {name: terms for name, terms in demo.items() if "layer" not in name and name != "letkd2"}
     assert len(objectives) == 9
     decisions = {"last": {"kind": "templates", "module": "body.5", "templates": 32}}
-    changes = {"name": "all", "training": {"epochs": 1}, "capture": {"decisions": decisions}}
+    changes = {"name": "all", "data": {"tars": [1, 2]}, "training": {"epochs": 1}, "capture": {"decisions": decisions}}
     recipe = merged(RECIPE, changes) | {"objectives": objectives}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     options = ["--manifest", str(ROOT / "data_manifest.yaml"), "--out", "out", "--device", "cpu"]
