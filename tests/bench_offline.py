@@ -15,6 +15,7 @@ import torch
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.data.manifest import data_roots, load_manifest
 from offline_kd.distill.differences import difference
+from offline_kd.distill.run import pack_digits
 from offline_kd.distill.teacher_training import TEACHER_FILE, train_teacher
 from offline_kd.distill.training import distill
 from offline_kd.recipe import Recipe, load_recipe
@@ -34,7 +35,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=24)
     arguments = parser.parse_args()
-    out, manifest, roots = arguments.out.absolute(), load_manifest(ROOT / "data_manifest.yaml"), data_roots()
+    out, manifest = arguments.out.absolute(), load_manifest(ROOT / "data_manifest.yaml")
+    if not (out / "data").exists():
+        pack_digits(out / "data" / "digits")
+    roots = data_roots([out / "data"])
     train_teacher(load_recipe(RECIPE), manifest, roots, out / "teacher", CPU)
     weights = out / "teacher" / TEACHER_FILE
     for name, codec in CODECS.items():
@@ -53,7 +57,9 @@ def main() -> None:
             apart = difference(top1[name], top1["live"])
             half = "" if apart.half_width is None else f" +- {apart.half_width:.2f}"
             equal = sum(top1[name][one] == top1["live"][one] for one in top1["live"])
-            print(f"  {name:6} less live: {apart.mean:+.2f}{half} points, the same in {equal} of {seed + 1}", flush=True)
+            print(
+                f"  {name:6} less live: {apart.mean:+.2f}{half} points, the same in {equal} of {seed + 1}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +138,17 @@ def test_what_the_threads_store_is_what_one_thread_makes(tmp_path):
             assert {"decisions/last/id", "logits/values", "view/box", "probe/pixels"} <= set(arrays)
             for name, array in store.read(number, group, list(arrays)).items():
                 assert np.array_equal(array[: len(arrays[name])], arrays[name]), name
+
+
+def test_who_watches_is_told_after_every_batch_and_of_every_view_once(tmp_path):
+    """A tar may take minutes."""
+    capture = make_capture(tmp_path, jpegs(160, 24), 16, per_tar=80)
+    create_or_resume(capture.place, capture.created)
+    capture = replace(capture, teacher=replace(capture.asked, batch_size=32))
+    work, told = work_module.open_work(capture, "", [0, 1]), list[int]()
+    work_module.capture_blocks(work, capture.loader.in_order([0, 1]), lambda _: True, told.append, lambda _: None)
+    assert sum(told) == 160
+    assert [views for views in told if views] == [32, 32, 16] * 2
 
 
 def test_stage_1_takes_as_long_as_the_slower_of_decoding_and_teacher(tmp_path, monkeypatch):

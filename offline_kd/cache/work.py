@@ -109,13 +109,13 @@ def capture_blocks(
     Args:
         blocks: with their numbers, as they are read.
         still_mine: whether nobody else has begun the block of that number meanwhile.
-        step: is told how many views of how many images were committed.
+        step: is told how many views of how many images the teacher was asked about, batch by batch.
         done: is told the number of a block of which nothing is open any more, or which was lost.
     """
     lost: set[int] = set()
     failed = threading.Event()
-    finish = partial(_commit_all, work, lost, failed, (still_mine, step, done))
-    own_threads = torch.get_num_threads()
+    finish = partial(_commit_all, work, lost, failed, (still_mine, done))
+    own_threads, asked = torch.get_num_threads(), 0
     try:
         with (
             ahead(_rendered(work, blocks, lost, done), BATCHES_AHEAD) as batches,
@@ -125,6 +125,11 @@ def capture_blocks(
                 if failed.is_set():
                     break  # `behind` raises it
                 put((portion, None if batch is None else answer(work.inquiry, portion, batch)))
+                views = (
+                    portion.parameters["flip"].size - asked if batch is None else len(batch.row)
+                )  # bad images have none
+                asked = 0 if batch is None else asked + views
+                step(views)
     finally:
         torch.set_num_threads(own_threads)  # of this thread, and of those to come
 
@@ -214,11 +219,11 @@ def _commit_all(
     work: Work,
     lost: set[int],
     failed: threading.Event,
-    tell: tuple[Callable[[int], bool], Callable[[int], None], Callable[[int], None]],
+    tell: tuple[Callable[[int], bool], Callable[[int], None]],
     answers: Iterator[tuple[Portion, Answer | None]],
 ) -> None:
     """Encode and commit everything; what fails is known to the others at once, not at the end of a portion."""
-    still_mine, step, done = tell
+    still_mine, done = tell
     with ahead(_encoded(work, answers), PORTIONS_ENCODED) as encoded:
         try:
             for portion, arrays, left_out in encoded:
@@ -231,7 +236,6 @@ def _commit_all(
                     lost.add(portion.number)
                 else:
                     work.done[portion.number, portion.group] = True
-                    step(len(portion.block) * portion.parameters["flip"].shape[1])
                 if portion.is_last or portion.number in lost:
                     done(portion.number)
         except BaseException:
