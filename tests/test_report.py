@@ -3,6 +3,7 @@
 import csv
 import html.parser
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -264,7 +265,9 @@ def test_one_sentence_says_whether_the_teacher_helped(runs, tmp_path):
 def test_published_numbers_stand_beside_those_reached_and_change_no_run(tmp_path):
     recipe = make_recipe(published={"source": "arXiv:1, table <2>", "top1": {"kd": [70.66, 0.24], "teacher": 72}})
     run, page = answered(tmp_path / "kd", 45, 0, recipe=recipe), tmp_path / "page.html"
-    assert invoke("report", run, answered(tmp_path / "ce", 45, 0, "ce", recipe), "--out", page).exit_code == 0
+    done = invoke("report", run, answered(tmp_path / "ce", 45, 0, "ce", recipe), "--out", page)
+    assert done.exit_code == 0
+    assert re.search(r"kd .*│ 70.66 ± 0.24 │", done.stdout)
     lines = list(csv.DictReader(page.with_suffix(".csv").read_text().splitlines()))
     assert [(line["published_top1"], line["published_std"]) for line in lines] == [("70.66", "0.24"), ("", "")]
     text = page.read_text().replace("\N{NO-BREAK SPACE}", " ")

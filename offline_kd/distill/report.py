@@ -268,12 +268,13 @@ def _percent(share: float | None) -> float | None:
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds; `vs plain`
     is the difference to plain training with its interval of 95 %; `val top-1` is of validation rows, where any run has
-    them: settings are chosen by it, and `top-1` is what they are worth."""
+    them: settings are chosen by it, and `top-1` is what they are worth; `published` is what a recipe says of others."""
     apart = list(summaries[0].group.fields)
     has_plain = any(summary.difference for summary in summaries)
     has_validation = any(summary.val_top1_mean is not None for summary in summaries)
+    is_published = any(summary.published for summary in summaries)
     columns = ["objective", *apart, "targets", "runs", *["val top-1 %"] * has_validation, "top-1 %"]
-    columns += ["vs plain"] * has_plain
+    columns += ["published"] * is_published + ["vs plain"] * has_plain
     columns += ["best top-1 %", "s / epoch", "parameters"]
     rows = []
     for summary in summaries:
@@ -281,7 +282,7 @@ def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
         row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs))]
         row += ["" if summary.val_top1_mean is None else f"{summary.val_top1_mean:.2f}"] * has_validation
         row += [shown_top1(summary)]
-        row += [shown_difference(summary.difference)] * has_plain
+        row += [shown_published(summary)] * is_published + [shown_difference(summary.difference)] * has_plain
         row += [f"{line['best_top1_mean']:.2f}", f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
         rows.append(row)
     return columns, rows
@@ -290,6 +291,12 @@ def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
 def shown_top1(summary: Summary) -> str:
     spread = f" ± {summary.top1_std:.2f}" if len(summary.group.runs) > 1 else ""
     return f"{summary.top1_mean:.2f}{spread}"
+
+
+def shown_published(summary: Summary) -> str:
+    """`71.92 ± 0.40`; nothing where nobody is known to have reported it."""
+    mean, std = summary.published or (None, None)
+    return "" if mean is None else f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
 def shown_difference(found: Difference | None) -> str:

@@ -23,7 +23,7 @@ from offline_kd.distill.charts import (
     series_of,
     share_of,
 )
-from offline_kd.distill.report import Summary, Value, by_seed, record, shown_difference, shown_top1
+from offline_kd.distill.report import Summary, Value, by_seed, record, shown_difference, shown_published, shown_top1
 from offline_kd.distill.run_records import GroupKey, RunRecord
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.files import write_atomically
@@ -234,9 +234,8 @@ def _shown(name: str, summary: Summary, line: Mapping[str, Value]) -> str:
         return shown_top1(summary)
     if name == "difference":
         return shown_difference(summary.difference)
-    if name == "published_top1" and summary.published:
-        mean, std = summary.published
-        return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+    if name == "published_top1":
+        return shown_published(summary)
     return _plain_text(line[name])
 
 
