@@ -118,13 +118,14 @@ def test_students_are_compared_with_a_teacher_that_was_trained_elsewhere(
     (beside,) = store_path.parent.glob(f"{store_path.name}.teacher-*.safetensors")
     stores = {name: shutil.copytree(store_path, tmp_path / name) for name in ("bare", "torn")}
     (tmp_path / beside.name.replace(store_path.name, "torn")).write_bytes(beside.read_bytes()[:-1])
+    assert invoke("store", "push", store_path, tmp_path / "copied").exit_code == 0
     sets = ("--set", f"teacher.weights={elsewhere}", "--set", "training.epochs=1", "--objective", "kd")
-    for name, store in {"known": store_path, **stores}.items():
+    for name, store in {"known": store_path, "copied": tmp_path / "copied", **stores}.items():
         run, page = tmp_path / f"run-{name}", tmp_path / f"{name}.html"
         assert invoke("distill", recipe_file, "--store", store, "--out", run, *sets, *where).exit_code == 0
         assert invoke("report", run, "--out", page).exit_code == 0
         (row,) = json.loads(page.with_suffix(".json").read_text())["rows"]
-        if name != "known":
+        if name not in ("known", "copied"):
             assert row["teacher_agreement"] is None
             continue
         teacher, student = (read_predictions((run / one).read_bytes(), one) for one in (FILE_OF_TEACHER, FILE))

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from offline_kd.models.evaluation import Evaluation
 from offline_kd.models.evaluation_file import MOST_FILE_BYTES, put_predictions, read_predictions
+from offline_kd.store.identity import TeacherIdentity
 from offline_kd.store.reader import Store
 from offline_kd.support.console import say
 from offline_kd.support.errors import OfflineKDError
@@ -38,10 +39,25 @@ def keep_evaluation(place: Place, weights_sha256: str, found: Evaluation, classe
         say(f"{beside[0]}/{beside[1]}: not written, so reports will lack how far students agree with it: {error}")
 
 
+def copy_evaluations(store: Store, target: Place) -> None:
+    """Write beside a copy what lies beside the store of its teachers; where that cannot be, it is said."""
+    for teacher in (store.created.teacher, *(one.teacher for one in store.additions if one.extends is None)):
+        content, beside = _read(store.place, teacher), evaluation_beside(target, teacher.weights_sha256)
+        if content is None or beside is None:
+            continue
+        try:
+            beside[0].put(beside[1], content)
+        except (OfflineKDError, OSError) as error:
+            say(f"{beside[0]}/{beside[1]}: not written, so reports will lack how far students agree with it: {error}")
+
+
 def read_evaluation(store: Store) -> bytes | None:
     """The file of a store's teacher; None where there is none that can be read, or it is not of this teacher."""
-    teacher = store.identity.teacher
-    beside = evaluation_beside(store.place, teacher.weights_sha256)
+    return _read(store.place, store.identity.teacher)
+
+
+def _read(place: Place, teacher: TeacherIdentity) -> bytes | None:
+    beside = evaluation_beside(place, teacher.weights_sha256)
     if beside is None:
         return None
     try:

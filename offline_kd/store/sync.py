@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from offline_kd.store.card import CARD_FILES, write_card
+from offline_kd.store.evaluation_beside import copy_evaluations
 from offline_kd.store.inventory import Listing, PromisedEntry, held_blocks, promised_entries, promised_pages
 from offline_kd.store.layout import small_files
 from offline_kd.store.leftovers import sweep
@@ -94,6 +95,7 @@ def copy_store(
     for name, content in (_card_of_copy(way, new_manifest) | _signatures(store)).items():
         sent += _put(target, name, content)
     _put(target, "manifest.json", manifest_bytes(new_manifest))
+    copy_evaluations(store, target)
     sweep(target)
     return Copied(manifest.digest, *sent, held=held)
 
