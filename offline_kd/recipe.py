@@ -34,7 +34,7 @@ from offline_kd.objectives.term import Positive, Term
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
-from offline_kd.store.features import WantedFeatures, names_of_their_own
+from offline_kd.store.features import WantedFeatures, that_fit
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
@@ -122,7 +122,7 @@ class Capture(Strict):
         Float16(name="f16"), description="how logits are stored"
     )
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
-    features: Annotated[dict[Name, WantedFeatures], AfterValidator(names_of_their_own)] = Field(
+    features: Annotated[dict[Name, WantedFeatures], AfterValidator(that_fit), Field(validate_default=True)] = Field(
         {}, exclude_if=lambda features: not features, description="features themselves, by a name of your own"
     )
     views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")

@@ -25,7 +25,8 @@ from offline_kd.store.comparison import images_of
 from offline_kd.store.decisions import SubclassDecisions, pack, unpack_probs
 from offline_kd.store.feature_reading import features_decoder
 from offline_kd.store.features import FeatureErrors, FeaturesIdentity, are_the_teachers, pack_features, pooled
-from offline_kd.store.join import Wanted, as_stored, codec_tables_on, join, tables_on
+from offline_kd.store.join import Wanted, as_stored, join, tables_on
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate
 from offline_kd.store.schema import Fidelity
@@ -209,7 +210,7 @@ class _Answers:
         self.tables = {name: tables_on(store, name, self.device) for name in store.identity.decisions}
         self.tables |= {name: tables_on(store, name, cpu) for name, about in features.items() if about.has_tables}
         self.decoders = {name: features_decoder(store, name, cpu) for name in features}
-        self.codec_tables = codec_tables_on(store, cpu)
+        self.decode_logits = logits_decoder(store, cpu)
 
     def came_from(self, number: int, block: ImageBlock, rows: Rows) -> None:
         self.where += [(number, block.keys[row]) for row in rows.view.row]
@@ -221,8 +222,16 @@ class _Answers:
         assert rows.pixels is not None
         points: list[TapPoint] = [about.config for about in identity.tapped.values()]
         answer, maps = self.teacher.logits_and_maps(rows.pixels.to(self.device), points)
-        z_t, z = answer.cpu(), identity.codec.decode(signal.logits, identity.num_classes, self.codec_tables)
-        self._compare_logits(z, z_t, signal.logits)
+        z_t, z = answer.cpu(), self.decode_logits(signal)
+        live = {
+            name: pooled(about.config, features).cpu()
+            for (name, about), features in zip(identity.tapped.items(), maps, strict=True)
+            if isinstance(about, FeaturesIdentity)
+        }
+        of, unpacked = identity.codec.of_features, signal.logits
+        if of:
+            unpacked = {"features": self.decoders[of](signal.features[of]), "live": live[of]}
+        self._compare_logits(z, z_t, unpacked)
         self.rows += len(z)
         self.blocks |= {number for number, _ in self.where}
         for field_and_key, mean in _means(z_t, z).items():
@@ -231,7 +240,7 @@ class _Answers:
         self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
         for (name, about), features in zip(identity.tapped.items(), maps, strict=True):
             if isinstance(about, FeaturesIdentity):
-                self._compare_features(name, pooled(about.config, features).cpu(), signal.features[name])
+                self._compare_features(name, live[name], signal.features[name])
                 continue
             again = pack(about.config, features, rows.labels.to(self.device), self.tables[name])
             self._count_decisions(name, again, signal.decisions[name])

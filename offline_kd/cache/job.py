@@ -10,6 +10,7 @@ import torch
 
 from offline_kd.cache.codec_choice import choose_codec
 from offline_kd.cache.feature_codes import identify_features
+from offline_kd.cache.last_layer import last_layer
 from offline_kd.cache.tables import identify_decisions
 from offline_kd.cache.teacher import gate
 from offline_kd.data.blocks import BlockLoader, ImageBlock
@@ -274,7 +275,7 @@ def describe_capture(
     codec = recipe.capture.codec
     if isinstance(codec, AutoCodec):
         codec = known.codec if known else choose_codec(codec, teacher, recipe.views, views_per_group, loader, device)
-    return StoreIdentity(
+    identity = StoreIdentity(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
         dataset=describe_dataset(recipe, loader, first),
@@ -304,6 +305,9 @@ def describe_capture(
         views_per_group=views_per_group,
         versions=software_versions(),
     )
+    if codec.of_features and (known is None or known.codec != codec):
+        last_layer(teacher, identity, loader, device)  # refused before anything is written
+    return identity
 
 
 def software_versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from offline_kd.cache.feature_codes import fit_feature_templates
 from offline_kd.cache.kmeans import KMeans, Vectors, kmeans
+from offline_kd.cache.last_layer import last_layer
 from offline_kd.cache.lda import fit_subclasses
 from offline_kd.cache.sample import SAMPLE_STREAM, sampled_logits
 from offline_kd.data.blocks import BlockLoader
@@ -81,8 +82,11 @@ def fit_tables(
 def _fit_codec(
     teacher: Teacher, identity: StoreIdentity, loader: BlockLoader, device: torch.device
 ) -> tuple[Arrays, dict[str, float]]:
-    """The tables of a codec, from what the teacher says of the first views of some images of every tar."""
+    """The tables of a codec, from what the teacher says of the first views of some images of every tar, or by which it
+    says that."""
     codec, views, count = identity.codec, identity.views, loader.split.count
+    if codec.of_features:
+        return last_layer(teacher, identity, loader, device)
     wanted = min(codec.learns_from, count * views.num_views)
     # Where views of an image predict each other, it takes whole view groups to learn how.
     predicts = any(array.of_image for array in codec.arrays().values())

@@ -24,9 +24,10 @@ from offline_kd.distill.resident import Resident
 from offline_kd.distill.sampler import Order
 from offline_kd.models.networks import normalise
 from offline_kd.store.feature_reading import features_decoder
-from offline_kd.store.join import Wanted, codec_tables_on
+from offline_kd.store.join import Wanted
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.reader import Store
-from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
+from offline_kd.store.rows import Rows, concatenate, gather
 from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.render import render, size_of_boxes
@@ -217,17 +218,6 @@ class Loader(IterableDataset[Rows]):
 
 def _pair(batch: Any) -> tuple[Tensor, Rows]:  # Rows: of a loader without batches of its own, an item is no list
     return batch.images, batch
-
-
-def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal], Tensor]:
-    """A function from the signal of a store, on `device`, to logits `[n, C]` float32."""
-    identity, tables = store.identity, codec_tables_on(store, device)
-
-    def logits(signal: StoredSignal) -> Tensor:
-        assert signal.logits is not None, "the logits were not read"
-        return identity.codec.decode(signal.logits, identity.num_classes, tables)
-
-    return logits
 
 
 def all_features_decoder(

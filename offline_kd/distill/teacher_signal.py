@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offline_kd.distill.loader import all_features_decoder, logits_decoder
+from offline_kd.distill.loader import all_features_decoder
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AnyTerm, Recipe, feature_terms, kd_layer_terms
@@ -16,6 +16,7 @@ from offline_kd.store.decisions import pack, unpack_probs
 from offline_kd.store.feature_reading import held_features
 from offline_kd.store.features import pooled
 from offline_kd.store.join import Wanted, decision_arrays, tables_on
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows
 from offline_kd.support.errors import RecipeError

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.layout import NO_LABEL
+from offline_kd.store.logit_reading import logit_arrays, stored_decoder
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.schema import Fidelity
 from offline_kd.support.errors import StoreCorrupt
@@ -78,14 +79,14 @@ def read_answers(store: Store) -> Answers:
 def _of_block(store: Store, number: int, most_examples: int) -> Answers:
     """Of the first view group of a block."""
     identity = store.identity
-    logit_arrays = [f"logits/{name}" for name in identity.codec.arrays()]
+    names = logit_arrays(store)
     mixing = ["view/partner", "view/share"] if "partner" in identity.views.arrays() else []
-    arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays, *mixing])
+    arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *names.values(), *mixing])
     refuse_wild(store, number, arrays)
     # Of many classes a few rows are enough, and all that fit into memory.
     some = max(1, MAX_FLOATS // (identity.views_per_group * identity.num_classes))
-    encoded = {name.removeprefix("logits/"): arrays[name][:some] for name in logit_arrays}
-    logits = identity.codec.decode_stored(encoded, store.codec_tables, identity.num_classes)
+    encoded = {part: arrays[name][:some] for part, name in names.items()}
+    logits = stored_decoder(store)(encoded)
     probabilities = logits.softmax(-1)  # [rows, views, C]
     confidence, named = (part.numpy() for part in probabilities.max(-1))
     if not np.isfinite(confidence).all():

@@ -133,7 +133,7 @@ def _signal(store: Store, found: Arrays, wanted: Wanted) -> StoredSignal:
     }
     features = {
         name: {array: _tensor(_by_row(found[f"features/{name}/{array}"])) for array in feature_arrays(store, name)}
-        for name in wanted.features
+        for name in _features_read(store, wanted)
     }
     return StoredSignal(logits, decisions, features)
 
@@ -222,7 +222,14 @@ def joined_arrays(store: Store, wanted: Wanted) -> list[str]:
     if wanted.logits:
         names += [f"logits/{name}" for name in store.identity.codec.arrays()]
     names += [f"decisions/{name}/{array}" for name in wanted.decisions for array in decision_arrays(store, name)]
-    return names + [f"features/{name}/{array}" for name in wanted.features for array in feature_arrays(store, name)]
+    of_features = _features_read(store, wanted)
+    return names + [f"features/{name}/{array}" for name in of_features for array in feature_arrays(store, name)]
+
+
+def _features_read(store: Store, wanted: Wanted) -> list[str]:
+    """The features that are wanted, and those that logits are computed from."""
+    of = store.identity.codec.of_features if wanted.logits else ""
+    return list(dict.fromkeys([*wanted.features, *([of] if of else [])]))
 
 
 def decision_arrays(store: Store, name: str) -> list[str]:
@@ -244,12 +251,6 @@ def decision_arrays(store: Store, name: str) -> list[str]:
 def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
     """Templates (or LDA and sub-classes) of decisions or features, by the last part of their name."""
     return {part: _tensor(array).to(device) for part, array in store.read_tables(name).items()}
-
-
-def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
-    """What the codec of a store needs to decode logits; nothing for most."""
-    tables = store.identity.codec.decoding_tables(store.codec_tables)
-    return {part: table.to(device) for part, table in tables.items()}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

@@ -79,8 +79,9 @@ class Rows:
 
     @property
     def features(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """By name, then by array, of all stores: as they are coded."""
-        return {name: one for signal in self.signal for name, one in signal.features.items()}
+        """By name, then by array, of all stores: as they are coded. Of several stores with features of one name, of
+        which later ones are read for their logits, those of the first."""
+        return {name: one for signal in reversed(self.signal) for name, one in signal.features.items()}
 
     @cached_property
     def teacher_features(self) -> Mapping[str, Tensor]:

@@ -19,7 +19,8 @@ from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
 from offline_kd.data.tars import hash_key
 from offline_kd.store.decisions import TemplateDecisions, unpack_probs
-from offline_kd.store.join import as_stored, codec_tables_on, join
+from offline_kd.store.join import as_stored, join
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.lookup import features_of
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.rows import Rows
@@ -98,6 +99,7 @@ class SampleImages:
 
     def __init__(self, store: Store, folders: Sequence[Root]) -> None:
         self.store, self.folders = store, folders
+        self.decode = logits_decoder(store, torch.device("cpu"))
         self.blocks: dict[int, ImageBlock] = {}
 
     def block(self, number: int) -> ImageBlock:
@@ -172,11 +174,7 @@ def _shown(
             prob = view.arrays[f"decisions/{name}/prob"][index][..., 0].astype(np.int64)
             certainty = unpack_probs(torch.from_numpy(prob)).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view.view}"))
-    logits = identity.codec.decode(
-        {name: array[index] for name, array in (view.joined.signal[0].logits or {}).items()},
-        identity.num_classes,
-        codec_tables_on(store, torch.device("cpu")),
-    )
+    (logits,) = images.decode(view.joined.signal[0].map(lambda array: array[index : index + 1]))
     probabilities = logits.softmax(dim=0)
     values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
     return {

@@ -33,7 +33,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from offline_kd.store.codecs import AnyCodec
-from offline_kd.store.features import FeaturesIdentity, names_of_their_own
+from offline_kd.store.features import FeaturesIdentity, that_fit
 from offline_kd.store.identity import DatasetIdentity, DecisionsIdentity, Side, TeacherIdentity
 from offline_kd.support.strict import Sha256, Strict, fingerprint
 from offline_kd.views import Views
@@ -61,7 +61,7 @@ def _is_empty(value: dict[str, object]) -> bool:
 
 
 Tapped = DecisionsIdentity | FeaturesIdentity
-StoredFeatures = Annotated[dict[Name, FeaturesIdentity], AfterValidator(names_of_their_own)]
+StoredFeatures = Annotated[dict[Name, FeaturesIdentity], AfterValidator(that_fit), Field(validate_default=True)]
 
 
 class StoreIdentity(Strict):
@@ -87,6 +87,12 @@ class StoreIdentity(Strict):
     @property
     def num_classes(self) -> int:
         return len(self.dataset.classes)
+
+    @property
+    def codec_tables(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of the codec's tables."""
+        of = self.codec.of_features
+        return self.codec.tables(self.num_classes, self.features[of].channels if of else 0)
 
     @property
     def keeps_digests(self) -> bool:

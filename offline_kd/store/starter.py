@@ -39,7 +39,8 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
         "tars": _numbers(dataset.tars, blocks),
     }
     decisions = identity.decisions if held is None or held.has("decisions/") else {}
-    features = identity.features if held is None or held.has("features/") else {}
+    of = identity.codec.of_features  # described wherever the codec is
+    features = {name: one for name, one in identity.features.items() if not held or held.has("features/") or name == of}
     capture = {
         "codec": identity.codec.model_dump(mode="json"),
         "decisions": {name: one.config.model_dump(mode="json") for name, one in decisions.items()} or None,
