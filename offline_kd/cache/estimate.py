@@ -12,7 +12,7 @@ from torch import Tensor
 from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import describe_capture
 from offline_kd.cache.sample import sampled_logits
-from offline_kd.cache.teacher import expected_accuracy, load_teacher
+from offline_kd.cache.teacher import Measured, expected_accuracy, load_teacher
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
@@ -52,7 +52,8 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     loader = BlockLoader(dataset, split, roots, 2**30, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images)
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
-    identity = describe_capture(recipe, loader, teacher, ("not asked", 0.0), None, None, device)
+    nothing = Measured("not asked", None if teacher.kind == "embedding" else 0.0)
+    identity = describe_capture(recipe, loader, teacher, nothing, None, None, device)
     part = parts_of(identity)[""]
     block = _first(loader[0], MAX_SAMPLES)
     views = identity.groups[0]

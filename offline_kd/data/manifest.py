@@ -145,13 +145,35 @@ class Weights(Strict):
     sha256: Sha256
 
 
+def _is_absent(value: object) -> bool:
+    """Left out of JSON and YAML, so that what was written before says the same."""
+    return value is None
+
+
 class ExpectedAccuracy(Strict):
-    """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
+    """The teacher gate: what is measured on a dataset split must be within `tolerance` of what is said here."""
 
     dataset: str = Field(description="name in the manifest")
     split: str = Field(description="of that dataset")
-    top1: float = Field(ge=0, le=100, description="percent")
+    top1: float | None = Field(None, ge=0, le=100, exclude_if=_is_absent, description="percent")
+    knn: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        exclude_if=_is_absent,
+        description="percent, of a teacher without classes: the images whose label most of their 20 nearest have",
+    )
     tolerance: float = Field(gt=0, description="percentage points")
+
+    @model_validator(mode="after")
+    def _says_one_figure(self) -> Self:
+        if (self.top1 is None) == (self.knn is None):
+            raise ValueError("give top1 of a classifier, or knn of a teacher without classes")
+        return self
+
+    @property
+    def in_words(self) -> str:
+        return f"k-NN top-1 {self.knn:.2f}" if self.top1 is None else f"top-1 {self.top1:.2f}"
 
 
 class Teacher(Strict):

@@ -203,9 +203,9 @@ def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Pred
     same = [
         one for one in runs if one.is_teacher and (one.recipe.teacher.model, one.recipe.teacher.model_args) == network
     ]
-    if wanted.expected is not None:
-        near = wanted.expected
-        same = [one for one in same if abs(one.result.top1 - near.top1) <= near.tolerance]
+    if wanted.expected is not None and (near := wanted.expected.top1) is not None:
+        tolerance = wanted.expected.tolerance
+        same = [one for one in same if one.result.top1 is not None and abs(one.result.top1 - near) <= tolerance]
     if len(same) != 1:
         return None
     key = str(same[0].place)

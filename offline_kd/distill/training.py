@@ -38,6 +38,7 @@ from offline_kd.recipe import (
     TeacherStore,
     needs_teacher,
 )
+from offline_kd.store.features import USUAL_WIDTH
 from offline_kd.store.join import proof_of_images
 from offline_kd.store.layout import plan_views_per_group
 from offline_kd.store.reader import Store
@@ -317,7 +318,7 @@ def group_views(recipe: Recipe, images: BlockLoader, store: Store | None) -> lis
     per_group = plan_views_per_group(
         recipe.views,
         rows_per_block=max(tar.count for tar in images.split.tars),
-        num_classes=len(images.dataset.classes),
+        num_classes=len(images.dataset.classes) if recipe.teacher.kind == "classifier" else USUAL_WIDTH,
         requested=recipe.capture.views_per_group,
     )
     return view_groups(recipe.views.num_views, per_group)

@@ -42,7 +42,7 @@ def read_evaluation(store: Store) -> bytes | None:
     """The file of a store's teacher; None where there is none that can be read, or it is not of this teacher."""
     teacher = store.identity.teacher
     beside = evaluation_beside(store.place, teacher.weights_sha256)
-    if beside is None:
+    if beside is None or teacher.measured_top1 is None:
         return None
     try:
         content = beside[0].read(beside[1], MOST_FILE_BYTES)

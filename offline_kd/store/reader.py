@@ -87,6 +87,12 @@ class Store:
             if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in KINDS)
         }
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether logits are here: not in a copy without them, and not of a teacher that has no classes."""
+        held = self.manifest.held if self.manifest else None
+        return bool(self.identity.codec.arrays()) and (held is None or held.has("logits/"))
+
     @cached_property
     def codec_tables(self) -> Arrays:
         """What the codec of the logits learned from the teacher; nothing for most."""

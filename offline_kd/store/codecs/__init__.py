@@ -9,6 +9,7 @@
 | klt | a tenth of 2 C, or less: see `klt.py`; needs tables | not bounded, measured |
 | klt_means | half of klt, or less, where a view group has several views: see `klt_means.py`; needs tables | measured |
 | topk | 4 k + 12 | the k largest: that of f16; the others share what is left evenly, so not bounded |
+| none | 0: of teachers without classes, whose features are kept | there are no logits |
 
 A codec of your own is a file here and a line below: `docs/extending/codec.md`.
 """
@@ -31,6 +32,7 @@ CLASSES = {
     "klt": "klt.Klt",
     "klt_means": "klt_means.KltMeans",
     "topk": "topk.TopK",
+    "none": "none.NoLogits",
 }
 
 
