@@ -39,7 +39,7 @@ from offline_kd.store.features import WantedFeatures, names_of_their_own
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
-from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
+from offline_kd.support.strict_yaml import parse_yaml, read_yaml
 from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation

@@ -93,7 +93,8 @@ def new_student(
     """
     num_classes, about = len(loader.dataset.classes), recipe.student
     torch.manual_seed(seed)
-    if has_no_classes(recipe, terms):
+    gives = None if has_no_classes(recipe, terms) else num_classes  # None: vectors
+    if gives is None:
         network = _network_of_vectors(recipe, weights)
     else:
         network = build(about.model, num_classes, about.model_args)
@@ -102,22 +103,18 @@ def new_student(
     network = network.to(device)
     wanted, compared = kd_layer_terms(terms), feature_terms(terms)
     if not wanted and not compared:
-        return Student(network, {}, about.model, num_classes)
+        return Student(network, {}, about.model, gives)
     if (size := recipe.views.output_size) is None:
         images = loader[0].images[:1]
     else:
         images = torch.zeros((1, 3, size, size), dtype=torch.uint8)
     example = normalise(images.to(device), recipe.data.normalisation)
     # Before KD layers change the names of modules: a tap reads what a module gives, not what such a layer adds to it.
-    own = TapPoint(module="")  # of a student without classes
-    if not has_no_classes(recipe, terms):
-        own = TapPoint(module=classifier_of(about.model, num_classes, about.model_args), at="input")
-    else:
+    if gives is None:
         refuse_no_vectors(_of_example(network, example), about.model, len(example))
-    features = _tapped(network, {term.student_module for term in compared}, own, about.model, example)
+    features = _tapped(network, {term.student_module for term in compared}, recipe, gives, example)
     layers = _with_kd_layers(network, recipe, wanted, num_classes, example)
-    logits = None if has_no_classes(recipe, terms) else num_classes
-    return Student(network, layers, about.model, logits, features=features)
+    return Student(network, layers, about.model, gives, features=features)
 
 
 def has_no_classes(recipe: Recipe, terms: Sequence[AnyTerm]) -> bool:
@@ -145,18 +142,24 @@ def _of_example(network: nn.Module, example: Tensor) -> object:
 
 
 def _tapped(
-    network: nn.Module, modules: set[str | None], own: TapPoint, model: str, example: Tensor
+    network: nn.Module, modules: set[str | None], recipe: Recipe, num_classes: int | None, example: Tensor
 ) -> dict[str | None, Tensor]:
-    """Vectors of these modules, those of `example` for a start. None: those of `own`."""
+    """Vectors of these modules, those of `example` for a start.
+
+    None: what comes into the classifier; of a network without classes, what it gives.
+    """
+    about = recipe.student
     points: dict[str | None, TapPoint] = {name: TapPoint(module=name) for name in modules if name is not None}
-    if None in modules:
-        points[None] = own
+    if None in modules and num_classes is None:
+        points[None] = TapPoint(module="")
+    elif None in modules and num_classes is not None:
+        points[None] = TapPoint(module=classifier_of(about.model, num_classes, about.model_args), at="input")
     vectors = put_vector_taps(network, points)
     if points:
         network.eval()(example)
         network.train()
     if missing := [point.module for key, point in points.items() if key not in vectors]:
-        raise ModelError(f"student_module: '{model}' never runs '{missing[0]}'. Name a module that it does.")
+        raise ModelError(f"student_module: '{about.model}' never runs '{missing[0]}'. Name a module that it does.")
     return vectors
 
 
