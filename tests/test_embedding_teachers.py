@@ -96,6 +96,7 @@ def trained(captured, options) -> Path:
 def bare(data_root, tmp_path_factory) -> Path:
     """A manifest of the same digits without labels."""
     digits = load_manifest(ROOT / "data_manifest.yaml").dataset("digits").model_dump(mode="json", exclude_none=True)
+    del digits["classes"]
     for split in digits["splits"].values():
         split["labels"] = "none"
     file = tmp_path_factory.mktemp("bare") / "data_manifest.yaml"
@@ -209,6 +210,8 @@ def test_a_store_of_features_alone_is_proven_and_says_so(captured, options, tmp_
     assert "teacher k-NN top-1" in card
     assert yaml.safe_load((place / "recipe.yaml").read_text())["teacher"]["kind"] == "embedding"
     assert "holds no logits" in refused("store", "explore", place, "--out", tmp_path / "gallery", *options[:4])
+    done("store", "inspect", place, "--out", tmp_path / "sample.html", *options[:4])
+    assert "likeliest" not in (tmp_path / "sample.html").read_text()
     opened = okd.open_store(place)
     assert opened.features("tower", opened.keys()[:3]).shape == (3, 2, 256)
     with pytest.raises(StoreMismatch, match="holds no logits, because its teacher has no classes"):
@@ -397,11 +400,13 @@ def test_images_without_labels_are_captured_and_trained_on(teacher_weights, bare
 
 def test_without_training_labels_the_probe_is_cross_validated(trained, bare, data_root, options, tmp_path):
     content = yaml.safe_load(bare.read_text())
-    content["datasets"]["digits"]["splits"]["test"]["labels"] = "cls"
+    labelled = load_manifest(ROOT / "data_manifest.yaml").dataset("digits").model_dump(mode="json", exclude_none=True)
+    content["datasets"]["labelled"] = labelled  # whose classes the images that are trained on do not have
     half = tmp_path / "half.yaml"
     half.write_text(yaml.safe_dump(content))
-    where = ["--manifest", half, "--data-root", data_root, "--device", "cpu"]
+    where = ["--manifest", half, "--data-root", data_root, "--device", "cpu", "--set", "data.evaluation=labelled/test"]
     done("cache-teacher", trained / "recipe.yaml", "--store", tmp_path / "store", *where)
+    assert captured_at(tmp_path / "store").identity.teacher.evaluated_on == "labelled/test"
     done("distill", trained / "recipe.yaml", "--store", tmp_path / "store", "--out", tmp_path / "run", *where)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["probe_learned_from"] == FROM_EVALUATION

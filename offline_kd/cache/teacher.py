@@ -46,6 +46,11 @@ def load_teacher(
             f"recipe '{recipe.name}': teacher.weights is missing. Name a teacher of the manifest or a "
             "file, or train one: `offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
         )
+    if wanted.kind == "classifier" and not num_classes:
+        raise RecipeError(
+            f"recipe '{recipe.name}': dataset '{recipe.data.dataset}' has no classes, of which a classifier gives "
+            "logits. Name them in the manifest, or ask a teacher without classes: teacher.kind: embedding."
+        )
     if wanted.is_to_be_trained:
         raise RecipeError(
             f"recipe '{recipe.name}': teacher.head says that teacher.training begins from teacher.weights. Train it: "

@@ -116,10 +116,17 @@ class Dataset(Strict):
 
     folder: str
     location: str | None = Field(None, description="folder or URL of the tars; beside this file, if it is relative")
-    classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
+    classes: list[str] = Field([], description="names, in the order of the class indices; none without labels")
     splits: dict[str, Split] = Field(min_length=1)
     source: str = ""
     licence: str = ""
+
+    @model_validator(mode="after")
+    def _labels_have_names(self) -> Self:
+        labelled = any(split.labels != "none" for split in self.splits.values())
+        if len(self.classes) < 2 and (self.classes or labelled):
+            raise ValueError("classes: name two or more; none only where no split has labels (`labels: none`)")
+        return self
 
 
 class Normalisation(Strict):
@@ -251,7 +258,7 @@ class Manifest(Strict):
         known = self.dataset(dataset)
         if not other or split in known.splits:
             return dataset, split
-        if self.dataset(other).classes != known.classes:
+        if known.classes and self.dataset(other).classes != known.classes:
             raise RecipeError(
                 f"data.evaluation: '{other}' has other classes than '{dataset}', or another order of them. Evaluate on "
                 "images of the same classes."

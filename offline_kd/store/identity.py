@@ -37,12 +37,18 @@ class DatasetIdentity(Strict):
     name: str
     split: str
     fingerprint: Sha256
-    classes: list[str] = Field(min_length=2)
+    classes: list[str] = Field(description="names, in the order of their indices; none without labels")
     height: Side | None = Field(description="of every image; None: they differ")
     width: Side | None
     tars: list[Tar] = Field(min_length=1, max_length=MAX_TARS)
     labels: LabelRule = Field("cls", exclude_if=_is_usual, description="what says the label of a sample")
     licence: str
+
+    @model_validator(mode="after")
+    def _labels_have_names(self) -> Self:
+        if len(self.classes) < 2 and (self.classes or self.labels != "none"):
+            raise ValueError("classes are two or more; none only where labels are none")
+        return self
 
 
 class Imported(Strict):

@@ -2,7 +2,7 @@
 
 import colorsys
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -172,21 +172,29 @@ def _shown(
             prob = view.arrays[f"decisions/{name}/prob"][index][..., 0].astype(np.int64)
             certainty = unpack_probs(torch.from_numpy(prob)).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view.view}"))
-    logits = identity.codec.decode(
-        {name: array[index] for name, array in (view.joined.signal[0].logits or {}).items()},
-        identity.num_classes,
-        codec_tables_on(store, torch.device("cpu")),
-    )
-    probabilities = logits.softmax(dim=0)
-    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
     return {
         "pictures": pictures,
         "caption": f"view {view.view}: {_describe(view.joined.view.take(np.array([index])), block, identity)}",
-        "likeliest": [
-            (identity.dataset.classes[index], f"{100 * probability:.1f}")
-            for probability, index in zip(values, indices, strict=True)
-        ],
+        "likeliest": _likeliest(store, view.joined.signal[0].logits or {}, index),
     }
+
+
+def _likeliest(store: Store, logits: Mapping[str, Tensor], index: int) -> list[tuple[str, str]]:
+    """The five likeliest classes of a row and their percents; none of a teacher without classes.
+
+    Args:
+        logits: arrays of the codec, unpacked, of some rows.
+    """
+    if not logits:
+        return []
+    identity = store.identity
+    of_row, tables = {name: array[index] for name, array in logits.items()}, codec_tables_on(store, torch.device("cpu"))
+    probabilities = identity.codec.decode(of_row, identity.num_classes, tables).softmax(dim=0)
+    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(probabilities))))
+    return [
+        (identity.dataset.classes[index], f"{100 * probability:.1f}")
+        for probability, index in zip(values, indices, strict=True)
+    ]
 
 
 def _beside_first(name: str, features: Tensor, at: int) -> str:
