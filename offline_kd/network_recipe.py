@@ -32,11 +32,21 @@ def _as_lists(content: object) -> object:
 ClassMap = Annotated[dict[str, Annotated[list[ClassName], Field(min_length=1)]], BeforeValidator(_as_lists)]
 
 
+def _is_classifier(kind: object) -> bool:
+    """Left out of YAML and JSON, so that recipes and runs of classifiers are described as before."""
+    return kind == "classifier"
+
+
 class TeacherNetwork(Strict):
     """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
 
     model: str | None = Field(None, description=f"{WHICH_NETWORK}; by default the manifest's")
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
+    kind: Literal["classifier", "embedding"] = Field(
+        "classifier",
+        exclude_if=_is_classifier,
+        description="embedding: it has no classes, and what is kept of it are capture.features",
+    )
     weights: Weights | None = Field(
         None, description="manifest name, path, torchvision weights name, or pretrained; or {file, key, prefix}"
     )
@@ -76,6 +86,12 @@ class TeacherNetwork(Strict):
             )
         if self.classes is not None and self.is_to_be_trained:
             raise ValueError("a teacher that is trained here has the classes of the dataset: leave classes out")
+        if self.kind == "embedding" and (self.training is not None or self.classes is not None):
+            field = "training" if self.training is not None else "classes"
+            raise ValueError(f"kind: embedding is a teacher without classes, as it is: leave {field} out")
+        if self.expected is not None and (self.kind == "embedding") == (self.expected.knn is None):
+            wanted, given = ("knn", "top1") if self.kind == "embedding" else ("top1", "knn")
+            raise ValueError(f"expected.{given} is no figure of kind: {self.kind}. Give expected.{wanted}")
         return self
 
 

@@ -31,6 +31,7 @@ from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.features import FeatureTerm
 from offline_kd.objectives.term import Positive, Term
+from offline_kd.recipe_content import keys_beside, with_classes, with_subset, with_value
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
@@ -38,7 +39,7 @@ from offline_kd.store.features import WantedFeatures, that_fit
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
-from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
+from offline_kd.support.strict_yaml import parse_yaml, read_yaml
 from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
@@ -170,6 +171,37 @@ class CaptureRecipe(Strict):
     views: Views = Field(NoAugmentation(), description="which augmented views teacher and students see")
     capture: Capture = Field(Capture(), description="what is stored of the teacher's answers")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _embeddings_have_no_codec(cls, content: object) -> object:
+        """Of a teacher without classes `capture.codec` is `none` where nothing is said."""
+        if not isinstance(content, dict):
+            return content
+        teacher, capture = content.get("teacher"), content.get("capture") or {}
+        if isinstance(teacher, dict) and teacher.get("kind") == "embedding" and isinstance(capture, dict):
+            return {**content, "capture": {"codec": {"name": "none"}, **capture}}
+        return content
+
+    @model_validator(mode="after")
+    def _keeps_what_the_teacher_gives(self) -> Self:
+        is_embedding, codec = self.teacher.kind == "embedding", self.capture.codec.name
+        if is_embedding and not self.capture.features:
+            raise ValueError(
+                "teacher.kind: embedding gives no logits, and capture.features is empty: say what is kept, "
+                "`features: {embedding: {}}` for what the network itself gives"
+            )
+        if is_embedding and codec != "none":
+            raise ValueError(
+                f"capture.codec: {codec} is of logits, and teacher.kind: embedding has none: leave it out, or write "
+                "{name: none}"
+            )
+        if not is_embedding and codec == "none":
+            raise ValueError("capture.codec: none is of teachers without logits: teacher.kind: embedding")
+        for name, one in self.capture.features.items():
+            if not is_embedding and not one.module:
+                raise ValueError(f"capture.features.{name}: of a classifier, say which module's")
+        return self
+
     @model_validator(mode="after")
     def _trains_on_rows_alone(self) -> Self:
         if self.views.mixes and (self.data.subset is not None or self.data.validation is not None):
@@ -272,7 +304,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
-    recipe = recipe_of(_with_subset(_with_classes(content, Path()), Path()), str(path))
+    recipe = recipe_of(with_subset(with_classes(content, Path()), Path()), str(path))
     if isinstance(subset := recipe.data.subset, str) and not os.path.isfile(subset):
         raise RecipeError(f"data.subset: {shorten(subset)}: no such file. Name one that has a key in every line.")
     return recipe
@@ -290,11 +322,21 @@ def recipe_of(content: object, where: str) -> Recipe:
     """What was read at `where`, checked as a whole; raises RecipeError."""
     recipe = parse(Recipe, content, where=where)
     for terms in recipe.objectives.values():
+        _refuse_logits_of_embeddings(recipe, terms)
         for term in kd_layer_terms(terms):
             recipe.decisions_of(term)  # a wrong name should not wait until its turn comes
         for one in feature_terms(terms):
             recipe.features_of(one)
     return recipe
+
+
+def _refuse_logits_of_embeddings(recipe: Recipe, terms: Sequence[AnyTerm]) -> None:
+    for term in terms if recipe.teacher.kind == "embedding" else ():
+        if term.needs.logits:
+            raise RecipeError(
+                f"recipe '{recipe.name}': term '{term.term}' needs the teacher's logits, and a teacher without classes "
+                "(teacher.kind: embedding) has none. Use terms on its features: embedding, relational, crd, itrd."
+            )
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
@@ -303,40 +345,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
-    _keys_beside(path, content)
-    content = _with_subset(_with_classes(content, path.parent), path.parent)
+    keys_beside(path, content)
+    content = with_subset(with_classes(content, path.parent), path.parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content
     base = recipe_file(path.parent / str(parent), str(parent), path)
     return _merge(_read(base, (*seen, path.resolve())), content)
-
-
-def _keys_beside(path: Path, content: dict[str, object]) -> None:
-    """Keys that stores must be signed by are named relative to the recipe; a resolved recipe may lie elsewhere."""
-    stores = content.get("store")
-    for one in stores if isinstance(stores, list) else []:
-        if isinstance(one, dict) and isinstance(one.get("signed_by"), str):
-            one["signed_by"] = os.path.abspath(path.parent / one["signed_by"])
-
-
-def _with_classes(content: dict[str, object], folder: Path) -> dict[str, object]:
-    """The map of classes in the place of the name of its file: a resolved recipe may lie elsewhere."""
-    teacher = content.get("teacher")
-    if not isinstance(teacher, dict) or not isinstance(teacher.get("classes"), str):
-        return content
-    file = folder / teacher["classes"]
-    if not os.path.isfile(file):
-        raise RecipeError(f"teacher.classes: {shorten(str(file))}: no such file. Name one, or write the map itself.")
-    return {**content, "teacher": {**teacher, "classes": read_yaml(file)}}
-
-
-def _with_subset(content: dict[str, object], folder: Path) -> dict[str, object]:
-    """The file of a subset's keys by its whole name: a resolved recipe may lie elsewhere."""
-    data = content.get("data")
-    if not isinstance(data, dict) or not isinstance(data.get("subset"), str):
-        return content
-    return {**content, "data": {**data, "subset": os.path.abspath(folder / data["subset"])}}
 
 
 def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:
@@ -359,36 +374,6 @@ def _overridden(content: dict[str, object], override: str) -> dict[str, object]:
     if not equals:
         raise RecipeError(f"{about}: write path.to.field=value")
     return with_value(content, path, parse_yaml(text, where=about), about)
-
-
-def with_value(content: dict[str, object], path: str, value: object, about: str) -> dict[str, object]:
-    """`content` with another value at `path.to.field`. Positions in lists are numbers from 0: `objectives.kd.1.gamma`.
-
-    Nothing in `content` is changed, for YAML aliases may share parts of it. Raises RecipeError, beginning with `about`,
-    where no such place can be.
-    """
-    steps = path.split(".")
-    if "" in steps:
-        raise RecipeError(f"{about}: write path.to.field=value")
-    if len(steps) > MAX_DEPTH:
-        raise RecipeError(f"{about}: the path has {len(steps):,} parts, no recipe is deeper than {MAX_DEPTH}")
-
-    def replaced(node: object, at: int) -> object:
-        if at == len(steps):
-            return value
-        if isinstance(node, dict):
-            return {**node, steps[at]: replaced(node.get(steps[at], {}), at + 1)}
-        if isinstance(node, list):
-            positions = [str(position) for position in range(len(node))]
-            if steps[at] not in positions:
-                raise RecipeError(f"{about}: '{shorten(steps[at], 100)}' is no position in a list of {len(node)} (0..)")
-            changed = positions.index(steps[at])
-            return [*node[:changed], replaced(node[changed], at + 1), *node[changed + 1 :]]
-        raise RecipeError(f"{about}: '{shorten(steps[at - 1], 100)}' has no fields, it is {shorten(repr(node), 100)}")
-
-    changed = replaced(content, 0)
-    assert isinstance(changed, dict)
-    return changed
 
 
 def dump_recipe(recipe: Recipe) -> str:

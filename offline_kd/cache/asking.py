@@ -215,7 +215,7 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
             one.record_stream(stream)  # their memory is another stream's, which must not use it again before
     points: list[TapPoint] = [about.config for about in identity.tapped.values()]
     logits, maps = teacher.logits_and_maps(pixels, points)
-    if logits.shape[1] != identity.num_classes:
+    if logits.shape[1] != (identity.num_classes if teacher.kind == "classifier" else 0):
         raise TeacherError(
             f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
             f"{identity.num_classes} classes."
@@ -258,7 +258,7 @@ def _other_map(about: Tapped, shape: Sequence[int], where: str) -> TeacherError:
     is_short = isinstance(about, FeaturesIdentity) and about.config.code.name == "f16"
     too_large = ", or larger than the 65504 of f16" if is_short else ""
     return TeacherError(
-        f"tap '{about.config.module}': gave a map of {list(shape[1:])} for {where}, the store is for "
+        f"{about.config.named}: gave a map of {list(shape[1:])} for {where}, the store is for "
         f"{expected}, or features that are not finite{too_large}. The block was not committed. Check weights and "
         "images."
     )
@@ -308,7 +308,7 @@ class _Logits:
         rows = np.concatenate(self.waiting)
         whole = len(rows) - len(rows) % self.num_views
         if whole:
-            logits = rows[:whole].reshape(-1, self.num_views, rows.shape[1])
+            logits = rows[:whole].reshape(whole // self.num_views, self.num_views, rows.shape[1])
             these = slice(self.images, self.images + len(logits))
             kept = None if self.of_images is None else _without_prefix(self.of_images, these, self.where)
             for name, array in self.codec.encode(logits, self.tables, kept).items():

@@ -80,7 +80,7 @@ def ask_again(
                 f"{store.place}: its teacher saw images with {name} {stored!r:.200}, the recipe's sees them with "
                 f"{asked!r:.200}. Name the right recipe."
             )
-    for name in ("classes", "weights_part"):
+    for name in ("kind", "classes", "weights_part"):
         asked, stored = getattr(teacher, name), getattr(known, name)
         if asked != stored:
             raise StoreMismatch(
@@ -88,7 +88,7 @@ def ask_again(
                 "Name the right recipe."
             )
     held = store.manifest.held
-    if held and not held.has("logits/"):
+    if held and known.kind == "classifier" and not held.has("logits/"):
         raise StoreMismatch(f"{store.place}: holds {describe(held)}: there are no logits to ask the teacher about.")
     lacking: dict[str, object] = {kind: {} for kind in ("decisions", "features") if held and not held.has(f"{kind}/")}
     store = replace(store, identity=store.identity.model_copy(update=lacking))
@@ -222,22 +222,23 @@ class _Answers:
         assert rows.pixels is not None
         points: list[TapPoint] = [about.config for about in identity.tapped.values()]
         answer, maps = self.teacher.logits_and_maps(rows.pixels.to(self.device), points)
-        z_t, z = answer.cpu(), self.decode_logits(signal)
         live = {
             name: pooled(about.config, features).cpu()
             for (name, about), features in zip(identity.tapped.items(), maps, strict=True)
             if isinstance(about, FeaturesIdentity)
         }
-        of, unpacked = identity.codec.of_features, signal.logits
-        if of:
-            unpacked = {"features": self.decoders[of](signal.features[of]), "live": live[of]}
-        self._compare_logits(z, z_t, unpacked)
-        self.rows += len(z)
+        self.rows += len(answer)
         self.blocks |= {number for number, _ in self.where}
-        for field_and_key, mean in _means(z_t, z).items():
-            self._add(field_and_key, len(z) * mean)
-        self._add(("teacher_top1", ""), 100 * (z.argmax(1) == rows.labels).float().sum().item())
-        self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
+        if self.store.has_logits:
+            z_t, z = answer.cpu(), self.decode_logits(signal)
+            of, unpacked = identity.codec.of_features, signal.logits
+            if of:
+                unpacked = {"features": self.decoders[of](signal.features[of]), "live": live[of]}
+            self._compare_logits(z, z_t, unpacked)
+            for field_and_key, mean in _means(z_t, z).items():
+                self._add(field_and_key, len(z) * mean)
+            self._add(("teacher_top1", ""), 100 * (z.argmax(1) == rows.labels).float().sum().item())
+            self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
         for (name, about), features in zip(identity.tapped.items(), maps, strict=True):
             if isinstance(about, FeaturesIdentity):
                 self._compare_features(name, live[name], signal.features[name])
@@ -323,20 +324,25 @@ class _Answers:
         for name, most in self.max_dropped.items():
             first, dropped = means[f"{name} first", ""], means[f"{name} dropped", ""]
             decisions[name] |= {"mean_first_probability": first, "mean_dropped": dropped, "max_dropped": most}
-        return Fidelity(
+        has_labels = self.store.created.dataset.labels != "none"
+        found = Fidelity(
             rows=self.rows,
             of_rows=of_rows,
             blocks=len(self.blocks),
             of_blocks=of_blocks,
-            teacher_top1=None if self.store.created.dataset.labels == "none" else means["teacher_top1", ""],
-            mean_top1_probability=means["mean_top1_probability", ""],
-            mean_error=means["mean_error", ""],
-            max_error=self.max_error,
-            max_error_allowed=self.max_allowed,
-            **_distortion(means),
+            teacher_top1=means["teacher_top1", ""] if has_labels and self.store.has_logits else None,
             decisions=decisions,
             features={name: errors.figures() for name, errors in self.errors.items()},
         )
+        if not self.store.has_logits:
+            return found
+        of_logits: dict[str, object] = {
+            "mean_top1_probability": means["mean_top1_probability", ""],
+            "mean_error": means["mean_error", ""],
+            "max_error": self.max_error,
+            "max_error_allowed": self.max_allowed,
+        }
+        return found.model_copy(update={**of_logits, **_distortion(means)})
 
 
 # ---- distortion ----------------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from offline_kd.views.kind import ViewSpec
 class ModuleOptions(TypedDict, total=False):
     """How a module's answers are stored; everything may be left out."""
 
+    kind: Literal["classifier", "embedding"]  # embedding: the module gives vectors, of which `features` are kept
     codec: str | Codec | Mapping[str, object]  # as recipes write it, or its name alone; "f16" if absent
     decisions: Mapping[str, AnyDecisions | Mapping[str, object]]  # on feature maps, by a name of your own
     features: Mapping[str, WantedFeatures | Mapping[str, object]]  # of modules, by a name of your own
@@ -58,7 +59,8 @@ def cache_module(
     """
     about, manifest, roots = find_dataset(dataset, manifest, data_roots(), options.get("classes"))
     evaluation = "test" if "test" in manifest.dataset(about).splits else "train"
-    module, codec = type(network), options.get("codec", "f16")
+    module, kind = type(network), options.get("kind", "classifier")
+    codec = options.get("codec", "f16" if kind == "classifier" else "none")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
     capture: dict[str, object] = {
         "codec": {"name": codec} if isinstance(codec, str) else codec,
@@ -66,7 +68,7 @@ def cache_module(
         "features": options.get("features", {}),
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
-    asked: dict[str, object] = {"model": model, "normalisation": normalisation}
+    asked: dict[str, object] = {"model": model, "kind": kind, "normalisation": normalisation}
     asked |= {name: options[name] for name in ("dtype", "compile", "tf32") if name in options}
     described: dict[str, object] = {
         "name": options.get("name", module.__name__),
@@ -92,6 +94,7 @@ def cache_module(
             batch_size=first_batch_size(recipe, device),
             compile=recipe.teacher.compile,
             tf32=recipe.teacher.tf32,
+            kind=recipe.teacher.kind,
         )
         cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
 

@@ -219,7 +219,8 @@ def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
         complete = "yes" if is_complete(dataset, roots) else "no"
         rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", complete])
     for name, teacher in manifest.teachers.items():
-        expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
+        known = teacher.expected
+        expected = f"; {known.in_words} on {known.dataset}" if known else ""
         rows.append([name, "teacher", f"{teacher.model}{expected}", here(teacher.weights.file)])
     rows += [[name, "file", weights.file, here(weights.file)] for name, weights in manifest.files.items()]
     where = f"{manifest_path} and the package" if os.path.isfile(manifest_path) else "the package"

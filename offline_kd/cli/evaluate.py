@@ -12,11 +12,13 @@ from offline_kd.cli.options import common_options, student_options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+
     from offline_kd.data.blocks import BlockLoader
     from offline_kd.data.fetching import Root
     from offline_kd.data.manifest import Manifest
     from offline_kd.models.evaluation import ClassAccuracy
-    from offline_kd.models.student_file import StudentFile
+    from offline_kd.models.student_file import StudentFile, TrainedStudent
 
 SHOWN = 20  # classes of the table
 
@@ -37,7 +39,7 @@ def command(
 ) -> None:
     """How good a trained STUDENT is on a split: top-1, top-5, calibration, classes. A run directory or a weight file.
 
-    On the split that the run was evaluated on, these are its own figures.
+    On the split that the run was evaluated on, these are its own figures. Of a student without classes: k-NN top-1.
 
     \b
     offline-kd evaluate runs/wttm
@@ -55,6 +57,9 @@ def command(
     loaded = load_student(student, network=network)
     data_name, split = evaluation_split(loaded.about, data, load_manifest(manifest_path), data_roots(data_root))
     loaded.network.to(on)
+    if loaded.about.kind == "embedding":
+        show_vectors(student, data_name, vectors_measured(loaded, split, on, f"{student} on {data_name}"), as_json)
+        return
     found = evaluate(loaded.logits, split, 256, on, f"{student} on {data_name}", loaded.about.crop)
     z, y = found.answers.logits, found.answers.labels
     classes = by_class(z, y, loaded.about.classes)
@@ -84,7 +89,7 @@ def evaluation_split(
         name, _, part = data.rpartition("/")
     dataset, split = manifest.dataset(name), manifest.split(name, part)
     need_labels(split.labels, f"{name}/{part}", "evaluation")
-    if dataset.classes != about.classes:
+    if about.kind == "classifier" and dataset.classes != about.classes:
         pairs = zip(dataset.classes, about.classes, strict=False)
         first = next((f"class {n} is '{a}', the student's '{b}'" for n, (a, b) in enumerate(pairs) if a != b), "")
         raise DataError(
@@ -92,6 +97,33 @@ def evaluation_split(
             f"{f': {first}' if first else ''}. Evaluate on images of the same classes, in the same order."
         )
     return f"{name}/{part}", BlockLoader(dataset, split, roots, decode=about.crop is None, on_bad="skip")
+
+
+def vectors_measured(student: TrainedStudent, split: BlockLoader, device: torch.device, title: str) -> dict[str, float]:
+    """k-NN top-1 in percent, of a student's own vectors (`knn_top1`) and of their projections, by name of the teacher's
+    features."""
+    from offline_kd.models.neighbours import embed, knn_top1
+
+    found = embed(student.vectors, split, 256, device, title, student.about.crop)
+    vectors, labels = found.vectors.to(device), found.labels.to(device)
+    projected = {f"knn_top1_{name}": one.to(device)(vectors) for name, one in student.projections.items()}
+    of_each = {"knn_top1": vectors} | projected
+    return {"samples": len(labels), **{name: knn_top1(one, labels) for name, one in of_each.items()}}
+
+
+def show_vectors(student: str, data: str, figures: dict[str, float], as_json: bool) -> None:
+    """What was measured of a student without classes: a table, or JSON."""
+    import json
+
+    from offline_kd.support.console import show_table
+
+    if as_json:
+        click.echo(json.dumps({"student": student, "data": data, **figures}, indent=2))
+        return
+    spaces = [name.removeprefix("knn_top1_") for name in figures if name.startswith("knn_top1_")]
+    columns = ["images", "k-NN top-1 %", *(f"k-NN top-1 % in '{name}'" for name in spaces)]
+    percents = [f"{value:.2f}" for name, value in figures.items() if name != "samples"]
+    show_table(f"{student} on {data}", columns, [[f"{figures['samples']:,}", *percents]])
 
 
 def show(figures: dict[str, object], classes: Sequence[ClassAccuracy]) -> None:

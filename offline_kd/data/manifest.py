@@ -116,10 +116,17 @@ class Dataset(Strict):
 
     folder: str
     location: str | None = Field(None, description="folder or URL of the tars; beside this file, if it is relative")
-    classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
+    classes: list[str] = Field([], description="names, in the order of the class indices; none without labels")
     splits: dict[str, Split] = Field(min_length=1)
     source: str = ""
     licence: str = ""
+
+    @model_validator(mode="after")
+    def _labels_have_names(self) -> Self:
+        labelled = any(split.labels != "none" for split in self.splits.values())
+        if len(self.classes) < 2 and (self.classes or labelled):
+            raise ValueError("classes: name two or more; none only where no split has labels (`labels: none`)")
+        return self
 
 
 class Normalisation(Strict):
@@ -146,12 +153,29 @@ class Weights(Strict):
 
 
 class ExpectedAccuracy(Strict):
-    """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
+    """The teacher gate: what is measured on a dataset split must be within `tolerance` of what is said here."""
 
     dataset: str = Field(description="name in the manifest")
     split: str = Field(description="of that dataset")
-    top1: float = Field(ge=0, le=100, description="percent")
+    top1: float | None = Field(None, ge=0, le=100, exclude_if=lambda one: one is None, description="percent")
+    knn: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        exclude_if=lambda one: one is None,
+        description="percent, of a teacher without classes: the images whose label most of their 20 nearest have",
+    )
     tolerance: float = Field(gt=0, description="percentage points")
+
+    @model_validator(mode="after")
+    def _says_one_figure(self) -> Self:
+        if (self.top1 is None) == (self.knn is None):
+            raise ValueError("give top1 of a classifier, or knn of a teacher without classes")
+        return self
+
+    @property
+    def in_words(self) -> str:
+        return f"k-NN top-1 {self.knn:.2f}" if self.top1 is None else f"top-1 {self.top1:.2f}"
 
 
 class Teacher(Strict):
@@ -229,7 +253,7 @@ class Manifest(Strict):
         known = self.dataset(dataset)
         if not other or split in known.splits:
             return dataset, split
-        if self.dataset(other).classes != known.classes:
+        if known.classes and self.dataset(other).classes != known.classes:
             raise RecipeError(
                 f"data.evaluation: '{other}' has other classes than '{dataset}', or another order of them. Evaluate on "
                 "images of the same classes."

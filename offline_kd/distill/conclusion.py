@@ -19,9 +19,10 @@ def conclusion(summaries: Sequence[Summary]) -> list[str]:
 
 
 def _sentence(found: Sequence[Summary], teacher: float | None, summaries: Sequence[Summary]) -> str:
-    best = max(found, key=lambda summary: summary.top1_mean)
+    best = max(found, key=lambda summary: summary.top1_mean or 0.0)
     assert best.difference is not None, "it stands beside plain training"
     plain = next(one for one in summaries if best.plain is not None and one.group.key == best.plain.key)
+    assert plain.top1_mean is not None, "plain training is from labels"
     figures = f"{best.group.label} has {best.top1_mean:.2f} %, {plain.group.label} {plain.top1_mean:.2f} %"
     apart, known = best.difference.mean, _is_known(best.difference)
     if apart > 0 and known:
@@ -48,6 +49,6 @@ def _is_known(apart: Difference) -> bool:
 def _teacher_of(found: Sequence[Summary], summaries: Sequence[Summary]) -> float | None:
     """Top-1 of the teacher in percent, as it was told to students, or of the only one in the report."""
     told = {one.answered.teacher_top1 for one in found if one.answered and one.answered.teacher_top1 is not None}
-    own = {one.top1_mean for one in summaries if one.group.runs[0].is_teacher}
+    own = {one.top1_mean for one in summaries if one.group.runs[0].is_teacher and one.top1_mean is not None}
     tops = told or own
     return tops.pop() if len(tops) == 1 else None

@@ -93,7 +93,7 @@ def dataset_rows(loader: Loader) -> DatasetRows:
     found, num_tars = list[tuple[NDArray[np.uint64], NDArray[np.int64]]](), len(loader.source.images)
     with progress("labels of all rows", num_tars, "tars") as meter:
         for number in range(num_tars):
-            found.append(_labels_of_tar(loader, number))
+            found.append(labels_of_rows(loader, number))
             meter.advance()
     hashes, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
     labels = np.where(loader.options.shows_label(hashes), labels, -1)
@@ -101,7 +101,7 @@ def dataset_rows(loader: Loader) -> DatasetRows:
     return DatasetRows(hashes[order], torch.from_numpy(labels[order]), loader.options.seed)
 
 
-def _labels_of_tar(loader: Loader, number: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def labels_of_rows(loader: Loader, number: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Key hashes `[n]` and labels `[n]` of the rows of a tar that are trained on, without what stores have left out;
     -1 where there is no label."""
     source = loader.source

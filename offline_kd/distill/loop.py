@@ -125,8 +125,7 @@ def _train(
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
             losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
-            due, is_last = judged.after(epoch, epochs_done, training), epochs_done >= training.epochs
-            found = evaluate_student(run, student, due, is_last)
+            found = evaluate_student(run, student, judged, epoch, epochs_done)
             counted = _counted(whole, len(set().union(*of_all(loader.bad)))) | end_pass(student.heads.values())
             factors = _scheduled(run, weights)
             done.history.append({"epoch": epochs_done, **losses, **factors, "lr": lr, **found, **counted})

@@ -51,8 +51,10 @@ class Summary:
     """All seeds of one group."""
 
     group: Group
-    top1_mean: float
+    top1_mean: float | None  # None: the students have no classes
     top1_std: float  # sample standard deviation; 0 for a single run
+    knn_top1_mean: float | None  # percent, of students without classes
+    probe_top1_mean: float | None
     val_top1_mean: float | None  # of the validation rows; None where a run has none
     plain: Group | None  # plain training that this is compared with
     difference: Difference | None
@@ -78,13 +80,15 @@ def summarise(groups: Sequence[Group]) -> list[Summary]:
     teachers: dict[str, Predictions | None] = {}
     with progress("reading what students answered", len(runs), "runs") as meter:
         for group in groups:
-            top1 = [run.result.top1 for run in group.runs]
+            top1 = [run.result.top1 for run in group.runs if run.result.top1 is not None]
             plain = _plain_of(group, groups)
             published = group.runs[0].recipe.published
             summary = Summary(
                 group=group,
-                top1_mean=statistics.mean(top1),
+                top1_mean=_mean(top1),
                 top1_std=statistics.stdev(top1) if len(top1) > 1 else 0.0,
+                knn_top1_mean=_mean(run.result.knn_top1 for run in group.runs),
+                probe_top1_mean=_mean(run.result.probe_top1 for run in group.runs),
                 val_top1_mean=_mean_of_all([run.result.val_top1 for run in group.runs]),
                 plain=plain,
                 difference=difference(by_seed(group), by_seed(plain)) if plain else None,
@@ -93,17 +97,23 @@ def summarise(groups: Sequence[Group]) -> list[Summary]:
             )
             summaries.append(summary)
             meter.advance(len(group.runs))
-    missing = len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered)
-    if missing:
+    if missing := num_silent(summaries):
         say(f"{missing} of {len(runs)} runs have no {FILE}: what follows from it is left out for them")
     return summaries
+
+
+def num_silent(summaries: Sequence[Summary]) -> int:
+    """How many runs of students with classes lack what these answered."""
+    with_classes = sum(run.result.kind is None for summary in summaries for run in summary.group.runs)
+    return with_classes - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered)
 
 
 def by_seed(group: Group) -> dict[int, float]:
     """Top-1 in percent; the mean of students of one seed."""
     found: dict[int, list[float]] = {}
     for run in group.runs:
-        found.setdefault(run.result.seed, []).append(run.result.top1)
+        if run.result.top1 is not None:
+            found.setdefault(run.result.seed, []).append(run.result.top1)
     return {seed: statistics.mean(values) for seed, values in found.items()}
 
 
@@ -113,7 +123,7 @@ def _plain_of(group: Group, groups: Sequence[Group]) -> Group | None:
     Where there is none, the only one of the same student and data with as many epochs.
     """
     first = group.runs[0]
-    if first.is_teacher or first.is_plain:
+    if first.is_teacher or first.is_plain or first.result.kind is not None:
         return None
     plain = [one for one in groups if one.runs[0].is_plain]
     for same in (COMPARED, ("data", "student", "training.epochs")):
@@ -168,7 +178,7 @@ def predictions_of(run: RunRecord) -> Predictions | None:
     if content is None:
         return None
     found = read_predictions(content, f"{run.place}/{FILE}")
-    if abs(found.top1 - run.result.top1) > TOLERANCE:
+    if run.result.top1 is not None and abs(found.top1 - run.result.top1) > TOLERANCE:
         raise TrainingError(
             f"{run.place}/{FILE}: top-1 is {found.top1:.2f} %, result.json says {run.result.top1:.2f} %: one of "
             "them is of another run. Run it again, or leave the file out."
@@ -203,9 +213,9 @@ def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Pred
     same = [
         one for one in runs if one.is_teacher and (one.recipe.teacher.model, one.recipe.teacher.model_args) == network
     ]
-    if wanted.expected is not None:
-        near = wanted.expected
-        same = [one for one in same if abs(one.result.top1 - near.top1) <= near.tolerance]
+    if wanted.expected is not None and (near := wanted.expected.top1) is not None:
+        tolerance = wanted.expected.tolerance
+        same = [one for one in same if one.result.top1 is not None and abs(one.result.top1 - near) <= tolerance]
     if len(same) != 1:
         return None
     key = str(same[0].place)
@@ -240,7 +250,7 @@ def record(summary: Summary) -> dict[str, Value]:
         "runs": len(results),
         "val_top1_mean": summary.val_top1_mean,
         "top1_mean": summary.top1_mean,
-        "top1_std": summary.top1_std,
+        "top1_std": None if summary.top1_mean is None else summary.top1_std,
         "difference": apart.mean if apart else None,
         "difference_low": apart.mean - half if apart and half is not None else None,
         "difference_high": apart.mean + half if apart and half is not None else None,
@@ -249,7 +259,9 @@ def record(summary: Summary) -> dict[str, Value]:
         "difference_to": summary.plain.label if summary.plain else None,
         "published_top1": published[0],
         "published_std": published[1],
-        "best_top1_mean": statistics.mean(result.best_top1 for result in results),
+        "best_top1_mean": _mean(result.best_top1 for result in results),
+        "knn_top1_mean": summary.knn_top1_mean,
+        "probe_top1_mean": summary.probe_top1_mean,
         "nll_mean": _mean(result.nll for result in results),
         "ece_mean": _percent(_mean(result.ece for result in results)),
         "teacher_agreement": summary.with_teacher,
@@ -267,28 +279,40 @@ def _percent(share: float | None) -> float | None:
 
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds; `vs plain`
-    is the difference to plain training with its interval of 95 %; `val top-1` is of validation rows, where any run has
-    them: settings are chosen by it, and `top-1` is what they are worth; `published` is what a recipe says of others."""
+    is the difference to plain training with its interval of 95 %; of students without classes `k-NN top-1` and that of
+    a `linear probe` stand in their place; `val top-1` is of validation rows, where any run has them: settings go
+    by it, and `top-1` is what they are worth; `published` is what a recipe says of others."""
     apart = list(summaries[0].group.fields)
     has_plain = any(summary.difference for summary in summaries)
     has_validation = any(summary.val_top1_mean is not None for summary in summaries)
     is_published = any(summary.published for summary in summaries)
-    columns = ["objective", *apart, "targets", "runs", *["val top-1 %"] * has_validation, "top-1 %"]
+    has_vectors = any(summary.group.runs[0].result.kind is not None for summary in summaries)
+    has_classes = any(summary.top1_mean is not None for summary in summaries)
+    columns = ["objective", *apart, "targets", "runs", *["val top-1 %"] * has_validation, *["top-1 %"] * has_classes]
     columns += ["published"] * is_published + ["vs plain"] * has_plain
-    columns += ["best top-1 %", "s / epoch", "parameters"]
+    columns += ["k-NN top-1 %", "linear probe %"] * has_vectors
+    columns += [*["best top-1 %"] * has_classes, "s / epoch", "parameters"]
     rows = []
     for summary in summaries:
         group, line = summary.group, record(summary)
         row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs))]
-        row += ["" if summary.val_top1_mean is None else f"{summary.val_top1_mean:.2f}"] * has_validation
-        row += [shown_top1(summary)]
+        row += [_shown(summary.val_top1_mean)] * has_validation
+        row += [shown_top1(summary)] * has_classes
         row += [shown_published(summary)] * is_published + [shown_difference(summary.difference)] * has_plain
-        row += [f"{line['best_top1_mean']:.2f}", f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
+        row += [_shown(summary.knn_top1_mean), _shown(summary.probe_top1_mean)] * has_vectors
+        row += [_shown(_mean(run.result.best_top1 for run in group.runs))] * has_classes
+        row += [f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
         rows.append(row)
     return columns, rows
 
 
+def _shown(percent: float | None) -> str:
+    return "" if percent is None else f"{percent:.2f}"
+
+
 def shown_top1(summary: Summary) -> str:
+    if summary.top1_mean is None:
+        return ""
     spread = f" ± {summary.top1_std:.2f}" if len(summary.group.runs) > 1 else ""
     return f"{summary.top1_mean:.2f}{spread}"
 

@@ -23,7 +23,16 @@ from offline_kd.distill.charts import (
     series_of,
     share_of,
 )
-from offline_kd.distill.report import Summary, Value, by_seed, record, shown_difference, shown_published, shown_top1
+from offline_kd.distill.report import (
+    Summary,
+    Value,
+    by_seed,
+    num_silent,
+    record,
+    shown_difference,
+    shown_published,
+    shown_top1,
+)
 from offline_kd.distill.run_records import GroupKey, RunRecord
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.files import write_atomically
@@ -33,7 +42,8 @@ DRAWN = 10  # rows with curves and diagrams, besides plain training and the teac
 CLASSES_SHOWN = 4  # that a row helped or hurt most
 METRICS = {"top1": "top-1 %", "nll": "NLL, nats", "ece": "ECE", "lr": "learning rate", "seconds": "seconds per pass"}
 METRICS |= {"val_top1": "validation top-1 %", "val_nll": "validation NLL, nats", "val_ece": "validation ECE"}
-MEASURED = ("val_top1", "top1", "val_nll", "nll", "val_ece", "ece")  # of these the curves come first
+METRICS |= {"val_knn_top1": "validation k-NN top-1 %", "knn_top1": "k-NN top-1 %", "probe_top1": "linear probe %"}
+MEASURED = ("val_top1", "top1", "val_knn_top1", "knn_top1", "val_nll", "nll", "val_ece", "ece")  # curves come first
 TITLES = {
     "objective": "objective",
     "targets": "targets",
@@ -41,6 +51,8 @@ TITLES = {
     "val_top1_mean": "validation %",
     "top1_mean": "top-1 %",
     "difference": "vs plain",
+    "knn_top1_mean": "k-NN top-1 %",
+    "probe_top1_mean": "linear probe %",
     "published_top1": "published",
     "best_top1_mean": "best %",
     "ece_mean": "ECE %",
@@ -48,7 +60,7 @@ TITLES = {
     "seconds_per_epoch": "s / epoch",
     "parameters": "parameters",
 }
-ESSENTIAL = ("objective", "top1_mean", "difference")  # columns on a narrow screen
+ESSENTIAL = ("objective", "top1_mean", "difference", "knn_top1_mean")  # columns on a narrow screen
 
 
 @dataclass(frozen=True)
@@ -136,6 +148,9 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         columns=[(name, TITLES.get(name, name), name in ESSENTIAL) for name in columns],
         essential=ESSENTIAL,
         has_validation="val_top1_mean" in columns,
+        has_top1="top1_mean" in columns,
+        has_vectors="knn_top1_mean" in columns,
+        probed={run.result.probe_learned_from for run in runs} - {None},
         rows=_rows(summaries, lines, columns, styles),
         tests={summary.difference.test for summary in summaries if summary.difference},
         seeds=max((summary.difference.seeds for summary in summaries if summary.difference), default=0),
@@ -159,7 +174,7 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         ],
         shared=shared,
         details=[(summary, _own(summary, shared)) for summary in summaries],
-        silent=len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered),
+        silent=num_silent(summaries),
         all_runs=len(runs),
     )
 
@@ -186,7 +201,8 @@ def _styles(summaries: Sequence[Summary]) -> dict[GroupKey, str]:
 
 def _worth(summary: Summary) -> float:
     """What rows are chosen by: validation rows, where there are any."""
-    return summary.top1_mean if summary.val_top1_mean is None else summary.val_top1_mean
+    figures = (summary.val_top1_mean, summary.top1_mean, summary.knn_top1_mean)
+    return next((one for one in figures if one is not None), 0.0)
 
 
 def _rows(
@@ -195,7 +211,7 @@ def _rows(
     columns: Sequence[str],
     styles: Mapping[GroupKey, str],
 ) -> list[Row]:
-    top1 = [run.result.top1 for summary in summaries for run in summary.group.runs]
+    top1 = [one for summary in summaries for one in _top1_of(summary)] or [0.0]
     low, high = min(top1), max(top1)
     rows = []
     for summary, line in zip(summaries, lines, strict=True):
@@ -207,11 +223,16 @@ def _rows(
             apart=", ".join(f"{name} {value}" for name, value in group.fields.items()),
             cells=[Cell(name, _together(_shown(name, summary, line)), line[name]) for name in columns],
             seeds=[[Cell(name, _plain_text(one.get(name)), one.get(name)) for name in columns] for one in seeds],
-            dots=[share_of(run.result.top1, low, high) for run in group.runs],
+            dots=[share_of(one, low, high) for one in _top1_of(summary)],
             plain=share_of(sum(plain.values()) / len(plain), low, high) if plain else None,
         )
         rows.append(row)
     return rows
+
+
+def _top1_of(summary: Summary) -> list[float]:
+    """Of every run with classes."""
+    return [run.result.top1 for run in summary.group.runs if run.result.top1 is not None]
 
 
 def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) -> dict[str, Value]:
@@ -221,7 +242,9 @@ def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) ->
         "objective": f"seed {result.seed}",
         "val_top1_mean": result.val_top1,
         "top1_mean": result.top1,
-        "difference": result.top1 - plain[result.seed] if result.seed in plain else None,
+        "difference": result.top1 - plain[result.seed] if result.seed in plain and result.top1 is not None else None,
+        "knn_top1_mean": result.knn_top1,
+        "probe_top1_mean": result.probe_top1,
         "best_top1_mean": result.best_top1,
         "ece_mean": None if result.ece is None else 100 * result.ece,
         "teacher_agreement": summary.answered.with_teacher.get(place) if summary.answered else None,

@@ -188,8 +188,14 @@ def _distill_all(
 
 
 def _accuracy(result: Result) -> str:
-    validation = "" if result.val_top1 is None else f"validation top-1 {result.val_top1:.2f} %, "
-    return f"{validation}top-1 {result.top1:.2f} %"
+    figures = {
+        "validation top-1": result.val_top1,
+        "top-1": result.top1,
+        "validation k-NN top-1": result.val_knn_top1,
+        "k-NN top-1": result.knn_top1,
+        "linear probe": result.probe_top1,
+    }
+    return ", ".join(f"{name} {value:.2f} %" for name, value in figures.items() if value is not None) or "not judged"
 
 
 def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path) -> Recipe:
@@ -212,6 +218,7 @@ def pack_digits(folder: Path) -> None:
 
 def _with_teacher(recipe: Recipe, manifest: Manifest, result: Result, out: Path) -> Recipe:
     """The recipe with the teacher that was just trained, and the accuracy that its gate expects."""
+    assert result.top1 is not None, "a teacher that is trained has classes"
     expected = ExpectedAccuracy(
         dataset=recipe.data.dataset, split=recipe.data.evaluation, top1=result.top1, tolerance=TEACHER_TOLERANCE
     )

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import progress, say
@@ -35,9 +35,14 @@ class Outcome(BaseModel):
 
     objective: str
     targets: Literal["store", "online", "none"]
+    kind: Literal["embedding"] | None = None  # of a student without classes
     seed: int
-    top1: float  # percent
-    best_top1: float
+    top1: float | None = None  # percent; of every student with classes
+    best_top1: float | None = None
+    knn_top1: float | None = None  # percent; of students without classes, where there were labels
+    probe_top1: float | None = None
+    probe_learned_from: str | None = None
+    val_knn_top1: float | None = None
     nll: float | None = None
     ece: float | None = None
     seconds_per_epoch: float
@@ -48,6 +53,12 @@ class Outcome(BaseModel):
     initial_sha256: str | None = None
     rows_sha256: str | None = None
     val_top1: float | None = None  # percent
+
+    @model_validator(mode="after")
+    def _says_how_good_it_is(self) -> Self:
+        if self.kind is None and (self.top1 is None or self.best_top1 is None):
+            raise ValueError("top1 or best_top1 is missing")
+        return self
 
 
 class Epoch(BaseModel):

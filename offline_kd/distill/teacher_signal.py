@@ -179,7 +179,8 @@ def live_signal(
             for (name, config), features in zip(configs.items(), maps[: len(configs)], strict=True)
         }
         of_taps = zip(taps.items(), maps[len(configs) :], strict=True)
-        return TeacherSignal(logits, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
+        said = logits if teacher.kind == "classifier" else None
+        return TeacherSignal(said, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
 
     return ask
 

@@ -57,29 +57,11 @@ def evaluate(
 
     Raises ModelError when there is not one finite logit for every class of the dataset.
     """
-    classes = len(loader.dataset.classes)
-    logits, labels = [torch.empty(0, classes)], [torch.empty(0, dtype=torch.int64)]
-    keys = [np.empty(0, dtype=np.uint64)]
-    with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
-        own = own_batches([tar.count for tar in loader.split.tars], batch_size)
-        for number, block in loader.in_order(own):
-            for start in own[number]:
-                images, rows = plain_images(block, crop, start, start + batch_size, threads)
-                if not rows:
-                    continue
-                labels.append(torch.from_numpy(block.labels[rows]).long())
-                keys.append(block.key_hash[rows])
-                logits.append(predict(images.to(device)).float().cpu())
-                meter.advance(len(images))
-                if logits[-1].shape[1] != classes:
-                    raise ModelError(
-                        f"{title}: the network gives {logits[-1].shape[1]} logits, the dataset has {classes} classes."
-                    )
-    z = torch.cat(logits)
+    found = answers_of(predict, loader, batch_size, device, title, crop, len(loader.dataset.classes))
+    z, y = found.logits, found.labels
     if not z.isfinite().all():
         row, column = (~z.isfinite()).nonzero()[0].tolist()
         raise ModelError(f"{title}: logit {column} of image {row} is {z[row, column].item()}. Check the weights.")
-    y = torch.cat(labels)
     confidence, predicted = z.softmax(dim=1).max(dim=1)
     correct = (predicted == y).double()
     bins = (confidence * ECE_BINS).long().clamp(max=ECE_BINS - 1)
@@ -92,8 +74,43 @@ def evaluate(
         top1=100 * (sums[1].item() / samples),
         nll=sums[2].item() / samples,
         ece=sums[3:].abs().sum().item() / samples,
-        answers=Answers(np.concatenate(keys), y, z),
+        answers=found,
     )
+
+
+def answers_of(
+    predict: Callable[[Tensor], Tensor],
+    loader: BlockLoader,
+    batch_size: int,
+    device: torch.device,
+    title: str,
+    crop: EvaluationCrop | None,
+    classes: int | None = None,
+) -> Answers:
+    """What a network says of this rank's share of the images of a split, un-augmented; the arguments of `evaluate`.
+
+    Args:
+        classes: so many logits it must give of every image; None: vectors of any width stand in their place.
+    """
+    logits, labels = [torch.empty(0, classes or 0)], [torch.empty(0, dtype=torch.int64)]
+    keys = [np.empty(0, dtype=np.uint64)]
+    with progress(title, loader.split.count, "images") as meter, ThreadPoolExecutor(os.cpu_count()) as threads:
+        own = own_batches([tar.count for tar in loader.split.tars], batch_size)
+        for number, block in loader.in_order(own):
+            for start in own[number]:
+                images, rows = plain_images(block, crop, start, start + batch_size, threads)
+                if not rows:
+                    continue
+                labels.append(torch.from_numpy(block.labels[rows]).long())
+                keys.append(block.key_hash[rows])
+                logits.append(predict(images.to(device)).float().cpu())
+                meter.advance(len(images))
+                if classes is not None and logits[-1].shape[1] != classes:
+                    raise ModelError(
+                        f"{title}: the network gives {logits[-1].shape[1]} logits, the dataset has {classes} classes."
+                    )
+    there = logits if classes is not None or len(logits) == 1 else logits[1:]
+    return Answers(np.concatenate(keys), torch.cat(labels), torch.cat(there))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,9 +44,11 @@ class Teacher:
     tf32: bool = False  # on GPUs that have it: float32 products of 10 bits
     classes: list[list[int]] | None = None  # of the network's, that each class of the dataset is; None: it is its own
     weights_part: str = ""  # of their file, where it is another one than the weights themselves
+    kind: Literal["classifier", "embedding"] = "classifier"  # embedding: it has no classes, and gives no logits
 
     def logits(self, images: Tensor) -> Tensor:
-        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset."""
+        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset, 0 where there are
+        none."""
         return self._ask(images, ())[0]
 
     def logits_and_maps(self, images: Tensor, points: Sequence[TapPoint]) -> tuple[Tensor, list[Tensor]]:
@@ -54,7 +56,7 @@ class Teacher:
         logits, maps = self._ask(images, points)
         for point, features in zip(points, maps, strict=True):
             if features is None:
-                raise ModelError(f"tap '{point.module}': the network never runs this module.")
+                raise ModelError(f"{point.named}: the network never runs this module.")
         return logits, [features for features in maps if features is not None]
 
     @torch.no_grad()  # not inference_mode: DTKD keeps what it needs of these logits for its backward pass
@@ -65,6 +67,8 @@ class Teacher:
             torch.autocast(images.device.type, AUTOCAST.get(self.dtype), enabled=self.dtype in AUTOCAST),
         ):
             logits, maps = ask(normalise(images, self.normalisation))
+        if self.kind == "embedding":
+            return torch.empty(len(images), 0, device=images.device), maps
         refuse_no_logits(logits, self.model)
         return logits.float() if self.classes is None else select(logits.float(), self.classes), maps
 

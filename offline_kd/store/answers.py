@@ -157,7 +157,7 @@ def warnings_of(store: Store, answers: Answers | None, fidelity: Fidelity | None
             f"Its answers were imported from {teacher.imported.format}. The teacher was never asked here, and saw "
             "views as that program made them, whose pixels may differ a little from those of students here."
         )
-    if teacher.measured_top1 < POOR_TOP1:
+    if teacher.measured_top1 is not None and teacher.measured_top1 < POOR_TOP1:
         warnings.append(
             f"The teacher is right about {teacher.measured_top1:.1f} % of {teacher.evaluated_on}, less than "
             f"{POOR_TOP1:g} %: students learn its errors."
@@ -188,7 +188,7 @@ def _of_labels(store: Store, answers: Answers) -> list[str]:
     measured, classes = store.identity.teacher.measured_top1, store.identity.dataset.classes
     warnings = []
     top1 = 100 * float(answers.correct.mean())
-    if measured - top1 > MUCH_WORSE:
+    if measured is not None and measured - top1 > MUCH_WORSE:
         warnings.append(
             f"It is right about {top1:.1f} % of the stored views, {measured - top1:.0f} points less than of images as "
             f"they are: these views are hard for it, or it sees them in another way than it was trained to."

@@ -22,6 +22,7 @@ from offline_kd.support.errors import did_you_mean
 from offline_kd.support.strict import Seed, Strict
 
 T = TypeVar("T", "WantedFeatures", "FeaturesIdentity")
+USUAL_WIDTH = 512  # of features of teachers without classes: for them, views are grouped as for so many classes
 MOST_NEIGHBOURS = 1024  # rows among which nearest neighbours are looked for
 # A template beyond a near tie leads later stages elsewhere: so much more may stored features be off than coded anew.
 SLACK = 1.1
@@ -85,6 +86,11 @@ WantedCode = Annotated[Code | AutoCode, Field(discriminator="name")]
 class FeatureTap(TapPoint):
     """Which features of a view are kept: the mean over a map's places, or the map; of a vector, the vector."""
 
+    module: str = Field(
+        "",
+        description="of the teacher; `offline-kd taps MODEL` lists them. By default what the network itself gives: "
+        "then teacher.kind is embedding",
+    )
     pool: Literal["avg", "none"] = Field("avg", description="avg: one vector, the mean over places; none: the map")
 
     @property

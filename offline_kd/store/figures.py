@@ -135,8 +135,13 @@ class Summary:
 def read_figures(store: Store, summary: Summary) -> Iterator[Figures]:
     """The figures of every block that is here, in parts that fit into memory; what they sum up to goes to `summary`.
 
-    Raises StoreMismatch for a copy without logits, StoreCorrupt for what no capture wrote.
+    Raises StoreMismatch for a store or a copy without logits, StoreCorrupt for what no capture wrote.
     """
+    if not store.identity.codec.arrays():
+        raise StoreMismatch(
+            f"{store.place}: holds no logits, because its teacher has no classes, and what a teacher thinks of a "
+            "sample is in its logits. `store info` shows what this one holds."
+        )
     held = store.manifest.held if store.manifest else None
     if held and not held.has("logits/"):
         raise StoreMismatch(

@@ -87,6 +87,13 @@ class Store:
             if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in KINDS)
         }
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether logits are here: not in a copy without them, and not of a teacher that has no classes."""
+        held, codec = self.manifest.held if self.manifest else None, self.identity.codec
+        kept = "features/" if codec.of_features else "logits/"
+        return bool(codec.arrays() or codec.of_features) and (held is None or held.has(kept))
+
     @cached_property
     def codec_tables(self) -> Arrays:
         """What the codec of the logits learned from the teacher; nothing for most."""

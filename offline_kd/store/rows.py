@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offline_kd.support.errors import StoreMismatch
 from offline_kd.views.choice import Choice
 
 Index = NDArray[np.integer] | NDArray[np.bool_] | slice
@@ -68,8 +69,12 @@ class Rows:
 
     @cached_property
     def teacher_logits(self) -> Tensor:
-        """`[n, C]` float32, decoded when they are first asked for, on the device of the batch."""
-        assert self.decode is not None, "there is not one store whose logits were asked for"
+        """`[n, C]` float32, decoded when they are first asked for, on the device of the batch.
+
+        Raises StoreMismatch where there are none, as of a teacher without classes.
+        """
+        if self.decode is None:
+            raise StoreMismatch("these batches have no logits of one store. Take their features or decisions.")
         return self.decode(self.signal[0])
 
     @property

@@ -23,7 +23,7 @@ from offline_kd.store.join import as_stored, join
 from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.lookup import features_of
 from offline_kd.store.reader import Arrays, Store
-from offline_kd.store.rows import Rows
+from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.errors import DataError
 from offline_kd.support.pages import data_url, render_page
@@ -174,17 +174,22 @@ def _shown(
             prob = view.arrays[f"decisions/{name}/prob"][index][..., 0].astype(np.int64)
             certainty = unpack_probs(torch.from_numpy(prob)).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view.view}"))
-    (logits,) = images.decode(view.joined.signal[0].map(lambda array: array[index : index + 1]))
-    probabilities = logits.softmax(dim=0)
-    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
     return {
         "pictures": pictures,
         "caption": f"view {view.view}: {_describe(view.joined.view.take(np.array([index])), block, identity)}",
-        "likeliest": [
-            (identity.dataset.classes[index], f"{100 * probability:.1f}")
-            for probability, index in zip(values, indices, strict=True)
-        ],
+        "likeliest": _likeliest(images, view.joined.signal[0], index),
     }
+
+
+def _likeliest(images: SampleImages, signal: StoredSignal, index: int) -> list[tuple[str, str]]:
+    """The five likeliest classes of a row and their percents; none of a teacher without classes."""
+    if not images.store.has_logits:
+        return []
+    (logits,) = images.decode(signal.map(lambda array: array[index : index + 1]))
+    probabilities = logits.softmax(dim=0)
+    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(probabilities))))
+    classes = images.store.identity.dataset.classes
+    return [(classes[index], f"{100 * probability:.1f}") for probability, index in zip(values, indices, strict=True)]
 
 
 def _beside_first(name: str, features: Tensor, at: int) -> str:

@@ -200,13 +200,18 @@ class Fidelity(Strict):
     teacher_top1: float | None = Field(
         description="percent of rows, augmented as stored, whose arg-max is the label; None: there are no labels"
     )
-    mean_top1_probability: float
-    top1_agreement: float = Field(description="share of rows whose arg-max survived the codec")
-    mean_error: float = Field(description="mean absolute error of a logit")
-    max_error: float
-    max_error_allowed: float
-    kl: dict[str, float] = Field(description="mean KL(teacher || store) in nats, by temperature")
-    total_variation: dict[str, float]
+    # Of logits; left out where the teacher gives none.
+    mean_top1_probability: float | None = Field(None, exclude_if=_is_none)
+    top1_agreement: float | None = Field(
+        None, exclude_if=_is_none, description="share of rows whose arg-max survived the codec"
+    )
+    mean_error: float | None = Field(None, exclude_if=_is_none, description="mean absolute error of a logit")
+    max_error: float | None = Field(None, exclude_if=_is_none)
+    max_error_allowed: float | None = Field(None, exclude_if=_is_none)
+    kl: dict[str, float] = Field(
+        default_factory=dict, exclude_if=_is_empty, description="mean KL(teacher || store) in nats, by temperature"
+    )
+    total_variation: dict[str, float] = Field(default_factory=dict, exclude_if=_is_empty)
     wttm_weight_error: float | None = Field(None, description="mean relative, at the worst of gamma .25, .5, .8")
     dtkd_temperature_error: float | None = Field(None, description="mean relative error of the teacher's temperature")
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)

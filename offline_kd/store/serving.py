@@ -15,7 +15,7 @@ def served_terms(store: Store) -> list[str]:
     held = store.manifest.held if store.manifest else None
     examples = example_terms()
     terms: list[str] = []
-    if held is None or held.has("logits/"):
+    if store.has_logits:
         terms += [name for name, term in examples.items() if _serves_at_some_temperature(store, term.needs)]
     if held is None or held.has("features/"):
         for features in store.identity.features:

@@ -79,6 +79,7 @@ def _teacher(teacher: TeacherIdentity) -> dict[str, object]:
     return {
         "model": teacher.model,
         "model_args": teacher.model_args or None,
+        "kind": None if teacher.kind == "classifier" else teacher.kind,
         "normalisation": teacher.normalisation.model_dump(mode="json"),
         "crop": teacher.crop.model_dump(mode="json") if teacher.crop else None,
         "dtype": teacher.dtype,
@@ -105,7 +106,12 @@ def _side(identity: StoreIdentity) -> int:
 
 
 def _objectives(identity: StoreIdentity, held: Held | None) -> dict[str, list[dict[str, object]]]:
-    """KD at a temperature that the codec serves; of a copy without logits, letKD's on its decisions."""
+    """KD at a temperature that the codec serves; of a copy without logits, letKD's on its decisions.
+
+    Of a teacher without classes, its first features.
+    """
+    if identity.teacher.kind == "embedding":
+        return {"embedding": [{"term": "embedding", "features": name} for name in list(identity.features)[:1]]}
     labelled = identity.dataset.labels != "none"
     ce: list[dict[str, object]] = [{"term": "ce"}] if labelled else []
     if held is None or held.has("logits/"):
