@@ -37,6 +37,11 @@ class TeacherNetwork(Strict):
 
     model: str | None = Field(None, description=f"{WHICH_NETWORK}; by default the manifest's")
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
+    kind: Literal["classifier", "multilabel"] = Field(
+        "classifier",
+        exclude_if=lambda kind: kind == "classifier",
+        description="what its outputs are: logits of one softmax; or of a sigmoid for every class, for sets of labels",
+    )
     weights: Weights | None = Field(
         None, description="manifest name, path, torchvision weights name, or pretrained; or {file, key, prefix}"
     )
@@ -73,6 +78,11 @@ class TeacherNetwork(Strict):
             raise ValueError(
                 "head is what training keeps of the weights that it begins from: give training and weights too, or "
                 "leave head out"
+            )
+        if self.kind == "multilabel" and any(len(one) > 1 for one in (self.classes or {}).values()):
+            raise ValueError(
+                "classes of a multilabel teacher are one each: what several sigmoids together say is not defined. Name "
+                "one class of the teacher for each of the dataset"
             )
         if self.classes is not None and self.is_to_be_trained:
             raise ValueError("a teacher that is trained here has the classes of the dataset: leave classes out")

@@ -72,7 +72,7 @@ def make_capture(folder: Path, samples: list[Sample], size: int, per_tar: int = 
     teacher = load_teacher(recipe, manifest, [folder], 3, CPU)
     crop = teacher.crop.model_copy(update={"size": size, "resize": size})
     teacher = Elsewhere(**{**vars(teacher), "crop": crop})
-    identity = describe_capture(recipe, loader, teacher, ("nothing", 0.0), None, None, CPU)
+    identity = describe_capture(recipe, loader, teacher, ("nothing", {}), None, None, CPU)
     return Capture(recipe, loader, teacher, CPU, Folder(folder / "store"), identity, [], [""], 1)
 
 

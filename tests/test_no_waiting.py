@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.label_sets import packed_bytes
 from offline_kd.data.manifest import Dataset, Normalisation, Split
 from offline_kd.data.packing import pack
 from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader, one_ahead
 from offline_kd.distill.loop import Run, _Tally, train_step
-from offline_kd.distill.loss import own_parts, term_weights
+from offline_kd.distill.loss import loss_batch, own_parts, term_weights
 from offline_kd.distill.optimisation import make_optimizer
 from offline_kd.distill.reader import Options, Reader, Source
 from offline_kd.distill.sampler import Order, home_workers
@@ -119,9 +120,11 @@ def test_every_objective_computes_on_a_gpu_without_waiting_for_it(gpu, term, mix
         "penultimate": torch.empty(BATCH, TEMPLATES, 4, 4, device=gpu),
         "layer3": torch.empty(BATCH, CLASSES * PER_CLASS, 8, 8, device=gpu),
     }
-    mixing = (rows.other_labels, rows.share) if mixes else None
+    if term.needs.label == "set":
+        sets = torch.zeros(BATCH, packed_bytes(CLASSES), dtype=torch.uint8, device=gpu)
+        rows = replace(rows, labels=sets, other_labels=sets)
     logits = torch.empty(BATCH, CLASSES, device=gpu)
-    batch = LossBatch(rows.labels, mixing, 0.1, scores)
+    batch = replace(loss_batch(rows, CLASSES, mixes), label_smoothing=0.1, scores=scores)
     values = own_parts([term], logits, signal, batch)
     assert (values.device.type, values.shape) == ("cuda", (1,))
     for count in (term.count(batch), term.fallbacks(logits, signal)):

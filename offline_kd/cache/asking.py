@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import BadImage, Decoder, ImageBlock
+from offline_kd.data.label_sets import label_tensor
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
@@ -163,7 +164,7 @@ def rendered(inquiry: Inquiry, portion: Portion) -> Iterator[Batch]:
         block, decoder, portion.parameters, identity.views, size, inquiry.teacher.batch_size, inquiry.device
     )
     batches = (
-        Batch(row, view, pixels, sent(torch.from_numpy(block.labels[row]).long(), inquiry.device), None)
+        Batch(row, view, pixels, sent(label_tensor(block.labels[row]), inquiry.device), None)
         for row, view, pixels in found
     )
     yield from _on_own_stream(batches, inquiry.device) if inquiry.device.type == "cuda" else batches

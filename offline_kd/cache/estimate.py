@@ -52,7 +52,7 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     loader = BlockLoader(dataset, split, roots, 2**30, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images)
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
-    identity = describe_capture(recipe, loader, teacher, ("not asked", 0.0), None, None, device)
+    identity = describe_capture(recipe, loader, teacher, ("not asked", {}), None, None, device)
     part = parts_of(identity)[""]
     block = _first(loader[0], MAX_SAMPLES)
     views = identity.groups[0]

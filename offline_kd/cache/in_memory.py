@@ -38,6 +38,7 @@ class ModuleOptions(TypedDict, total=False):
     dtype: str  # of autocast: "float32" (if absent), "bfloat16" or "float16"
     compile: bool  # the module, by torch.compile
     tf32: bool  # whether a GPU may make float32 products of 10 bits; not if absent, whatever torch is told elsewhere
+    kind: str  # "classifier" (if absent), or "multilabel" where labels are sets
     batch_size: int | Literal["auto"]  # of the module; no effect on what is stored
     views_per_group: int  # views that are stored and read together; must divide their count
 
@@ -67,7 +68,7 @@ def cache_module(
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
     asked: dict[str, object] = {"model": model, "normalisation": normalisation}
-    asked |= {name: options[name] for name in ("dtype", "compile", "tf32") if name in options}
+    asked |= {name: options[name] for name in ("dtype", "compile", "tf32", "kind") if name in options}
     described: dict[str, object] = {
         "name": options.get("name", module.__name__),
         "data": {"dataset": about, "evaluation": evaluation, "normalisation": normalisation},
@@ -92,6 +93,7 @@ def cache_module(
             batch_size=first_batch_size(recipe, device),
             compile=recipe.teacher.compile,
             tf32=recipe.teacher.tf32,
+            kind=recipe.teacher.kind,
         )
         cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
 

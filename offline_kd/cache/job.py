@@ -15,7 +15,7 @@ from offline_kd.cache.teacher import gate
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
@@ -218,6 +218,7 @@ def identify(
     device: torch.device,
 ) -> StoreIdentity:
     """Everything the store will be about. The teacher passes its gate here, unless the store says it did."""
+    refuse_other_labels(teacher.kind, loader.split.labels, f"{recipe.data.dataset}/{recipe.data.train}")
     existing = read_identity(place)[1] if place.size("store.json") is not None else None
     there: list[StoreIdentity | Addition] = [existing] if existing else []
     if existing and place.size(f"additions/{recipe.name}.json") is not None:
@@ -225,18 +226,20 @@ def identify(
     asked = teacher.weights_sha256, teacher.weights_part, teacher.classes
     known = next((one for one in there if one.teacher.what_is_asked == asked), None)
     if known:
-        evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
+        evaluated_on, figures = known.teacher.evaluated_on, known.teacher.figures
         targets = "" if isinstance(known, StoreIdentity) else known.name
         added = [one.features for one in _additions_at(place) if one.extends == targets]
         features = {name: about for one in (known.features, *added) for name, about in one.items()}
         known = known.model_copy(update={"features": features})
     else:
         evaluated_on, found = gate(teacher, recipe, manifest, roots, device)
-        measured = found.top1
-        expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
-        say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
-        keep_evaluation(place, teacher.weights_sha256, found, loader.dataset.classes)
-    return describe_capture(recipe, loader, teacher, (evaluated_on, measured), existing, known, device)
+        figures = found.figures
+        shown = f"mAP {found.figures['map']:.2f}" if teacher.kind == "multilabel" else f"top-1 {found.top1:.2f}"
+        expected = f"expected {teacher.expected.percent:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
+        say(f"teacher '{teacher.name}': {shown} % on {evaluated_on}, {expected}")
+        if teacher.kind == "classifier":  # of sets, reports compare no answers
+            keep_evaluation(place, teacher.weights_sha256, found, loader.dataset.classes)
+    return describe_capture(recipe, loader, teacher, (evaluated_on, figures), existing, known, device)
 
 
 def _additions_at(place: Place) -> list[Addition]:
@@ -248,7 +251,7 @@ def describe_capture(
     recipe: CaptureRecipe,
     loader: BlockLoader,
     teacher: Teacher,
-    measured: tuple[str, float],
+    measured: tuple[str, Mapping[str, float]],
     existing: StoreIdentity | None,
     known: StoreIdentity | Addition | None,
     device: torch.device,
@@ -256,7 +259,7 @@ def describe_capture(
     """The identity of the store that a recipe makes; one that exists already decides how views are grouped.
 
     Args:
-        measured: of the teacher, by its gate: where, and top-1 in percent.
+        measured: of the teacher, by its gate: where, and `top1` or `map` in percent.
         known: the same teacher's targets in that store, whose codes an automatic choice does not change.
     """
     for name, config in recipe.capture.decisions.items():
@@ -278,22 +281,7 @@ def describe_capture(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
         dataset=describe_dataset(recipe, loader, first),
-        teacher=TeacherIdentity(
-            name=teacher.name,
-            model=teacher.model,
-            model_args=teacher.model_args,
-            weights_sha256=teacher.weights_sha256,
-            weights_part=teacher.weights_part,
-            normalisation=teacher.normalisation,
-            crop=teacher.crop,
-            dtype=teacher.dtype,
-            compile=teacher.compile,
-            tf32=teacher.tf32,
-            classes=teacher.classes,
-            evaluated_on=measured[0],
-            measured_top1=measured[1],
-            licence=teacher.licence,
-        ),
+        teacher=_identify_teacher(teacher, *measured),
         views=recipe.views,
         codec=codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
@@ -303,6 +291,27 @@ def describe_capture(
         rows_per_block=rows_per_block,
         views_per_group=views_per_group,
         versions=software_versions(),
+    )
+
+
+def _identify_teacher(teacher: Teacher, evaluated_on: str, figures: Mapping[str, float]) -> TeacherIdentity:
+    return TeacherIdentity(
+        name=teacher.name,
+        model=teacher.model,
+        model_args=teacher.model_args,
+        weights_sha256=teacher.weights_sha256,
+        weights_part=teacher.weights_part,
+        normalisation=teacher.normalisation,
+        crop=teacher.crop,
+        dtype=teacher.dtype,
+        compile=teacher.compile,
+        tf32=teacher.tf32,
+        classes=teacher.classes,
+        evaluated_on=evaluated_on,
+        kind=teacher.kind,
+        measured_top1=figures.get("top1"),
+        measured_map=figures.get("map"),
+        licence=teacher.licence,
     )
 
 

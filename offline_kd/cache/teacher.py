@@ -8,7 +8,7 @@ import torch
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Manifest, Normalisation
 from offline_kd.data.manifest import Teacher as ManifestTeacher
 from offline_kd.models.checkpoints import StateDict, as_file, read_state_dict
@@ -82,6 +82,7 @@ def load_teacher(
         tf32=wanted.tf32,
         classes=classes,
         weights_part=state.part,
+        kind=wanted.kind,
     )
 
 
@@ -244,11 +245,23 @@ def gate(
         on_bad=recipe.data.bad_images,
     )
     need_labels(loader.split.labels, f"{dataset}/{split}", "the teacher's gate")
+    refuse_other_labels(teacher.kind, loader.split.labels, f"{dataset}/{split}")
     measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
-    if expected and abs(measured.top1 - expected.top1) > expected.tolerance:
-        raise TeacherError(
-            f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured.top1:.2f} %, expected "
-            f"{expected.top1:.2f} +- {expected.tolerance:g}. Check weights, normalisation and class order; "
-            "nothing was written."
-        )
+    if expected:
+        _refuse_other_figure(teacher, expected, measured, f"{dataset}/{split}")
     return f"{dataset}/{split}", measured
+
+
+def _refuse_other_figure(teacher: Teacher, expected: ExpectedAccuracy, measured: Evaluation, where: str) -> None:
+    name, field = ("mAP", "map") if teacher.kind == "multilabel" else ("top-1", "top1")
+    figure, wanted = measured.figures[field], {"map": expected.map, "top1": expected.top1}[field]
+    if wanted is None:
+        raise TeacherError(
+            f"teacher '{teacher.name}': {expected.in_words} is expected of it, but its kind is {teacher.kind}, which "
+            f"is measured by {name}. Give teacher.expected with `{field}`."
+        )
+    if abs(figure - wanted) > expected.tolerance:
+        raise TeacherError(
+            f"teacher '{teacher.name}': {name} on {where} is {figure:.2f} %, expected {wanted:.2f} +- "
+            f"{expected.tolerance:g}. Check weights, normalisation and class order; nothing was written."
+        )

@@ -62,7 +62,9 @@ class Split(Strict):
     tars: list[Tar] = Field([])
     index: str | None = Field(None, description="file beside the manifest that names the tars, by `data index`")
     sha256: Sha256 | None = Field(None, description="of the index")
-    labels: LabelRule = Field("cls", description="what says the label of a sample: cls, json:FIELD or none")
+    labels: LabelRule = Field(
+        "cls", description="what says the label of a sample: cls, json:FIELD, json-set:FIELD (a list) or none"
+    )
 
     @model_validator(mode="after")
     def _has_tars_once(self) -> Self:
@@ -146,12 +148,35 @@ class Weights(Strict):
 
 
 class ExpectedAccuracy(Strict):
-    """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
+    """The teacher gate: what is measured on a dataset split must be within `tolerance` of `top1`, or of `map`."""
 
     dataset: str = Field(description="name in the manifest")
     split: str = Field(description="of that dataset")
-    top1: float = Field(ge=0, le=100, description="percent")
+    top1: float | None = Field(None, ge=0, le=100, exclude_if=lambda value: value is None, description="percent")
+    map: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        exclude_if=lambda value: value is None,
+        description="instead, mean average precision in percent, of a teacher of kind multilabel",
+    )
     tolerance: float = Field(gt=0, description="percentage points")
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        if (self.top1 is None) == (self.map is None):
+            raise ValueError("give `top1`; of a teacher of kind multilabel give `map` instead")
+        return self
+
+    @property
+    def percent(self) -> float:
+        """The figure."""
+        return self.map or 0 if self.top1 is None else self.top1
+
+    @property
+    def in_words(self) -> str:
+        """The figure, with its name."""
+        return f"{'mAP' if self.top1 is None else 'top-1'} {self.percent:.2f}"
 
 
 class Teacher(Strict):

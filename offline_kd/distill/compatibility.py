@@ -135,7 +135,7 @@ def known_of_teacher(recipe: Recipe, manifest: Manifest) -> dict[str, object]:
     """What recipe, manifest and this machine know of the recipe's teacher: values by name; `weights` may be digits
     that the sha256 begins with."""
     wanted = recipe.teacher
-    known: dict[str, object] = {}
+    known: dict[str, object] = {"kind": wanted.kind}
     model = teacher_model(recipe, manifest)
     if wanted.weights is not None and not wanted.is_to_be_trained:
         if sha256 := known_sha256(wanted.weights, manifest, model):

@@ -32,7 +32,8 @@ class Judged:
 
 
 def evaluate_student(run: Run, student: Student, due: Mapping[str, BlockLoader], is_last: bool) -> dict[str, float]:
-    """top1 (percent), nll and ece on the evaluation split, also of the average of the weights: `top1_ema`, ...
+    """top1 (percent), nll and ece on the evaluation split, also of the average of the weights: `top1_ema`, ...; where
+    labels are sets, map (percent) and bce.
 
     With validation rows, `val_top1` and so on of those, and of the evaluation split after the last pass alone. Then
     what the student answered there is written, before the checkpoint that says that all is done.
@@ -50,8 +51,7 @@ def evaluate_student(run: Run, student: Student, due: Mapping[str, BlockLoader],
         for prefix, images in due.items():
             title = "validation" if prefix else "evaluation"
             measured = evaluate(predict, images, 256, run.device, title, run.recipe.evaluation_crop)
-            if is_last and not prefix and not end:
+            if is_last and not prefix and not end and "top1" in measured.figures:  # of sets, answers are not compared
                 put_predictions(run.out, measured.answers, images.dataset.classes, images.split.count)
-            figures = {"top1": measured.top1, "nll": measured.nll, "ece": measured.ece}
-            found |= {f"{prefix}{name}{end}": value for name, value in figures.items()}
+            found |= {f"{prefix}{name}{end}": value for name, value in measured.figures.items()}
     return found

@@ -28,6 +28,7 @@ from offline_kd.support.console import progress, say
 from offline_kd.support.errors import TrainingError
 
 Value = str | float | int | None
+MEASURES = {"top1": "top-1", "map": "mAP"}  # for people
 TOLERANCE = 1e-6  # percentage points, between the top-1 of a result and that of the predictions beside it
 
 
@@ -51,13 +52,18 @@ class Summary:
     """All seeds of one group."""
 
     group: Group
-    top1_mean: float
-    top1_std: float  # sample standard deviation; 0 for a single run
-    val_top1_mean: float | None  # of the validation rows; None where a run has none
+    mean: float  # of top-1, or of mean average precision where labels are sets, in percent
+    std: float  # sample standard deviation; 0 for a single run
+    val_mean: float | None  # of the validation rows; None where a run has none
     plain: Group | None  # plain training that this is compared with
     difference: Difference | None
     published: tuple[float, float | None] | None  # top-1, standard deviation
     answered: Answered | None
+
+    @property
+    def measure(self) -> str:
+        """What the figures are: `top1`, or `map`."""
+        return self.group.runs[0].result.measure
 
     @property
     def with_teacher(self) -> float | None:
@@ -71,39 +77,46 @@ class Summary:
 def summarise(groups: Sequence[Group]) -> list[Summary]:
     """One line per group.
 
-    Raises TrainingError for predictions that are damaged, or of another run than the result beside them.
+    Raises TrainingError for predictions that are damaged, or of another run than the result beside them, and for runs
+    that were not measured alike.
     """
     summaries = []
     runs = [run for group in groups for run in group.runs]
+    other = next((run for run in runs if run.result.measure != runs[0].result.measure), None)
+    if other:
+        raise TrainingError(
+            f"{runs[0].place} is measured by {MEASURES[runs[0].result.measure]}, {other.place} by "
+            f"{MEASURES[other.result.measure]}: they cannot stand in one table. Make a report of each."
+        )
     teachers: dict[str, Predictions | None] = {}
     with progress("reading what students answered", len(runs), "runs") as meter:
         for group in groups:
-            top1 = [run.result.top1 for run in group.runs]
+            scores = [run.result.score for run in group.runs]
             plain = _plain_of(group, groups)
             published = group.runs[0].recipe.published
             summary = Summary(
                 group=group,
-                top1_mean=statistics.mean(top1),
-                top1_std=statistics.stdev(top1) if len(top1) > 1 else 0.0,
-                val_top1_mean=_mean_of_all([run.result.val_top1 for run in group.runs]),
+                mean=statistics.mean(scores),
+                std=statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                val_mean=_mean_of_all([run.result.val_score for run in group.runs]),
                 plain=plain,
                 difference=difference(by_seed(group), by_seed(plain)) if plain else None,
-                published=published.of(group.objective) if published else None,
+                published=published.of(group.objective) if published and runs[0].result.measure == "top1" else None,
                 answered=_answered(group, runs, teachers),
             )
             summaries.append(summary)
             meter.advance(len(group.runs))
     missing = len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered)
-    if missing:
+    if missing and runs[0].result.measure == "top1":  # of sets, answers are not compared
         say(f"{missing} of {len(runs)} runs have no {FILE}: what follows from it is left out for them")
     return summaries
 
 
 def by_seed(group: Group) -> dict[int, float]:
-    """Top-1 in percent; the mean of students of one seed."""
+    """Top-1, or mean average precision, in percent; the mean of students of one seed."""
     found: dict[int, list[float]] = {}
     for run in group.runs:
-        found.setdefault(run.result.seed, []).append(run.result.top1)
+        found.setdefault(run.result.seed, []).append(run.result.score)
     return {seed: statistics.mean(values) for seed, values in found.items()}
 
 
@@ -168,9 +181,9 @@ def predictions_of(run: RunRecord) -> Predictions | None:
     if content is None:
         return None
     found = read_predictions(content, f"{run.place}/{FILE}")
-    if abs(found.top1 - run.result.top1) > TOLERANCE:
+    if abs(found.top1 - run.result.score) > TOLERANCE:
         raise TrainingError(
-            f"{run.place}/{FILE}: top-1 is {found.top1:.2f} %, result.json says {run.result.top1:.2f} %: one of "
+            f"{run.place}/{FILE}: top-1 is {found.top1:.2f} %, result.json says {run.result.score:.2f} %: one of "
             "them is of another run. Run it again, or leave the file out."
         )
     return found
@@ -205,7 +218,7 @@ def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Pred
     ]
     if wanted.expected is not None:
         near = wanted.expected
-        same = [one for one in same if abs(one.result.top1 - near.top1) <= near.tolerance]
+        same = [one for one in same if abs(one.result.score - near.percent) <= near.tolerance]
     if len(same) != 1:
         return None
     key = str(same[0].place)
@@ -232,15 +245,15 @@ def record(summary: Summary) -> dict[str, Value]:
     """A line as plain values; accuracies and agreements in percent, differences in percentage points."""
     group, apart, published = summary.group, summary.difference, summary.published or (None, None)
     results = [run.result for run in group.runs]
-    half = apart.half_width if apart else None
+    half, measure = apart.half_width if apart else None, summary.measure
     return {
         "objective": group.objective,
         **group.fields,
         "targets": group.targets,
         "runs": len(results),
-        "val_top1_mean": summary.val_top1_mean,
-        "top1_mean": summary.top1_mean,
-        "top1_std": summary.top1_std,
+        f"val_{measure}_mean": summary.val_mean,
+        f"{measure}_mean": summary.mean,
+        f"{measure}_std": summary.std,
         "difference": apart.mean if apart else None,
         "difference_low": apart.mean - half if apart and half is not None else None,
         "difference_high": apart.mean + half if apart and half is not None else None,
@@ -249,7 +262,7 @@ def record(summary: Summary) -> dict[str, Value]:
         "difference_to": summary.plain.label if summary.plain else None,
         "published_top1": published[0],
         "published_std": published[1],
-        "best_top1_mean": statistics.mean(result.best_top1 for result in results),
+        f"best_{measure}_mean": statistics.mean(result.best_score for result in results),
         "nll_mean": _mean(result.nll for result in results),
         "ece_mean": _percent(_mean(result.ece for result in results)),
         "teacher_agreement": summary.with_teacher,
@@ -268,28 +281,33 @@ def _percent(share: float | None) -> float | None:
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds; `vs plain`
     is the difference to plain training with its interval of 95 %; `val top-1` is of validation rows, where any run has
-    them: settings are chosen by it, and `top-1` is what they are worth."""
+    them: settings are chosen by it, and `top-1` is what they are worth. Where labels are sets, it is `mAP`."""
     apart = list(summaries[0].group.fields)
     has_plain = any(summary.difference for summary in summaries)
-    has_validation = any(summary.val_top1_mean is not None for summary in summaries)
-    columns = ["objective", *apart, "targets", "runs", *["val top-1 %"] * has_validation, "top-1 %"]
+    has_validation = any(summary.val_mean is not None for summary in summaries)
+    name = MEASURES[summaries[0].measure]
+    columns = ["objective", *apart, "targets", "runs", *[f"val {name} %"] * has_validation, f"{name} %"]
     columns += ["vs plain"] * has_plain
-    columns += ["best top-1 %", "s / epoch", "parameters"]
+    columns += [f"best {name} %", "s / epoch", "parameters"]
     rows = []
     for summary in summaries:
         group, line = summary.group, record(summary)
         row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs))]
-        row += ["" if summary.val_top1_mean is None else f"{summary.val_top1_mean:.2f}"] * has_validation
-        row += [shown_top1(summary)]
+        row += ["" if summary.val_mean is None else f"{summary.val_mean:.2f}"] * has_validation
+        row += [shown_mean(summary)]
         row += [shown_difference(summary.difference)] * has_plain
-        row += [f"{line['best_top1_mean']:.2f}", f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
+        row += [
+            f"{line[f'best_{summary.measure}_mean']:.2f}",
+            f"{line['seconds_per_epoch']:.2f}",
+            f"{line['parameters']:,}",
+        ]
         rows.append(row)
     return columns, rows
 
 
-def shown_top1(summary: Summary) -> str:
-    spread = f" ± {summary.top1_std:.2f}" if len(summary.group.runs) > 1 else ""
-    return f"{summary.top1_mean:.2f}{spread}"
+def shown_mean(summary: Summary) -> str:
+    spread = f" ± {summary.std:.2f}" if len(summary.group.runs) > 1 else ""
+    return f"{summary.mean:.2f}{spread}"
 
 
 def shown_difference(found: Difference | None) -> str:

@@ -23,7 +23,7 @@ from offline_kd.distill.charts import (
     series_of,
     share_of,
 )
-from offline_kd.distill.report import Summary, Value, by_seed, record, shown_difference, shown_top1
+from offline_kd.distill.report import MEASURES, Summary, Value, by_seed, record, shown_difference, shown_mean
 from offline_kd.distill.run_records import GroupKey, RunRecord
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.files import write_atomically
@@ -32,23 +32,39 @@ from offline_kd.support.pages import render_page
 DRAWN = 10  # rows with curves and diagrams, besides plain training and the teacher
 CLASSES_SHOWN = 4  # that a row helped or hurt most
 METRICS = {"top1": "top-1 %", "nll": "NLL, nats", "ece": "ECE", "lr": "learning rate", "seconds": "seconds per pass"}
+METRICS |= {"map": "mAP %", "bce": "binary cross-entropy, nats", "val_map": "validation mAP %"}
 METRICS |= {"val_top1": "validation top-1 %", "val_nll": "validation NLL, nats", "val_ece": "validation ECE"}
-MEASURED = ("val_top1", "top1", "val_nll", "nll", "val_ece", "ece")  # of these the curves come first
+MEASURED = (
+    "val_top1",
+    "top1",
+    "val_map",
+    "map",
+    "val_nll",
+    "nll",
+    "val_ece",
+    "ece",
+    "val_bce",
+    "bce",
+)  # of these the curves come first
 TITLES = {
     "objective": "objective",
     "targets": "targets",
     "runs": "runs",
     "val_top1_mean": "validation %",
     "top1_mean": "top-1 %",
+    "val_map_mean": "validation %",
+    "map_mean": "mAP %",
     "difference": "vs plain",
     "published_top1": "published",
     "best_top1_mean": "best %",
+    "best_map_mean": "best %",
     "ece_mean": "ECE %",
     "teacher_agreement": "as teacher %",
     "seconds_per_epoch": "s / epoch",
     "parameters": "parameters",
 }
-ESSENTIAL = ("objective", "top1_mean", "difference")  # columns on a narrow screen
+SCORES = ("top1_mean", "map_mean")
+ESSENTIAL = ("objective", *SCORES, "difference")  # columns on a narrow screen
 
 
 @dataclass(frozen=True)
@@ -65,7 +81,7 @@ class Row:
     apart: str  # fields that set it apart, for a narrow screen
     cells: list[Cell]
     seeds: list[list[Cell]]
-    dots: list[float]  # top-1 of each run, in percent of the width
+    dots: list[float]  # of each run, in percent of the width
     plain: float | None
 
 
@@ -122,7 +138,7 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
     columns = [*summaries[0].group.fields]
     at = list(TITLES).index("targets")
     columns = [*list(TITLES)[:at], *columns, *list(TITLES)[at:]]
-    columns = [name for name in columns if any(line[name] is not None for line in lines)]
+    columns = [name for name in columns if any(line.get(name) is not None for line in lines)]
     runs = [run for summary in summaries for run in summary.group.runs]
     shared = {
         name: value for name, value in runs[0].fields.items() if all(one.fields.get(name) == value for one in runs)
@@ -135,7 +151,9 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         notes=notes,
         columns=[(name, TITLES.get(name, name), name in ESSENTIAL) for name in columns],
         essential=ESSENTIAL,
-        has_validation="val_top1_mean" in columns,
+        has_validation=any(summary.val_mean is not None for summary in summaries),
+        scores=SCORES,
+        measure=MEASURES[summaries[0].measure],
         rows=_rows(summaries, lines, columns, styles),
         tests={summary.difference.test for summary in summaries if summary.difference},
         seeds=max((summary.difference.seeds for summary in summaries if summary.difference), default=0),
@@ -159,7 +177,8 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         ],
         shared=shared,
         details=[(summary, _own(summary, shared)) for summary in summaries],
-        silent=len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered),
+        silent=(summaries[0].measure == "top1") * len(runs)
+        - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered),
         all_runs=len(runs),
     )
 
@@ -186,7 +205,7 @@ def _styles(summaries: Sequence[Summary]) -> dict[GroupKey, str]:
 
 def _worth(summary: Summary) -> float:
     """What rows are chosen by: validation rows, where there are any."""
-    return summary.top1_mean if summary.val_top1_mean is None else summary.val_top1_mean
+    return summary.mean if summary.val_mean is None else summary.val_mean
 
 
 def _rows(
@@ -195,8 +214,8 @@ def _rows(
     columns: Sequence[str],
     styles: Mapping[GroupKey, str],
 ) -> list[Row]:
-    top1 = [run.result.top1 for summary in summaries for run in summary.group.runs]
-    low, high = min(top1), max(top1)
+    scores = [run.result.score for summary in summaries for run in summary.group.runs]
+    low, high = min(scores), max(scores)
     rows = []
     for summary, line in zip(summaries, lines, strict=True):
         group, plain = summary.group, by_seed(summary.plain) if summary.plain else {}
@@ -207,7 +226,7 @@ def _rows(
             apart=", ".join(f"{name} {value}" for name, value in group.fields.items()),
             cells=[Cell(name, _together(_shown(name, summary, line)), line[name]) for name in columns],
             seeds=[[Cell(name, _plain_text(one.get(name)), one.get(name)) for name in columns] for one in seeds],
-            dots=[share_of(run.result.top1, low, high) for run in group.runs],
+            dots=[share_of(run.result.score, low, high) for run in group.runs],
             plain=share_of(sum(plain.values()) / len(plain), low, high) if plain else None,
         )
         rows.append(row)
@@ -219,10 +238,10 @@ def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) ->
     result, place = run.result, str(run.place)
     return {
         "objective": f"seed {result.seed}",
-        "val_top1_mean": result.val_top1,
-        "top1_mean": result.top1,
-        "difference": result.top1 - plain[result.seed] if result.seed in plain else None,
-        "best_top1_mean": result.best_top1,
+        f"val_{result.measure}_mean": result.val_score,
+        f"{result.measure}_mean": result.score,
+        "difference": result.score - plain[result.seed] if result.seed in plain else None,
+        f"best_{result.measure}_mean": result.best_score,
         "ece_mean": None if result.ece is None else 100 * result.ece,
         "teacher_agreement": summary.answered.with_teacher.get(place) if summary.answered else None,
         "seconds_per_epoch": result.seconds_per_epoch,
@@ -230,8 +249,8 @@ def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) ->
 
 
 def _shown(name: str, summary: Summary, line: Mapping[str, Value]) -> str:
-    if name == "top1_mean":
-        return shown_top1(summary)
+    if name in SCORES:
+        return shown_mean(summary)
     if name == "difference":
         return shown_difference(summary.difference)
     if name == "published_top1" and summary.published:

@@ -97,7 +97,7 @@ class Run:
         return fingerprint([content, terms, self.source, self.initial_sha256])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """`result.json`: what a finished run achieved."""
 
@@ -105,10 +105,10 @@ class Result:
     objective: str
     targets: str  # "store", "online" or "none"
     seed: int
-    top1: float  # percent, after the last epoch
-    best_top1: float  # of the epochs after which the evaluation split was evaluated
-    nll: float
-    ece: float
+    top1: float | None = None  # percent, after the last epoch; None: labels are sets, and `map` is there
+    best_top1: float | None = None  # of the epochs after which the evaluation split was evaluated
+    nll: float | None = None
+    ece: float | None = None
     epochs: int
     steps: int
     parameters: int  # those of KD layers included
@@ -129,6 +129,20 @@ class Result:
     rows_sha256: str | None = None
     val_top1: float | None = None  # percent of the validation rows, after the last epoch
     best_val_top1: float | None = None
+    map: float | None = None  # mean average precision in percent, where labels are sets: as of top1
+    best_map: float | None = None
+    bce: float | None = None  # nats per sample and class
+    map_ema: float | None = None
+    val_map: float | None = None
+    best_val_map: float | None = None
+
+    @property
+    def accuracy(self) -> str:
+        """What was reached, in words."""
+        name, reached, validated = "top-1", self.top1, self.val_top1
+        if self.map is not None:
+            name, reached, validated = "mAP", self.map, self.val_map
+        return ("" if validated is None else f"validation {name} {validated:.2f} %, ") + f"{name} {reached or 0:.2f} %"
 
 
 # ---- beginning and end ---------------------------------------------------------------------------------------------
@@ -201,10 +215,6 @@ def finish(
         objective=run.objective,
         targets=run.source,
         seed=run.seed,
-        top1=history[-1]["top1"],
-        best_top1=max(line["top1"] for line in history if "top1" in line),
-        nll=history[-1]["nll"],
-        ece=history[-1]["ece"],
         epochs=history[-1]["epoch"],
         steps=len(history) * loader.steps_per_pass,
         parameters=parameter_count(student.network),
@@ -216,18 +226,22 @@ def finish(
         store_digest=run.store_digest,
         student_sha256=sha256[""],
         initial_sha256=run.initial_sha256 or None,
-        top1_ema=history[-1].get("top1_ema"),
         student_ema_sha256=sha256.get("_ema"),
         best_epoch=best.get(""),
         best_epoch_ema=best.get("_ema"),
         rows=loader.source.images.split.count if run.rows_sha256 else None,
         rows_sha256=run.rows_sha256 or None,
-        val_top1=history[-1].get("val_top1"),
-        best_val_top1=max((line["val_top1"] for line in history if "val_top1" in line), default=None),
+        **{name: history[-1].get(name) for name in ("top1", "nll", "ece", "top1_ema", "map", "bce", "map_ema")},
+        **{name: history[-1].get(name) for name in ("val_top1", "val_map")},
+        **{f"best_{name}": _best(history, name) for name in ("top1", "val_top1", "map", "val_map")},
     )
     used = {name: value for name, value in asdict(result).items() if value is not None}
     run.out.put("result.json", (json.dumps(used, indent=2) + "\n").encode())
     return result
+
+
+def _best(history: list[dict[str, Any]], name: str) -> float | None:
+    return max((line[name] for line in history if name in line), default=None)
 
 
 def keep_teacher_evaluation(run: Run) -> None:
@@ -258,11 +272,13 @@ def keep_weights(run: Run, student: Student, evaluation: BlockLoader, history: l
 
 
 def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
-    """The first of those with the best top-1 on the validation rows or, without such, on the evaluation split.
+    """The first of those with the best top-1, or mean average precision, on the validation rows or, without such, on
+    the evaluation split.
 
     0: none was evaluated yet.
     """
-    judged = f"val_top1{end}" if any("val_top1" in line for line in history) else f"top1{end}"
+    measure = "map" if any("map" in line or "val_map" in line for line in history) else "top1"
+    judged = f"val_{measure}{end}" if any(f"val_{measure}" in line for line in history) else f"{measure}{end}"
     evaluated = [line for line in history if judged in line]
     return max(evaluated, key=lambda line: line[judged])["epoch"] if evaluated else 0
 
@@ -294,6 +310,7 @@ def _described(run: Run, network: nn.Module, evaluation: BlockLoader) -> Student
         seed=run.seed,
         stores=run.store_digest.split("+") if run.store_digest else [],
         version=__version__,
+        kind=run.recipe.teacher.kind,
     )
 
 

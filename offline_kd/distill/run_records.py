@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import progress, say
@@ -28,6 +28,11 @@ M = TypeVar("M", bound=BaseModel)
 GroupKey = tuple[str, ...]
 
 
+def _is_none(value: object) -> bool:
+    """Left out of a report's JSON: what students are measured by is one of the two."""
+    return value is None
+
+
 class Outcome(BaseModel):
     """What a report takes of `result.json`."""
 
@@ -36,8 +41,8 @@ class Outcome(BaseModel):
     objective: str
     targets: Literal["store", "online", "none"]
     seed: int
-    top1: float  # percent
-    best_top1: float
+    top1: float | None = Field(None, exclude_if=_is_none)  # percent
+    best_top1: float | None = Field(None, exclude_if=_is_none)
     nll: float | None = None
     ece: float | None = None
     seconds_per_epoch: float
@@ -48,6 +53,35 @@ class Outcome(BaseModel):
     initial_sha256: str | None = None
     rows_sha256: str | None = None
     val_top1: float | None = None  # percent
+    map: float | None = Field(None, exclude_if=_is_none)  # percent, where labels are sets
+    best_map: float | None = Field(None, exclude_if=_is_none)
+    val_map: float | None = Field(None, exclude_if=_is_none)
+
+    @model_validator(mode="after")
+    def _has_one_measure(self) -> Self:
+        if (self.top1 is None or self.best_top1 is None) == (self.map is None or self.best_map is None):
+            raise ValueError("has neither `top1` and `best_top1`, nor `map` and `best_map`")
+        return self
+
+    @property
+    def measure(self) -> str:
+        """What was reached is: `top1`, or `map`."""
+        return "top1" if self.map is None else "map"
+
+    @property
+    def score(self) -> float:
+        """Percent, after the last epoch."""
+        return (self.top1 if self.map is None else self.map) or 0.0
+
+    @property
+    def best_score(self) -> float:
+        """Percent, of the best epoch."""
+        return (self.best_top1 if self.map is None else self.best_map) or 0.0
+
+    @property
+    def val_score(self) -> float | None:
+        """Percent, of the validation rows."""
+        return self.val_top1 if self.map is None else self.val_map
 
 
 class Epoch(BaseModel):
@@ -90,7 +124,9 @@ class RunRecord:
     @property
     def is_plain(self) -> bool:
         """Whether the student was trained on labels alone."""
-        return not self.is_teacher and all(term.term == "ce" for term in self.recipe.objectives[self.result.objective])
+        return not self.is_teacher and all(
+            term.term in ("ce", "bce") for term in self.recipe.objectives[self.result.objective]
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.chosen_rows import chosen_images
@@ -31,6 +31,7 @@ from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal,
 from offline_kd.distill.tracking import check_tracker
 from offline_kd.models.checkpoints import StateDict, WeightsFile, as_file, read_state_dict
 from offline_kd.models.weights import find_weights
+from offline_kd.objectives.bce import BCE
 from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
@@ -174,9 +175,13 @@ def _refuse_part_of_a_pass(recipe: Recipe) -> None:
 
 
 def refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
-    """Raise DataError for cross-entropy on a split without labels, where it would be 0."""
-    if any(isinstance(term, CE) for term in terms):
-        need_labels(images.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "the term 'ce' of the objective")
+    """Raise DataError for labels that are not of the teacher's kind, and for cross-entropy on a split without labels,
+    where it would be 0."""
+    where = f"{recipe.data.dataset}/{recipe.data.train}"
+    refuse_other_labels(recipe.teacher.kind, images.split.labels, where)
+    for term in terms:
+        if isinstance(term, CE | BCE):
+            need_labels(images.split.labels, where, f"the term '{term.term}' of the objective")
 
 
 def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:
@@ -242,6 +247,7 @@ def evaluation_images(
     dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
     split = manifest.split(dataset, name)
     need_labels(split.labels, f"{dataset}/{name}", "evaluation")
+    refuse_other_labels(recipe.teacher.kind, split.labels, f"{dataset}/{name}")
     return BlockLoader(
         manifest.dataset(dataset),
         split,

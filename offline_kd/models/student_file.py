@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import safetensors.torch
 import torch
@@ -52,6 +53,11 @@ class StudentFile(Strict):
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
     kd_layers: list[KDLayerInside] = Field([], description="those that are inside, in the order they are put in")
     classes: list[str] = Field(min_length=2, description="names, in the order of the logits")
+    kind: Literal["classifier", "multilabel"] = Field(
+        "classifier",
+        exclude_if=lambda kind: kind == "classifier",
+        description="what the logits are: of one softmax, or of a sigmoid for every class",
+    )
     normalisation: Normalisation
     input_size: tuple[Count, Count] = Field(description="height and width of images, in pixels")
     crop: EvaluationCrop | None = Field(None, description="that makes them; absent where images had that size")

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,6 +44,7 @@ class Teacher:
     tf32: bool = False  # on GPUs that have it: float32 products of 10 bits
     classes: list[list[int]] | None = None  # of the network's, that each class of the dataset is; None: it is its own
     weights_part: str = ""  # of their file, where it is another one than the weights themselves
+    kind: Literal["classifier", "multilabel"] = "classifier"  # one softmax, or a sigmoid for every class
 
     def logits(self, images: Tensor) -> Tensor:
         """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset."""

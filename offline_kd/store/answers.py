@@ -55,7 +55,7 @@ def _bins(answers: Answers) -> NDArray[np.int64]:
 
 
 def read_answers(store: Store) -> Answers:
-    """What the teacher said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
+    """What a classifier said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
     blocks = store.blocks
     count = min(MAX_BLOCKS, len(blocks))
     found: list[Answers] = []
@@ -156,7 +156,7 @@ def warnings_of(store: Store, answers: Answers | None, fidelity: Fidelity | None
             f"Its answers were imported from {teacher.imported.format}. The teacher was never asked here, and saw "
             "views as that program made them, whose pixels may differ a little from those of students here."
         )
-    if teacher.measured_top1 < POOR_TOP1:
+    if teacher.measured_top1 is not None and teacher.measured_top1 < POOR_TOP1:
         warnings.append(
             f"The teacher is right about {teacher.measured_top1:.1f} % of {teacher.evaluated_on}, less than "
             f"{POOR_TOP1:g} %: students learn its errors."
@@ -184,7 +184,7 @@ def warnings_of(store: Store, answers: Answers | None, fidelity: Fidelity | None
 
 def _of_labels(store: Store, answers: Answers) -> list[str]:
     """Warnings that need labels."""
-    measured, classes = store.identity.teacher.measured_top1, store.identity.dataset.classes
+    measured, classes = store.identity.teacher.percent, store.identity.dataset.classes
     warnings = []
     top1 = 100 * float(answers.correct.mean())
     if measured - top1 > MUCH_WORSE:

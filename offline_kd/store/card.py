@@ -78,7 +78,9 @@ def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str
 
 def _section(store: Store, targets: str, fidelity: Fidelity | None) -> Section:
     held = store.manifest.held if store.manifest else None
-    answers = None if held and not held.has("logits/") else read_answers(store)
+    # What pictures show is a softmax beside one label: there are none of a multi-label teacher.
+    is_shown = store.identity.teacher.kind == "classifier" and (held is None or held.has("logits/"))
+    answers = read_answers(store) if is_shown else None
     return Section(
         _title(store, targets),
         warnings_of(store, answers, fidelity),
@@ -148,7 +150,7 @@ def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
     teacher = identity.teacher
     facts = {
         "teacher": f"{teacher.name} ({teacher.model}, {teacher.arithmetic}), weights sha256 `{teacher.weights_sha256}`",
-        "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, "
+        f"teacher {teacher.measure}": f"{teacher.percent:.2f} % on {teacher.evaluated_on}, "
         + ("by the imported answers" if teacher.imported else "measured before the capture"),
         "codec": in_words(identity.codec.model_dump(mode="json")),
         "serves": ", ".join(served_terms(store)),

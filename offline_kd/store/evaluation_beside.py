@@ -42,11 +42,11 @@ def read_evaluation(store: Store) -> bytes | None:
     """The file of a store's teacher; None where there is none that can be read, or it is not of this teacher."""
     teacher = store.identity.teacher
     beside = evaluation_beside(store.place, teacher.weights_sha256)
-    if beside is None:
+    if beside is None or teacher.kind == "multilabel":
         return None
     try:
         content = beside[0].read(beside[1], MOST_FILE_BYTES)
         top1 = read_predictions(content, f"{beside[0]}/{beside[1]}").top1
     except (OfflineKDError, OSError):
         return None
-    return content if abs(top1 - teacher.measured_top1) <= TOLERANCE else None
+    return content if abs(top1 - teacher.percent) <= TOLERANCE else None

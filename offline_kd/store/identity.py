@@ -1,10 +1,11 @@
 """What the targets of a store are about: the images, the teacher, and maps of it that decisions were made on."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from offline_kd.data.labels import LabelRule
+from offline_kd.data.label_sets import packed_bytes
+from offline_kd.data.labels import SETS, LabelRule
 from offline_kd.data.manifest import EvaluationCrop, Normalisation, Tar
 from offline_kd.store.decisions import DecisionsConfig
 from offline_kd.support.strict import Sha256, Strict
@@ -23,6 +24,11 @@ def _is_false(value: object) -> bool:
     return value is False
 
 
+def _is_classifier(kind: object) -> bool:
+    """Left out of JSON, so that stores of classifiers are described as before."""
+    return kind == "classifier"
+
+
 def _is_unused(value: object) -> bool:
     """Left out of JSON, so that stores of teachers with classes of their own are described as before."""
     return value in (None, "")
@@ -38,6 +44,19 @@ class DatasetIdentity(Strict):
     tars: list[Tar] = Field(min_length=1, max_length=MAX_TARS)
     labels: LabelRule = Field("cls", exclude_if=_is_usual, description="what says the label of a sample")
     licence: str
+
+    @property
+    def has_sets(self) -> bool:
+        """Whether the label of a sample is a set of classes."""
+        return self.labels.startswith(SETS)
+
+    @property
+    def label_array(self) -> tuple[str, float, str, *tuple[tuple[str, int], ...]]:
+        """What a store holds of the label of a row: type, what was never written, description, and maybe an axis."""
+        if self.has_sets:
+            axis = "byte", packed_bytes(len(self.classes))
+            return "|u1", 0, "a bit of every class, lowest bits first; then a 1", axis
+        return "<i4", -1, "class index" + ("; -2: none" if self.labels == "none" else "")
 
 
 class Imported(Strict):
@@ -72,7 +91,13 @@ class TeacherIdentity(Strict):
         description="indices of the network's classes that each class of the dataset is; None: they are its own",
     )
     evaluated_on: str
-    measured_top1: float = Field(description="percent, by the gate, before anything was written")
+    kind: Literal["classifier", "multilabel"] = Field("classifier", exclude_if=_is_classifier)
+    measured_top1: float | None = Field(
+        None, exclude_if=_is_unused, description="percent, by the gate, before anything was written; of a classifier"
+    )
+    measured_map: float | None = Field(
+        None, exclude_if=_is_unused, description="mean average precision in percent, likewise; of a multi-label teacher"
+    )
     licence: str
     imported: Imported | None = Field(None, exclude_if=_is_unused, description="None: it was asked by offline-kd")
 
@@ -80,6 +105,22 @@ class TeacherIdentity(Strict):
     def what_is_asked(self) -> tuple[object, ...]:
         """Which weights, and which of their classes: teachers that differ in it say other things."""
         return self.weights_sha256, self.weights_part, self.classes
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What the gate found, in percent: `top1`, or `map`."""
+        found = {"top1": self.measured_top1, "map": self.measured_map}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def measure(self) -> str:
+        """What the gate has measured, for people."""
+        return "mAP" if self.kind == "multilabel" else "top-1"
+
+    @property
+    def percent(self) -> float:
+        """What it found."""
+        return next(iter(self.figures.values()), 0.0)
 
     @property
     def weights(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from offline_kd.data.blocks import Decoder, ImageBlock, OnBadImage, load_block
 from offline_kd.data.fetching import Root
+from offline_kd.data.label_sets import names_in
 from offline_kd.data.labels import UNLABELLED, labels_of
 from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
@@ -73,12 +74,12 @@ def sample_pages(images: "SampleImages", number: int, rows: Sequence[int], back:
         used: dict[str, list[int]] = {name: [] for name in maps}
         choice = side_by_side([view.joined.view.take(np.array([index])) for view in views])
         pixels = render_some(block, choice, identity.views, images.store.created.seen_size[0]).transpose(0, 2, 3, 1)
-        label = int(block.labels[row])
+        named = _labels(block, row, identity)
         yield (
             row,
             render_page(
                 "sample",
-                title=block.keys[row] + ("" if label == UNLABELLED else f": {identity.dataset.classes[label]}"),
+                title=block.keys[row] + (f": {named}" if named else ""),
                 about=f"Sample {block.keys[row]} of {identity.dataset.name}/{identity.dataset.split}, block {number}, "
                 f"row {row}; teacher {identity.teacher.name}; store {identity.name}",
                 digest=f"sha256:{images.store.digest[:16]}",
@@ -196,6 +197,14 @@ def _beside_first(name: str, features: Tensor, at: int) -> str:
     return f"{name}: length {own.norm():.3g}{cosine}"
 
 
+def _labels(block: ImageBlock, row: int, identity: StoreIdentity) -> str:
+    """The names of the classes of a sample; '' where it has no label."""
+    classes = identity.dataset.classes
+    if block.labels.ndim == 2:
+        return ", ".join(names_in(block.labels[row], classes)) or "no class"
+    return "" if block.labels[row] == UNLABELLED else classes[block.labels[row]]
+
+
 def _describe(choice: Choice, block: ImageBlock, identity: StoreIdentity) -> str:
     own = {name: array[0] for name, array in choice.own.items()}
     top, left, height, width = own["box"].tolist()
@@ -208,8 +217,8 @@ def _describe(choice: Choice, block: ImageBlock, identity: StoreIdentity) -> str
     if choice.partner_row[0] >= 0:
         how, share = "covered by" if own["mix_box"][2] else "blended with", own["share"] / WHOLE
         row, other = int(choice.row[0]), int(choice.partner_row[0])
-        if block.labels[row] != UNLABELLED:
-            names = [identity.dataset.classes[block.labels[one]] for one in (row, other)]
+        names = [_labels(block, one, identity) for one in (row, other)]
+        if any(names):
             said.append(f"{share:.0%} {names[0]}, {1 - share:.0%} {names[1]}: {how} {block.keys[other]}")
         else:
             said.append(f"{1 - share:.0%} {how} {block.keys[other]}")

@@ -77,6 +77,7 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
 def _teacher(teacher: TeacherIdentity) -> dict[str, object]:
     return {
         "model": teacher.model,
+        "kind": teacher.kind if teacher.kind != "classifier" else None,
         "model_args": teacher.model_args or None,
         "normalisation": teacher.normalisation.model_dump(mode="json"),
         "crop": teacher.crop.model_dump(mode="json") if teacher.crop else None,
@@ -106,6 +107,11 @@ def _side(identity: StoreIdentity) -> int:
 def _objectives(identity: StoreIdentity, held: Held | None) -> dict[str, list[dict[str, object]]]:
     """KD at a temperature that the codec serves; of a copy without logits, letKD's on its decisions."""
     labelled = identity.dataset.labels != "none"
+    if identity.teacher.kind == "multilabel":
+        if held is not None and not held.has("logits/"):
+            return {"bce": [{"term": "bce"}]}
+        binary_kd: dict[str, object] = {"term": "binary_kd", "temperature": 2.0}
+        return {"binary_kd": [{"term": "bce"}] * labelled + [binary_kd]}
     ce: list[dict[str, object]] = [{"term": "ce"}] if labelled else []
     if held is None or held.has("logits/"):
         kd: dict[str, object] = {"term": "kd", "temperature": _temperature(identity.codec)}
