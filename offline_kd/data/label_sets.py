@@ -33,15 +33,15 @@ def unpack_sets(packed: Tensor, num_classes: int) -> Tensor:
     return bits.flatten(1)[:, :num_classes].float()
 
 
-def are_known(packed: Tensor, num_classes: int) -> Tensor:
+def are_known(packed: Tensor) -> Tensor:
     """`[n]` bool: which of the packed sets `[n, bytes]` are known."""
-    return (packed[:, num_classes // 8] >> (num_classes % 8) & 1).bool()
+    return (packed != 0).any(dim=1)
 
 
 def names_in(packed: NDArray[np.uint8], classes: Sequence[str]) -> list[str]:
     """The names of the classes of one packed set `[bytes]`."""
     bits = np.unpackbits(packed, bitorder="little")[: len(classes)]
-    return [classes[index] for index in np.flatnonzero(bits)]
+    return [name for name, bit in zip(classes, bits, strict=True) if bit]
 
 
 def problem_of_sets(packed: NDArray[np.uint8], num_classes: int) -> str:

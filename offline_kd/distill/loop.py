@@ -275,7 +275,7 @@ def train_step(
     if len(pieces) == 1:
         logits, values = _add_gradients(run, student, batch, signal, weights)
     else:
-        whole = loss_batch(batch, student.num_classes, mixes=False)
+        whole = loss_batch(batch, 1, mixes=False)  # which labels are known is all that is counted
         counts = [counts_of(run.terms, LossBatch(whole.labels[piece])) for piece in pieces]
         items = total(torch.stack(counts).sum(dim=0))
         found = []
@@ -324,7 +324,7 @@ def _add_gradients(
     refuse_no_logits(logits, student.model, len(inputs), student.num_classes)
     logits = logits.float()
     known = replace(
-        loss_batch(batch, student.num_classes, recipe.views.mixes),
+        loss_batch(batch, logits.shape[1], recipe.views.mixes),
         label_smoothing=recipe.training.label_smoothing,
         scores=kd_layer_scores(student),
         features=student.features,

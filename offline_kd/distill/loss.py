@@ -37,7 +37,7 @@ def loss_batch(batch: Rows, num_classes: int, mixes: bool) -> LossBatch:
     if mixes:
         share = batch.share[:, None]
         labels = share * labels + (1 - share) * unpack_sets(batch.other_labels, num_classes)
-    return LossBatch(torch.where(are_known(batch.labels, num_classes)[:, None], labels, -1.0))
+    return LossBatch(torch.where(are_known(batch.labels)[:, None], labels, -1.0))
 
 
 def own_parts(

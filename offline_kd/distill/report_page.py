@@ -34,18 +34,8 @@ CLASSES_SHOWN = 4  # that a row helped or hurt most
 METRICS = {"top1": "top-1 %", "nll": "NLL, nats", "ece": "ECE", "lr": "learning rate", "seconds": "seconds per pass"}
 METRICS |= {"map": "mAP %", "bce": "binary cross-entropy, nats", "val_map": "validation mAP %"}
 METRICS |= {"val_top1": "validation top-1 %", "val_nll": "validation NLL, nats", "val_ece": "validation ECE"}
-MEASURED = (
-    "val_top1",
-    "top1",
-    "val_map",
-    "map",
-    "val_nll",
-    "nll",
-    "val_ece",
-    "ece",
-    "val_bce",
-    "bce",
-)  # of these the curves come first
+# Of these the curves come first.
+MEASURED = [f"{part}{name}" for name in ("top1", "map", "nll", "ece", "bce") for part in ("val_", "")]
 TITLES = {
     "objective": "objective",
     "targets": "targets",

@@ -111,7 +111,7 @@ def _objectives(identity: StoreIdentity, held: Held | None) -> dict[str, list[di
         if held is not None and not held.has("logits/"):
             return {"bce": [{"term": "bce"}]}
         binary_kd: dict[str, object] = {"term": "binary_kd", "temperature": 2.0}
-        return {"binary_kd": [{"term": "bce"}] * labelled + [binary_kd]}
+        return {"binary_kd": [*([{"term": "bce"}] if labelled else []), binary_kd]}
     ce: list[dict[str, object]] = [{"term": "ce"}] if labelled else []
     if held is None or held.has("logits/"):
         kd: dict[str, object] = {"term": "kd", "temperature": _temperature(identity.codec)}
