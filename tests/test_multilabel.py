@@ -116,7 +116,9 @@ def test_evaluate_says_what_the_run_has_measured_and_predict_the_classes_above_a
     assert "average precision" in invoke("evaluate", student, *network, *data).output
     eight = next(one for one in digits_samples()["test"] if one.label == 8)
     (tmp_path / "8.png").write_bytes(eight.encoded)
-    (predicted,) = json.loads(invoke("predict", run / "teacher", tmp_path / "8.png", *network, "--format", "json").stdout)
+    (predicted,) = json.loads(
+        invoke("predict", run / "teacher", tmp_path / "8.png", *network, "--format", "json").stdout
+    )
     probabilities = {one["class"]: one["probability"] for one in predicted["classes"]}
     assert "even" in probabilities
     assert all(0.5 < value <= 1 for value in probabilities.values())
@@ -353,3 +355,19 @@ def test_the_loop_of_the_document_trains_on_packed_sets(run, data):
     sets = unpack_sets(batch.labels, 4)
     expected = torch.nn.functional.binary_cross_entropy_with_logits(batch.teacher_logits, sets)
     torch.testing.assert_close(about["loss"], expected)
+
+
+@pytest.mark.slow
+def test_mixed_views_are_stored_and_trained_and_pages_of_samples_name_their_sets(recipe_file, data, tmp_path):
+    store, out = tmp_path / "store", tmp_path / "out"
+    views = ["--set", "views={kind: random_resized_crop, size: 8, count: 3, mixing: {mixup: 1.0}}", *data]
+    captured = invoke("cache-teacher", recipe_file, "--store", store, *views)
+    assert captured.exit_code == 0, captured.stderr
+    options = ["--objective", "binary_kd", "--store", store, "--out", out, "--set", "training.epochs=1"]
+    assert invoke("distill", recipe_file, *options, *views).exit_code == 0
+    assert said(out / "result.json")["map"] > 0
+    key = next(one.key for one in digits_samples()["train"] if one.label == 8)
+    page = tmp_path / "page.html"
+    inspected = invoke("store", "inspect", store, "--key", key, "--out", page, *data)
+    assert inspected.exit_code == 0, inspected.output
+    assert "above four, even, loop" in page.read_text()

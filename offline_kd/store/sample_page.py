@@ -178,7 +178,7 @@ def _shown(
         identity.num_classes,
         codec_tables_on(store, torch.device("cpu")),
     )
-    probabilities = logits.softmax(dim=0)
+    probabilities = logits.sigmoid() if identity.teacher.kind == "multilabel" else logits.softmax(dim=0)
     values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
     return {
         "pictures": pictures,
