@@ -240,7 +240,7 @@ def evaluation_loader(
     """Images without augmentation and their labels, to measure a student on: `for images, labels in loader`.
 
     Every image comes once, in the order of the tars. Images are `[B, 3, H, W]` float32, the input of a network, labels
-    `[B]` int64; a batch ends where its tar does. Of several processes each gets all images.
+    `[B]` int64, of sets `[B, C]` float32; a batch ends where its tar does. Of several processes each gets all images.
 
     Args:
         images: a folder or URL of image tars, all of which are read, or DATASET/SPLIT of the `data_manifest.yaml` of

@@ -32,6 +32,7 @@ from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.features import FeatureTerm
 from offline_kd.objectives.term import Positive, Term
 from offline_kd.recipe_content import keys_beside, with_classes, with_subset, with_value
+from offline_kd.report_recipe import Name, Published
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
@@ -40,12 +41,10 @@ from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
 from offline_kd.support.strict_yaml import parse_yaml, read_yaml
+from offline_kd.teacher_kinds import refuse_capture, refuse_terms
 from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
-
-Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of files and folders, too
-
 
 if TYPE_CHECKING:
     AnyTerm = Term
@@ -99,7 +98,8 @@ def _kind_of_budget(content: object) -> str:
 class AutoCodec(Strict):
     """The smallest codec that loses no more than the budget on views of some images.
 
-    A number is about the total variation at the worst of T = 1, 2, 4.
+    A number is about the total variation at the worst of T = 1, 2, 4; of a multi-label teacher, about the mean absolute
+    error of a class's probability.
     """
 
     name: Literal["auto"]
@@ -137,23 +137,6 @@ class Capture(Strict):
     )
 
 
-Percent = Annotated[float, Field(ge=0, le=100)]
-
-
-class Published(Strict):
-    """What others reported for these objectives; a report shows it beside what was reached here."""
-
-    source: str = Field(description="where it stands: a paper, a table")
-    top1: dict[Name, Percent | tuple[Percent, Percent]] = Field(
-        min_length=1, description="percent by objective, or percent and standard deviation; `teacher` is the teacher"
-    )
-
-    def of(self, objective: str) -> tuple[float, float | None] | None:
-        """Top-1 and, where it is known, its standard deviation."""
-        found = self.top1.get(objective)
-        return found if found is None or isinstance(found, tuple) else (found, None)
-
-
 class TeacherStore(Strict):
     """One of several stores, or of several teachers of one store, that a student learns from."""
 
@@ -183,32 +166,17 @@ class CaptureRecipe(Strict):
         return content
 
     @model_validator(mode="after")
-    def _keeps_what_the_teacher_gives(self) -> Self:
-        is_embedding, codec = self.teacher.kind == "embedding", self.capture.codec.name
-        if is_embedding and not self.capture.features:
-            raise ValueError(
-                "teacher.kind: embedding gives no logits, and capture.features is empty: say what is kept, "
-                "`features: {embedding: {}}` for what the network itself gives"
-            )
-        if is_embedding and codec != "none":
-            raise ValueError(
-                f"capture.codec: {codec} is of logits, and teacher.kind: embedding has none: leave it out, or write "
-                "{name: none}"
-            )
-        if not is_embedding and codec == "none":
-            raise ValueError("capture.codec: none is of teachers without logits: teacher.kind: embedding")
-        for name, one in self.capture.features.items():
-            if not is_embedding and not one.module:
-                raise ValueError(f"capture.features.{name}: of a classifier, say which module's")
-        return self
-
-    @model_validator(mode="after")
     def _trains_on_rows_alone(self) -> Self:
         if self.views.mixes and (self.data.subset is not None or self.data.validation is not None):
             raise ValueError(
                 "data.subset and data.validation: these views mix images (`mixing`), so that those left out would be "
                 "seen in the views of others. Leave out one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kind_of_teacher_fits(self) -> Self:
+        refuse_capture(self.teacher.kind, self.capture.codec, self.capture.decisions, self.capture.features)
         return self
 
     @property
@@ -321,22 +289,13 @@ def read_recipe(content: bytes, where: str) -> Recipe:
 def recipe_of(content: object, where: str) -> Recipe:
     """What was read at `where`, checked as a whole; raises RecipeError."""
     recipe = parse(Recipe, content, where=where)
-    for terms in recipe.objectives.values():
-        _refuse_logits_of_embeddings(recipe, terms)
+    for name, terms in recipe.objectives.items():
+        refuse_terms(recipe.teacher.kind, terms, f"recipe '{recipe.name}': objective '{name}'")
         for term in kd_layer_terms(terms):
             recipe.decisions_of(term)  # a wrong name should not wait until its turn comes
         for one in feature_terms(terms):
             recipe.features_of(one)
     return recipe
-
-
-def _refuse_logits_of_embeddings(recipe: Recipe, terms: Sequence[AnyTerm]) -> None:
-    for term in terms if recipe.teacher.kind == "embedding" else ():
-        if term.needs.logits:
-            raise RecipeError(
-                f"recipe '{recipe.name}': term '{term.term}' needs the teacher's logits, and a teacher without classes "
-                "(teacher.kind: embedding) has none. Use terms on its features: embedding, relational, crd, itrd."
-            )
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
@@ -360,7 +319,9 @@ def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object
         old = merged.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             # Another kind of schedule, optimizer, codec, view or budget starts afresh, without the old one's fields.
-            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind", "objective"))
+            # That of a teacher is one field of it among others.
+            tags = () if name == "teacher" else ("name", "kind", "objective")
+            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in tags)
             merged[name] = value if other_kind else _merge(old, value)
         else:
             merged[name] = value

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import BadImage, Decoder, ImageBlock
+from offline_kd.data.label_sets import label_tensor
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
@@ -163,7 +164,7 @@ def rendered(inquiry: Inquiry, portion: Portion) -> Iterator[Batch]:
         block, decoder, portion.parameters, identity.views, size, inquiry.teacher.batch_size, inquiry.device
     )
     batches = (
-        Batch(row, view, pixels, sent(torch.from_numpy(block.labels[row]).long(), inquiry.device), None)
+        Batch(row, view, pixels, sent(label_tensor(block.labels[row]), inquiry.device), None)
         for row, view, pixels in found
     )
     yield from _on_own_stream(batches, inquiry.device) if inquiry.device.type == "cuda" else batches
@@ -215,7 +216,7 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
             one.record_stream(stream)  # their memory is another stream's, which must not use it again before
     points: list[TapPoint] = [about.config for about in identity.tapped.values()]
     logits, maps = teacher.logits_and_maps(pixels, points)
-    if logits.shape[1] != (identity.num_classes if teacher.kind == "classifier" else 0):
+    if logits.shape[1] != (0 if teacher.kind == "embedding" else identity.num_classes):
         raise TeacherError(
             f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
             f"{identity.num_classes} classes."

@@ -110,7 +110,8 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
 
 def _not_asked(teacher: Teacher) -> Measured:
     """In the place of what its gate would find."""
-    return Measured("not asked", 0.0 if teacher.kind == "classifier" else None)
+    is_classifier, is_of_sets = teacher.kind == "classifier", teacher.kind == "multilabel"
+    return Measured("not asked", top1=0.0 if is_classifier else None, map=0.0 if is_of_sets else None)
 
 
 def _first(block: ImageBlock, count: int) -> ImageBlock:

@@ -13,6 +13,7 @@ from torch import nn
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import first_batch_size
+from offline_kd.data.expected import Kind
 from offline_kd.data.fetching import Root, is_url, root_at
 from offline_kd.data.manifest import Dataset, Manifest, Normalisation, Split, Tar, data_roots
 from offline_kd.data.tars import read_tar, tars_in
@@ -29,7 +30,6 @@ from offline_kd.views.kind import ViewSpec
 class ModuleOptions(TypedDict, total=False):
     """How a module's answers are stored; everything may be left out."""
 
-    kind: Literal["classifier", "embedding"]  # embedding: the module gives vectors, of which `features` are kept
     codec: str | Codec | Mapping[str, object]  # as recipes write it, or its name alone; "f16" if absent
     decisions: Mapping[str, AnyDecisions | Mapping[str, object]]  # on feature maps, by a name of your own
     features: Mapping[str, WantedFeatures | Mapping[str, object]]  # of modules, by a name of your own
@@ -39,6 +39,7 @@ class ModuleOptions(TypedDict, total=False):
     dtype: str  # of autocast: "float32" (if absent), "bfloat16" or "float16"
     compile: bool  # the module, by torch.compile
     tf32: bool  # whether a GPU may make float32 products of 10 bits; not if absent, whatever torch is told elsewhere
+    kind: Kind  # "classifier" if absent; "multilabel": of sets of labels; "embedding": vectors, kept as `features`
     batch_size: int | Literal["auto"]  # of the module; no effect on what is stored
     views_per_group: int  # views that are stored and read together; must divide their count
 
@@ -60,7 +61,7 @@ def cache_module(
     about, manifest, roots = find_dataset(dataset, manifest, data_roots(), options.get("classes"))
     evaluation = "test" if "test" in manifest.dataset(about).splits else "train"
     module, kind = type(network), options.get("kind", "classifier")
-    codec = options.get("codec", "f16" if kind == "classifier" else "none")
+    codec = options.get("codec", "none" if kind == "embedding" else "f16")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
     capture: dict[str, object] = {
         "codec": {"name": codec} if isinstance(codec, str) else codec,

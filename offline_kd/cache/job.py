@@ -16,7 +16,7 @@ from offline_kd.cache.teacher import Measured, gate
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
@@ -219,6 +219,7 @@ def identify(
     device: torch.device,
 ) -> StoreIdentity:
     """Everything the store will be about. The teacher passes its gate here, unless the store says it did."""
+    refuse_other_labels(teacher.kind, loader.split.labels, f"{recipe.data.dataset}/{recipe.data.train}")
     existing = read_identity(place)[1] if place.size("store.json") is not None else None
     there: list[StoreIdentity | Addition] = [existing] if existing else []
     if existing and place.size(f"additions/{recipe.name}.json") is not None:
@@ -227,7 +228,7 @@ def identify(
     known = next((one for one in there if one.teacher.what_is_asked == asked), None)
     if known:
         about = known.teacher
-        measured = Measured(about.evaluated_on, about.measured_top1, about.measured_neighbours)
+        measured = Measured(about.evaluated_on, about.measured_top1, about.measured_map, about.measured_neighbours)
         targets = "" if isinstance(known, StoreIdentity) else known.name
         added = [one.features for one in _additions_at(place) if one.extends == targets]
         features = {name: about for one in (known.features, *added) for name, about in one.items()}
@@ -241,16 +242,12 @@ def identify(
 
 
 def _say_what_was_measured(teacher: Teacher, measured: Measured) -> None:
-    neighbours, expected = measured.neighbours, teacher.expected
-    if measured.top1 is None and neighbours is None:
+    expected = teacher.expected
+    if measured.percent is None:
         say(f"teacher '{teacher.name}': NOTHING WAS MEASURED, {measured.evaluated_on} has no labels")
         return
-    what, found = "top-1", measured.top1
-    if neighbours is not None:
-        what, found = f"k-NN top-1 of '{neighbours.features}' ({neighbours.neighbours} neighbours)", neighbours.top1
-    wanted = (expected.top1 if neighbours is None else expected.knn) if expected else None
-    stated = "NO EXPECTED ACCURACY IS KNOWN" if wanted is None else f"expected {wanted:.2f}"
-    say(f"teacher '{teacher.name}': {what} {found:.2f} % on {measured.evaluated_on}, {stated}")
+    stated = f"expected {expected.percent:.2f}" if expected else "NO EXPECTED ACCURACY IS KNOWN"
+    say(f"teacher '{teacher.name}': {measured.name} {measured.percent:.2f} % on {measured.evaluated_on}, {stated}")
 
 
 def _additions_at(place: Place) -> list[Addition]:
@@ -282,7 +279,7 @@ def describe_capture(
     views_per_group = plan_views_per_group(
         recipe.views,
         rows_per_block=rows_per_block,
-        num_classes=len(loader.dataset.classes) if teacher.kind == "classifier" else USUAL_WIDTH,
+        num_classes=USUAL_WIDTH if teacher.kind == "embedding" else len(loader.dataset.classes),
         requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
     )
     codec = recipe.capture.codec
@@ -324,6 +321,7 @@ def _describe_teacher(teacher: Teacher, measured: Measured) -> TeacherIdentity:
         classes=teacher.classes,
         evaluated_on=measured.evaluated_on,
         measured_top1=measured.top1,
+        measured_map=measured.map,
         measured_neighbours=measured.neighbours,
         licence=teacher.licence,
     )

@@ -18,6 +18,7 @@ from offline_kd.cache.last_layer import last_layer
 from offline_kd.cache.lda import fit_subclasses
 from offline_kd.cache.sample import SAMPLE_STREAM, sampled_logits
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.label_sets import one_label
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
@@ -116,7 +117,7 @@ def _collect(
         files = [stack.enter_context((scratch / f"{name}.f4").open("wb")) for name in names]
         meter = stack.enter_context(progress("features", total, "images"))
         for number, block in enumerate(loader):
-            chance = counter_uniform(SAMPLE_STREAM, block.key_hash)
+            chance, labels = counter_uniform(SAMPLE_STREAM, block.key_hash), one_label(block.labels)
             for start in range(0, len(block), teacher.batch_size):
                 plain, kept_rows = plain_images(block, teacher.crop, start, start + teacher.batch_size)
                 if not kept_rows:
@@ -140,7 +141,7 @@ def _collect(
                     vectors = features.permute(0, 2, 3, 1)[torch.from_numpy(kept).to(device)]
                     file.write(vectors.float().cpu().contiguous().numpy().tobytes())
                     first = number * identity.rows_per_block
-                    rows[name] += [(first + kept_rows[at], int(block.labels[kept_rows[at]])) for at in kept]
+                    rows[name] += [(first + kept_rows[at], int(labels[kept_rows[at]])) for at in kept]
                 meter.advance(len(images))
     return (
         {

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.expected import MEASURE_NAMES, MEASURES, ExpectedAccuracy
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Manifest, Normalisation
+from offline_kd.data.labels import need_labels, refuse_other_labels
+from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation
 from offline_kd.data.manifest import Teacher as ManifestTeacher
 from offline_kd.models.checkpoints import StateDict, as_file, read_state_dict
 from offline_kd.models.class_map import indices_of, names_of_classes, refuse_beyond
@@ -90,7 +91,7 @@ def load_teacher(
 
 def _refuse_unready(recipe: CaptureRecipe, num_classes: int) -> None:
     wanted = recipe.teacher
-    if wanted.kind == "classifier" and not num_classes:
+    if wanted.kind != "embedding" and not num_classes:
         raise RecipeError(
             f"recipe '{recipe.name}': dataset '{recipe.data.dataset}' has no classes, of which a classifier gives "
             "logits. Name them in the manifest, or ask a teacher without classes: teacher.kind: embedding."
@@ -164,8 +165,9 @@ def expected_accuracy(recipe: CaptureRecipe, manifest: Manifest) -> ExpectedAccu
     known, wanted = _known(recipe, manifest), recipe.teacher
     if wanted.expected or known is None or known.expected is None or wanted.classes is not None:
         return wanted.expected
-    is_of_kind = (known.expected.knn is not None) == (wanted.kind == "embedding")
-    return known.expected if is_of_kind else None
+    if wanted.kind == "embedding" and known.expected.measure != "knn":
+        return None  # it is about the whole network, and its tower alone is asked
+    return known.expected
 
 
 def teacher_input(recipe: CaptureRecipe, manifest: Manifest, model: str) -> tuple[Normalisation, EvaluationCrop | None]:
@@ -262,7 +264,21 @@ class Measured:
 
     evaluated_on: str  # `DATASET/SPLIT`
     top1: float | None = None  # percent; of classifiers
+    map: float | None = None  # percent, of multi-label teachers
     neighbours: MeasuredNeighbours | None = None  # of teachers without classes, where there are labels
+
+    @property
+    def percent(self) -> float | None:
+        """The one figure that there is; None: there were no labels."""
+        of_neighbours = self.neighbours.top1 if self.neighbours else None
+        return next((one for one in (self.top1, self.map, of_neighbours) if one is not None), None)
+
+    @property
+    def name(self) -> str:
+        """Of that figure, for people."""
+        if self.neighbours:
+            return f"k-NN top-1 of '{self.neighbours.features}' ({self.neighbours.neighbours} neighbours)"
+        return MEASURE_NAMES["top1" if self.map is None else "map"]
 
 
 def gate(
@@ -285,21 +301,22 @@ def gate(
         decode=teacher.crop is None,
         on_bad=recipe.data.bad_images,
     )
+    refuse_other_labels(teacher.kind, loader.split.labels, where)
     if teacher.kind == "embedding":
         return _gate_of_embeddings(teacher, recipe, loader, where, device), None
     need_labels(loader.split.labels, where, "the teacher's gate")
     measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
-    _refuse_unexpected(teacher, where, "", measured.top1, expected.top1 if expected else None)
-    return Measured(where, top1=measured.top1), measured
+    found = Measured(where, top1=measured.figures.get("top1"), map=measured.figures.get("map"))
+    _refuse_unexpected(teacher, found)
+    return found, None if found.top1 is None else measured  # of sets, reports compare no answers
 
 
 def _gate_of_embeddings(
     teacher: Teacher, recipe: CaptureRecipe, loader: BlockLoader, where: str, device: torch.device
 ) -> Measured:
     """By the first of the features that are kept: how many images have the label of their nearest neighbours."""
-    expected = teacher.expected
     if loader.split.labels == "none":
-        if expected:
+        if teacher.expected:
             need_labels("none", where, "teacher.expected.knn")
         return Measured(where)
     name, tap = next(iter(recipe.capture.features.items()))
@@ -308,15 +325,26 @@ def _gate_of_embeddings(
         _, (maps,) = teacher.logits_and_maps(images, [tap])
         return maps.mean(dim=(2, 3))
 
-    found = embed(vectors, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
-    top1 = knn_top1(found.vectors.to(device), found.labels.to(device))
-    _refuse_unexpected(teacher, where, "k-NN ", top1, expected.knn if expected else None)
-    return Measured(where, neighbours=MeasuredNeighbours(features=name, neighbours=NEIGHBOURS, top1=top1))
+    answered = embed(vectors, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
+    top1 = knn_top1(answered.vectors.to(device), answered.labels.to(device))
+    found = Measured(where, neighbours=MeasuredNeighbours(features=name, neighbours=NEIGHBOURS, top1=top1))
+    _refuse_unexpected(teacher, found)
+    return found
 
 
-def _refuse_unexpected(teacher: Teacher, where: str, what: str, found: float, wanted: float | None) -> None:
-    if teacher.expected and wanted is not None and abs(found - wanted) > teacher.expected.tolerance:
+def _refuse_unexpected(teacher: Teacher, found: Measured) -> None:
+    expected = teacher.expected
+    if expected is None or found.percent is None:
+        return
+    if expected.measure != MEASURES[teacher.kind]:
         raise TeacherError(
-            f"teacher '{teacher.name}': {what}top-1 on {where} is {found:.2f} %, expected {wanted:.2f} +- "
-            f"{teacher.expected.tolerance:g}. Check weights, normalisation and class order; nothing was written."
+            f"teacher '{teacher.name}': {expected.in_words} is expected of it, but its kind is {teacher.kind}, which "
+            f"is measured by {MEASURE_NAMES[MEASURES[teacher.kind]]}. Give teacher.expected with "
+            f"`{MEASURES[teacher.kind]}`."
+        )
+    if abs(found.percent - expected.percent) > expected.tolerance:
+        raise TeacherError(
+            f"teacher '{teacher.name}': {found.name} on {found.evaluated_on} is {found.percent:.2f} %, expected "
+            f"{expected.percent:.2f} +- {expected.tolerance:g}. Check weights, normalisation and class order; nothing "
+            "was written."
         )

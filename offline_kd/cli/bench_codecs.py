@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from offline_kd.cache.codec_choice import candidates, pack_arrays
-from offline_kd.cache.fidelity import Distortion, distortion
+from offline_kd.cache.distortion import Distortion, distortion
 from offline_kd.cli.bench_entropy import ideal_bytes
 from offline_kd.cli.bench_last_layer import coded_features
 from offline_kd.objectives import example_terms
@@ -93,9 +93,15 @@ def bench_codecs(
         num_rows: how many rows are read at least, in whole blocks and view groups.
         num_views: the first so many views of an image are one view group; None: view groups are those of the store.
 
-    Raises StoreMismatch when the store's own codec has lost more than rounding, or has fewer views.
+    Raises StoreMismatch when the store's own codec has lost more than rounding, or has fewer views, and for a store of
+    a multi-label teacher.
     """
     identity = store.identity
+    if identity.teacher.kind == "multilabel":
+        raise StoreMismatch(
+            f"{store.place}: is of a multi-label teacher, and codecs are compared here by what a softmax makes of "
+            "them. `capture.codec: {name: auto}` chooses one by sigmoids."
+        )
     if not keeps_whole(store):
         raise StoreMismatch(
             f"{store.place}: its codec is {identity.codec.model_dump(mode='json')}; codecs are compared on logits that "
@@ -181,7 +187,7 @@ def _material(blocks: list[Block]) -> Material:
 
 def _gradients(student: Tensor, teacher: Tensor, y: Tensor) -> dict[str, Tensor]:
     """`[B, C]`: of every objective on logits, at its usual setting, on the student's logits `[B, C]`."""
-    terms = {name: term for name, term in example_terms().items() if term.needs.logits}
+    terms = {name: term for name, term in example_terms().items() if term.needs.logits and term.needs.label == "one"}
     return {name: gradient(term, student, teacher, y) for name, term in terms.items()}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import torch
+    from torch import Tensor
 
     from offline_kd.data.blocks import BlockLoader
     from offline_kd.data.fetching import Root
@@ -39,7 +40,8 @@ def command(
 ) -> None:
     """How good a trained STUDENT is on a split: top-1, top-5, calibration, classes. A run directory or a weight file.
 
-    On the split that the run was evaluated on, these are its own figures. Of a student without classes: k-NN top-1.
+    Of a multi-label student: mean average precision, and that of every class. Of a student without classes: k-NN
+    top-1. On the split that the run was evaluated on, these are its own figures.
 
     \b
     offline-kd evaluate runs/wttm
@@ -62,6 +64,10 @@ def command(
         return
     found = evaluate(loaded.logits, split, 256, on, f"{student} on {data_name}", loaded.about.crop)
     z, y = found.answers.logits, found.answers.labels
+    if loaded.about.kind == "multilabel":
+        about = {"student": student, "data": data_name, "samples": found.samples, **found.figures}
+        show_sets(about | {"left_out": split.split.count - found.samples}, z, y, loaded.about.classes, as_json)
+        return
     classes = by_class(z, y, loaded.about.classes)
     left_out = split.split.count - found.samples
     top5 = 100 * top_k(z, y).double().mean().item()
@@ -78,7 +84,7 @@ def evaluation_split(
 ) -> tuple[str, BlockLoader]:
     """The split that is meant, DATASET/SPLIT, and its images; raises DataError for other classes than the student's."""
     from offline_kd.data.blocks import BlockLoader
-    from offline_kd.data.labels import need_labels
+    from offline_kd.data.labels import need_labels, refuse_other_labels
     from offline_kd.support.errors import DataError
 
     if data is None:
@@ -89,7 +95,8 @@ def evaluation_split(
         name, _, part = data.rpartition("/")
     dataset, split = manifest.dataset(name), manifest.split(name, part)
     need_labels(split.labels, f"{name}/{part}", "evaluation")
-    if about.kind == "classifier" and dataset.classes != about.classes:
+    refuse_other_labels(about.kind, split.labels, f"{name}/{part}")
+    if about.kind != "embedding" and dataset.classes != about.classes:
         pairs = zip(dataset.classes, about.classes, strict=False)
         first = next((f"class {n} is '{a}', the student's '{b}'" for n, (a, b) in enumerate(pairs) if a != b), "")
         raise DataError(
@@ -143,5 +150,38 @@ def show(figures: dict[str, object], classes: Sequence[ClassAccuracy]) -> None:
     ]
     about = f"the {len(worst)} worst of {len(classes)} classes" if len(worst) < len(classes) else "classes, worst first"
     show_table(about, ["class", "images", "top-1 %", "top-5 %", "mostly mistaken for"], rows)
+    if figures["left_out"]:
+        say(f"{figures['left_out']} images that cannot be decoded were left out")
+
+
+def show_sets(figures: dict[str, object], z: Tensor, y: Tensor, classes: Sequence[str], as_json: bool) -> None:
+    """Of a multi-label student: all images, and the classes that are ranked worst.
+
+    Args:
+        z: logits `[n, C]`.
+        y: packed sets `[n, bytes]`.
+        classes: their names.
+    """
+    import json
+
+    from offline_kd.data.label_sets import unpack_sets
+    from offline_kd.models.average_precision import average_precisions
+    from offline_kd.support.console import say, show_table
+
+    labels = unpack_sets(y, len(classes)).numpy() > 0
+    found = zip(classes, labels.sum(axis=0).tolist(), average_precisions(z.numpy(), labels).tolist(), strict=True)
+    by_class = [(name, images, 100 * average if images else None) for name, images, average in found]
+    if as_json:
+        lines = [{"name": name, "images": images, "ap": average} for name, images, average in by_class]
+        click.echo(json.dumps({**figures, "classes": lines}, indent=2))
+        return
+    row = [f"{figures['samples']:,}", f"{figures['map']:.2f}", f"{figures['bce']:.4f}"]
+    show_table(f"{figures['student']} on {figures['data']}", ["images", "mAP %", "nats per image and class"], [row])
+    worst = sorted(by_class, key=lambda one: 101.0 if one[2] is None else one[2])[:SHOWN]
+    rows = [[name, f"{images:,}", "-" if average is None else f"{average:.2f}"] for name, images, average in worst]
+    about = (
+        f"the {len(worst)} worst of {len(by_class)} classes" if len(worst) < len(by_class) else "classes, worst first"
+    )
+    show_table(about, ["class", "images", "average precision %"], rows)
     if figures["left_out"]:
         say(f"{figures['left_out']} images that cannot be decoded were left out")

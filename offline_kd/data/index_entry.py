@@ -187,7 +187,7 @@ def index_split(patterns: Sequence[str], **options: Unpack[IndexOptions]) -> Non
     """
     name, split, rule, manifest = options["name"], options["split"], options["rule"], options["manifest_path"]
     if re.fullmatch(LABEL_RULES, rule) is None:
-        raise RecipeError(f"--label {shorten(rule)}: write cls, json:FIELD or none.")
+        raise RecipeError(f"--label {shorten(rule)}: write cls, json:FIELD, json-set:FIELD or none.")
     location, files = find_tars(patterns)
     entry = entry_of(name, location, manifest)
     check_same_place(manifest, name, location)

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from offline_kd.data.expected import ExpectedAccuracy
 from offline_kd.data.fetching import Fetched, Remote, Root, below, not_found, root_at
 from offline_kd.data.labels import LabelRule
 from offline_kd.support.downloads import Downloads
@@ -62,7 +63,9 @@ class Split(Strict):
     tars: list[Tar] = Field([])
     index: str | None = Field(None, description="file beside the manifest that names the tars, by `data index`")
     sha256: Sha256 | None = Field(None, description="of the index")
-    labels: LabelRule = Field("cls", description="what says the label of a sample: cls, json:FIELD or none")
+    labels: LabelRule = Field(
+        "cls", description="what says the label of a sample: cls, json:FIELD, json-set:FIELD (a list) or none"
+    )
 
     @model_validator(mode="after")
     def _has_tars_once(self) -> Self:
@@ -150,32 +153,6 @@ class EvaluationCrop(Strict):
 class Weights(Strict):
     file: str
     sha256: Sha256
-
-
-class ExpectedAccuracy(Strict):
-    """The teacher gate: what is measured on a dataset split must be within `tolerance` of what is said here."""
-
-    dataset: str = Field(description="name in the manifest")
-    split: str = Field(description="of that dataset")
-    top1: float | None = Field(None, ge=0, le=100, exclude_if=lambda one: one is None, description="percent")
-    knn: float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        exclude_if=lambda one: one is None,
-        description="percent, of a teacher without classes: the images whose label most of their 20 nearest have",
-    )
-    tolerance: float = Field(gt=0, description="percentage points")
-
-    @model_validator(mode="after")
-    def _says_one_figure(self) -> Self:
-        if (self.top1 is None) == (self.knn is None):
-            raise ValueError("give top1 of a classifier, or knn of a teacher without classes")
-        return self
-
-    @property
-    def in_words(self) -> str:
-        return f"k-NN top-1 {self.knn:.2f}" if self.top1 is None else f"top-1 {self.top1:.2f}"
 
 
 class Teacher(Strict):

@@ -36,7 +36,8 @@ class Judged:
 
 def evaluate_student(run: Run, student: Student, judged: Judged, epoch: int, end: int) -> dict[str, float | str]:
     """What is due after epochs `epoch` to `end` - 1: top1 (percent), nll and ece on the evaluation split, also of the
-    average of the weights: `top1_ema`, ...; of students without classes what `_of_vectors` says.
+    average of the weights: `top1_ema`, ...; where labels are sets, map (percent) and bce; of students without classes
+    what `_of_vectors` says.
 
     With validation rows, `val_top1` and so on of those, and of the evaluation split after the last pass alone. Then
     what the student answered there is written, before the checkpoint that says that all is done.
@@ -58,9 +59,9 @@ def evaluate_student(run: Run, student: Student, judged: Judged, epoch: int, end
                 figures = _of_vectors(run, predict, images, prefix, learn_from)
             else:
                 measured = evaluate(predict, images, 256, run.device, _title(prefix), run.recipe.evaluation_crop)
-                if is_last and not prefix and not which:
+                figures = {**measured.figures}
+                if is_last and not prefix and not which and "top1" in figures:  # of sets, answers are not compared
                     put_predictions(run.out, measured.answers, images.dataset.classes, images.split.count)
-                figures = {"top1": measured.top1, "nll": measured.nll, "ece": measured.ece}
             found |= {f"{prefix}{name}{which}": value for name, value in figures.items()}
     return found
 

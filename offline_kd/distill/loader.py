@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from offline_kd.data.label_sets import hidden_where
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
 from offline_kd.distill.resident import Resident
@@ -251,7 +252,7 @@ def _copied(gathered: Iterator[Rows], stream: torch.cuda.Stream) -> Iterator[tup
 
 def _labelled(rows: Rows, known: Tensor) -> Rows:
     """With the labels that are known `[n]`."""
-    labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
+    labels, other = (hidden_where(one, known) for one in (rows.labels, rows.other_labels))
     return replace(rows, labels=labels, other_labels=other)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.expected import Kind
 from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.sampler import ORDER_VERSION
@@ -33,7 +34,15 @@ from offline_kd.support.version import __version__
 from offline_kd.training_recipe import Every
 
 MAX_STUDENT_BYTES = 2**40
-OF_VECTORS = ("knn_top1", "knn_top1_ema", "val_knn_top1", "probe_top1", "probe_top1_ema", "probe_learned_from")
+# Of the figures in `metrics.jsonl`, what a result keeps of the last pass, and of the best one.
+AT_THE_END = (
+    *("top1", "nll", "ece", "top1_ema", "val_top1"),
+    *("map", "bce", "map_ema", "val_map"),
+    *("knn_top1", "knn_top1_ema", "val_knn_top1", "probe_top1", "probe_top1_ema", "probe_learned_from"),
+)
+AT_BEST = ("top1", "val_top1", "map", "val_map", "knn_top1")
+# What the best pass is chosen by: the first that was measured.
+JUDGED_BY = ("val_top1", "top1", "val_map", "map", "val_knn_top1", "knn_top1")
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,12 @@ class Run:
     def gives_vectors(self) -> bool:
         """Whether what is trained has no classes, so that no logits come out."""
         return self.trained is None and has_no_classes(self.recipe, self.terms)
+
+    @property
+    def kind(self) -> Kind:
+        """Of what is trained: its teacher's, but that terms on labels make a classifier beside one without classes."""
+        of_teacher = self.recipe.teacher.kind
+        return "classifier" if of_teacher == "embedding" and not self.gives_vectors else of_teacher
 
     @property
     def student(self) -> StudentNetwork:
@@ -146,6 +161,29 @@ class Result:
     rows_sha256: str | None = None
     val_top1: float | None = None  # percent of the validation rows, after the last epoch
     best_val_top1: float | None = None
+    # Where labels are sets:
+    map: float | None = None  # mean average precision in percent, as of top1
+    best_map: float | None = None
+    bce: float | None = None  # nats per sample and class
+    map_ema: float | None = None
+    val_map: float | None = None
+    best_val_map: float | None = None
+
+    @property
+    def accuracy(self) -> str:
+        """What was reached, in words."""
+        figures = {
+            "validation top-1": self.val_top1,
+            "top-1": self.top1,
+            "validation mAP": self.val_map,
+            "mAP": self.map,
+            "validation k-NN top-1": self.val_knn_top1,
+            "k-NN top-1": self.knn_top1,
+            "linear probe": self.probe_top1,
+        }
+        return (
+            ", ".join(f"{name} {value:.2f} %" for name, value in figures.items() if value is not None) or "not judged"
+        )
 
 
 # ---- beginning and end ---------------------------------------------------------------------------------------------
@@ -213,16 +251,14 @@ def finish(
     sha256 = {end: put_weights(run, student, "student", end, evaluation) for end in student.networks}
     best = {end: _best_epoch(history, end) for end in student.networks if "best" in run.recipe.training.keep}
     per_pass = statistics.median(line["seconds"] for line in history)
+    reached: dict[str, Any] = {name: history[-1].get(name) for name in AT_THE_END}
+    reached |= {f"best_{name}": _best(history, name) for name in AT_BEST}
     result = Result(
         recipe=run.recipe.name,
         objective=run.objective,
         targets=run.source,
         kind="embedding" if run.gives_vectors else None,
         seed=run.seed,
-        top1=history[-1].get("top1"),
-        best_top1=_best(history, "top1"),
-        nll=history[-1].get("nll"),
-        ece=history[-1].get("ece"),
         epochs=history[-1]["epoch"],
         steps=len(history) * loader.steps_per_pass,
         parameters=parameter_count(student.network),
@@ -234,17 +270,13 @@ def finish(
         store_digest=run.store_digest,
         student_sha256=sha256[""],
         initial_sha256=run.initial_sha256 or None,
-        top1_ema=history[-1].get("top1_ema"),
         student_ema_sha256=sha256.get("_ema"),
         best_epoch=best.get(""),
         best_epoch_ema=best.get("_ema"),
         rows=loader.source.images.split.count if run.rows_sha256 else None,
         rows_sha256=run.rows_sha256 or None,
-        val_top1=history[-1].get("val_top1"),
-        best_val_top1=_best(history, "val_top1"),
-        best_knn_top1=_best(history, "knn_top1"),
-        **{name: history[-1].get(name) for name in OF_VECTORS},
         projections=sorted(projections_of(run, student)) or None,
+        **reached,
     )
     used = {name: value for name, value in asdict(result).items() if value is not None}
     run.out.put("result.json", (json.dumps(used, indent=2) + "\n").encode())
@@ -283,13 +315,12 @@ def keep_weights(run: Run, student: Student, evaluation: BlockLoader, history: l
 
 
 def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
-    """The first of those with the best top-1 on the validation rows or, without such, on the evaluation split; of
-    students without classes, the best k-NN top-1.
+    """The first of those with the best top-1, mean average precision or k-NN top-1, on the validation rows or, without
+    such, on the evaluation split.
 
     0: none was evaluated yet.
     """
-    figures = ("val_top1", "top1", "val_knn_top1", "knn_top1")
-    judged = next((name for name in figures if any(name in line for line in history)), "top1") + end
+    judged = next((name for name in JUDGED_BY if any(name in line for line in history)), "top1") + end
     evaluated = [line for line in history if judged in line]
     return max(evaluated, key=lambda line: line[judged])["epoch"] if evaluated else 0
 
@@ -311,7 +342,7 @@ def _described(run: Run, network: nn.Module, evaluation: BlockLoader) -> Student
         model=run.student.model,
         model_args=run.student.model_args,
         kd_layers=describe_kd_layers(network),
-        kind="embedding" if run.gives_vectors else "classifier",
+        kind=run.kind,
         classes=[] if run.gives_vectors else evaluation.dataset.classes,
         normalisation=data.normalisation,
         input_size=(height, width),

@@ -132,6 +132,11 @@ def stored_signal(
     """
     for term in terms if len(stores) > 1 and ensemble.space == "probability" else ():
         if term.needs.offset:
+            if term.needs.label == "set":
+                raise RecipeError(
+                    f"term '{term.term}': several multi-label teachers are averaged as logits, not as one softmax: "
+                    "`mix: logit`."
+                )
             raise RecipeError(
                 f"{term.term.upper()} needs the offset of the logits, which a mixture of probabilities lacks: "
                 "`mix: logit`."
@@ -173,13 +178,13 @@ def live_signal(
     def ask(batch: Rows) -> TeacherSignal:
         images = batch.images if batch.live_images is None else batch.live_images
         logits, maps = teacher.logits_and_maps(images, points)
-        labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
+        labels = batch.labels.clamp(min=0)  # packed sets stay; those that are hidden are left out of the loss
         decided = {
             name: _unpacked(pack(config, features, labels, templates[name])) | tables.get(name, {})
             for (name, config), features in zip(configs.items(), maps[: len(configs)], strict=True)
         }
         of_taps = zip(taps.items(), maps[len(configs) :], strict=True)
-        said = logits if teacher.kind == "classifier" else None
+        said = None if teacher.kind == "embedding" else logits
         return TeacherSignal(said, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
 
     return ask

@@ -14,7 +14,7 @@ import torch
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.chosen_rows import chosen_images
@@ -33,6 +33,7 @@ from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal,
 from offline_kd.distill.tracking import check_tracker
 from offline_kd.models.checkpoints import StateDict, WeightsFile, as_file, read_state_dict
 from offline_kd.models.weights import find_weights
+from offline_kd.objectives.bce import BCE
 from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
@@ -182,9 +183,13 @@ def _refuse_part_of_a_pass(recipe: Recipe) -> None:
 
 
 def refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
-    """Raise DataError for cross-entropy on a split without labels, where it would be 0."""
-    if any(isinstance(term, CE) for term in terms):
-        need_labels(images.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "the term 'ce' of the objective")
+    """Raise DataError for labels that are not of the teacher's kind, and for cross-entropy on a split without labels,
+    where it would be 0."""
+    where = f"{recipe.data.dataset}/{recipe.data.train}"
+    refuse_other_labels(recipe.teacher.kind, images.split.labels, where)
+    for term in terms:
+        if isinstance(term, CE | BCE):
+            need_labels(images.split.labels, where, f"the term '{term.term}' of the objective")
 
 
 def refuse_best_of_nothing(recipe: Recipe, evaluated: BlockLoader) -> None:
@@ -262,6 +267,7 @@ def evaluation_images(
     """
     dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
     split = manifest.split(dataset, name)
+    refuse_other_labels(recipe.teacher.kind, split.labels, f"{dataset}/{name}")
     if labelled:
         need_labels(split.labels, f"{dataset}/{name}", "evaluation")
     elif split.labels == "none":
@@ -341,7 +347,7 @@ def group_views(recipe: Recipe, images: BlockLoader, store: Store | None) -> lis
     per_group = plan_views_per_group(
         recipe.views,
         rows_per_block=max(tar.count for tar in images.split.tars),
-        num_classes=len(images.dataset.classes) if recipe.teacher.kind == "classifier" else USUAL_WIDTH,
+        num_classes=USUAL_WIDTH if recipe.teacher.kind == "embedding" else len(images.dataset.classes),
         requested=recipe.capture.views_per_group,
     )
     return view_groups(recipe.views.num_views, per_group)

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 import safetensors.torch
 import torch
@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from offline_kd.data.decoding import upright_rgb
+from offline_kd.data.expected import Kind
 from offline_kd.data.fetching import Fetched, is_url
 from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.models.checkpoints import read_state_dict
@@ -59,8 +60,10 @@ class StudentFile(Strict):
     model: str = Field(description="of the network, as recipes name it")
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
     kd_layers: list[KDLayerInside] = Field([], description="those that are inside, in the order they are put in")
-    kind: Literal["classifier", "embedding"] = Field(
-        "classifier", exclude_if=_is_classifier, description="embedding: it gives vectors, and no logits"
+    kind: Kind = Field(
+        "classifier",
+        exclude_if=_is_classifier,
+        description="embedding: it gives vectors, and no logits; multilabel: logits of a sigmoid for every class",
     )
     classes: list[str] = Field(description="names, in the order of the logits; none of an embedding")
     normalisation: Normalisation
@@ -168,7 +171,7 @@ class TrainedStudent:
 
         Raises DataError for a wrong size, ModelError for a student with classes or without such a projection.
         """
-        if self.about.kind == "classifier":
+        if self.about.kind != "embedding":
             raise ModelError(f"the student of recipe '{self.about.recipe}' has classes, and gives logits: .logits(...)")
         if features is not None and features not in self.projections:
             raise ModelError(

@@ -4,13 +4,14 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
+from offline_kd.data.expected import ExpectedAccuracy, Kind
+from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.models.class_map import select
 from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.models.taps import TapPoint, put_taps, tapped
@@ -44,7 +45,7 @@ class Teacher:
     tf32: bool = False  # on GPUs that have it: float32 products of 10 bits
     classes: list[list[int]] | None = None  # of the network's, that each class of the dataset is; None: it is its own
     weights_part: str = ""  # of their file, where it is another one than the weights themselves
-    kind: Literal["classifier", "embedding"] = "classifier"  # embedding: it has no classes, and gives no logits
+    kind: Kind = "classifier"  # embedding: it has no classes, and gives no logits; multilabel: a sigmoid for each
 
     def logits(self, images: Tensor) -> Tensor:
         """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset, 0 where there are

@@ -56,7 +56,7 @@ def _bins(answers: Answers) -> NDArray[np.int64]:
 
 
 def read_answers(store: Store) -> Answers:
-    """What the teacher said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
+    """What a classifier said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
     blocks = store.blocks
     count = min(MAX_BLOCKS, len(blocks))
     found: list[Answers] = []

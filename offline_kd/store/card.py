@@ -78,7 +78,9 @@ def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str
 
 
 def _section(store: Store, targets: str, fidelity: Fidelity | None) -> Section:
-    answers = read_answers(store) if store.has_logits else None
+    # What pictures show is a softmax beside one label: there are none of a multi-label teacher.
+    is_shown = store.has_logits and store.identity.teacher.kind == "classifier"
+    answers = read_answers(store) if is_shown else None
     return Section(
         _title(store, targets),
         warnings_of(store, answers, fidelity),

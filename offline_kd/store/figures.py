@@ -135,7 +135,8 @@ class Summary:
 def read_figures(store: Store, summary: Summary) -> Iterator[Figures]:
     """The figures of every block that is here, in parts that fit into memory; what they sum up to goes to `summary`.
 
-    Raises StoreMismatch for a store or a copy without logits, StoreCorrupt for what no capture wrote.
+    Raises StoreMismatch for a store or a copy without logits or of a multi-label teacher, StoreCorrupt for what no
+    capture wrote.
     """
     if not store.identity.codec.arrays():
         raise StoreMismatch(
@@ -147,6 +148,11 @@ def read_figures(store: Store, summary: Summary) -> Iterator[Figures]:
         raise StoreMismatch(
             f"{store.place}: this copy holds {describe(held)}, and what the teacher thinks of a sample is in its "
             "logits. Pull those too: `offline-kd store pull` without --only."
+        )
+    if store.identity.teacher.kind == "multilabel":
+        raise StoreMismatch(
+            f"{store.place}: is of a multi-label teacher. What is said of samples here, by confidence, margin and "
+            "label, is of one softmax and one label: train students from it, or look at its page, index.html."
         )
     for number in store.blocks:
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view"])

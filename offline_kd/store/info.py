@@ -129,16 +129,26 @@ def measured(teacher: TeacherIdentity, fidelity: Fidelity | None) -> dict[str, s
 
 def _of_logits(fidelity: Fidelity) -> dict[str, str]:
     """Nothing of a teacher that gives none."""
-    if fidelity.mean_top1_probability is None or fidelity.top1_agreement is None:
+    if fidelity.mean_error is None:
         return {}
+    logits = {
+        "logit error, mean / largest": f"{_error(fidelity.mean_error)} / {_error(fidelity.max_error)} "
+        f"(allowed: {_error(fidelity.max_error_allowed)})"
+    }
+    if fidelity.mean_top1_probability is None or fidelity.top1_agreement is None:
+        return logits | {
+            "mean error of a class's probability at T = 1, 2, 4": ", ".join(
+                f"{value:.2g}" for value in fidelity.sigmoid_error.values()
+            ),
+            "largest error of a class's probability": _error(fidelity.max_sigmoid_error),
+        }
     return {
         "teacher top-1 on them, augmented": "there are no labels"
         if fidelity.teacher_top1 is None
         else f"{fidelity.teacher_top1:.2f} %",
         "mean top-1 probability": f"{fidelity.mean_top1_probability:.3f}",
         "same top-1 as the teacher": f"{100 * fidelity.top1_agreement:.2f} %",
-        "logit error, mean / largest": f"{_error(fidelity.mean_error)} / {_error(fidelity.max_error)} "
-        f"(allowed: {_error(fidelity.max_error_allowed)})",
+        **logits,
         "KL(teacher, store) in nats at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.kl.values()),
         "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
         "WTTM weight / DTKD temperature error": f"{_error(fidelity.wttm_weight_error)} / "

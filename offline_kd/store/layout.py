@@ -163,7 +163,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
             if identity.keeps_digests
             else [per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)")]
         ),
-        per_row("label", "<i4", -1, "class index" + ("; -2: none" if identity.dataset.labels == "none" else "")),
+        per_row("label", *identity.dataset.label_array),
         *(
             per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
             for name, array in identity.views.arrays().items()

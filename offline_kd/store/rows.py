@@ -39,8 +39,8 @@ class Rows:
     """What is known of n rows. The join knows no pixels yet; rendered rows have dropped their view parameters."""
 
     key_hash: NDArray[np.uint64]  # [n]
-    labels: Tensor  # [n] int64; -1 where the label is hidden from the student
-    other_labels: Tensor  # [n] int64 of the image that is mixed in; where there is none, as `labels`
+    labels: Tensor  # [n] int64; -1 where the label is hidden from the student; [n, bytes] uint8: packed sets
+    other_labels: Tensor  # likewise of the image that is mixed in; where there is none, as `labels`
     share: Tensor  # [n] float32, of the image itself; 1: nothing is mixed in
     signal: list[StoredSignal] = field(default_factory=list)  # one of every store
     choice: Choice | None = None  # which view of which row of the tar; None once there are pixels

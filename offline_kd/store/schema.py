@@ -201,9 +201,9 @@ class Fidelity(Strict):
         description="percent of rows, augmented as stored, whose arg-max is the label; None: there are no labels"
     )
     # Of logits; left out where the teacher gives none.
-    mean_top1_probability: float | None = Field(None, exclude_if=_is_none)
+    mean_top1_probability: float | None = Field(None, exclude_if=_is_none, description="by softmax; None: of sigmoids")
     top1_agreement: float | None = Field(
-        None, exclude_if=_is_none, description="share of rows whose arg-max survived the codec"
+        None, exclude_if=_is_none, description="share of rows whose arg-max survived the codec; None: of sigmoids"
     )
     mean_error: float | None = Field(None, exclude_if=_is_none, description="mean absolute error of a logit")
     max_error: float | None = Field(None, exclude_if=_is_none)
@@ -212,6 +212,12 @@ class Fidelity(Strict):
         default_factory=dict, exclude_if=_is_empty, description="mean KL(teacher || store) in nats, by temperature"
     )
     total_variation: dict[str, float] = Field(default_factory=dict, exclude_if=_is_empty)
+    sigmoid_error: dict[str, float] = Field(
+        default_factory=dict,
+        exclude_if=_is_empty,
+        description="of a multi-label teacher: mean absolute error of a class's probability, by temperature",
+    )
+    max_sigmoid_error: float | None = Field(None, exclude_if=_is_none, description="the largest, at T = 1")
     wttm_weight_error: float | None = Field(None, description="mean relative, at the worst of gamma .25, .5, .8")
     dtkd_temperature_error: float | None = Field(None, description="mean relative error of the teacher's temperature")
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)

@@ -113,6 +113,11 @@ def _objectives(identity: StoreIdentity, held: Held | None) -> dict[str, list[di
     if identity.teacher.kind == "embedding":
         return {"embedding": [{"term": "embedding", "features": name} for name in list(identity.features)[:1]]}
     labelled = identity.dataset.labels != "none"
+    if identity.teacher.kind == "multilabel":
+        if held is not None and not held.has("logits/"):
+            return {"bce": [{"term": "bce"}]}
+        bce: list[dict[str, object]] = [{"term": "bce"}] if labelled else []
+        return {"binary_kd": [*bce, {"term": "binary_kd", "temperature": 2.0}]}
     ce: list[dict[str, object]] = [{"term": "ce"}] if labelled else []
     if held is None or held.has("logits/"):
         kd: dict[str, object] = {"term": "kd", "temperature": _temperature(identity.codec)}

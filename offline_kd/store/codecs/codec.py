@@ -56,6 +56,7 @@ class Codec(Strict, ABC):
     """
 
     keeps_whole: ClassVar[bool] = False  # loses no more than rounding, so that others can be measured on what it kept
+    serves_sets: ClassVar[bool] = False  # whether it is right where no softmax follows, class by class
     name: str  # narrowed to one Literal by every codec, by which it is found in CODECS
 
     @abstractmethod
