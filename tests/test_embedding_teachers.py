@@ -135,7 +135,8 @@ def test_the_gate_measures_neighbours_and_refuses_what_was_not_expected(captured
     expected = "teacher.expected={dataset: digits, split: test, knn: %s, tolerance: 0.5}"
     capture = ["cache-teacher", captured / "recipe.yaml", *options, "--store"]
     message = refused(*capture, tmp_path / "wrong", "--set", expected % (found.top1 - 5))
-    assert f"k-NN top-1 on digits/test is {found.top1:.2f} %, expected {found.top1 - 5:.2f}" in message
+    measured = f"k-NN top-1 of 'tower' (20 neighbours) on digits/test is {found.top1:.2f} %"
+    assert f"{measured}, expected {found.top1 - 5:.2f}" in message
     assert not (tmp_path / "wrong" / "store.json").exists()
     assert "expected 9" in done(
         *capture, tmp_path / "right", "--set", expected % found.top1, "--set", "data.tars=[2]"
@@ -172,8 +173,8 @@ def test_networks_without_their_head_give_what_came_into_it(name, args, width):
         ({"capture.codec": "{name: f16}"}, "capture.codec: f16 is of logits"),
         ({"teacher.kind": "classifier"}, "say which module's"),
         ({"teacher.kind": "classifier", "capture": "{codec: {name: none}}"}, "is of teachers without logits"),
-        ({"teacher.expected": "{dataset: digits, split: test, top1: 9, tolerance: 1}"}, "Give expected.knn"),
-        ({"teacher.expected": "{dataset: digits, split: test, tolerance: 1}"}, "give top1 of a classifier, or knn"),
+        ({"teacher.expected": "{dataset: digits, split: test, top1: 9, tolerance: 1}"}, "is measured by knn, not by top1"),
+        ({"teacher.expected": "{dataset: digits, split: test, tolerance: 1}"}, "give top1 of a classifier, knn of"),
         ({"objectives": "{kd: [{term: kd, temperature: 4}]}"}, "term 'kd' needs the teacher's logits"),
         ({"capture.features.tower.module": "body.9"}, "no module 'body.9'"),
         ({"teacher.training": yaml.safe_dump(RECIPE["training"])}, "leave training out"),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tampering import vouch_for_ledger
 
 import offline_kd as okd
-from offline_kd.cache.fidelity import distortion
+from offline_kd.cache.distortion import distortion
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.cli import bench_last_layer
 from offline_kd.distill.teacher_signal import live_signal, stored_signal

@@ -22,7 +22,8 @@ def _sentence(found: Sequence[Summary], teacher: float | None, summaries: Sequen
     best = max(found, key=lambda summary: summary.mean or 0.0)
     assert best.difference is not None, "it stands beside plain training"
     plain = next(one for one in summaries if best.plain is not None and one.group.key == best.plain.key)
-    assert best.mean is not None and plain.mean is not None, "plain training is from labels"
+    assert best.mean is not None, "it was compared"
+    assert plain.mean is not None, "plain training is from labels"
     figures = f"{best.group.label} has {best.mean:.2f} %, {plain.group.label} {plain.mean:.2f} %"
     apart, known = best.difference.mean, _is_known(best.difference)
     if apart > 0 and known:

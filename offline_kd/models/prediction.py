@@ -23,9 +23,8 @@ class Prediction:
     """What a student says of one file: the likeliest classes, or why it cannot be read."""
 
     image: str
-    classes: list[
-        tuple[str, float]
-    ]  # name and probability, the likeliest first; of a multi-label student those above .5
+    # Name and probability, the likeliest first; of a multi-label student those above .5.
+    classes: list[tuple[str, float]]
     problem: str | None = None
 
 
