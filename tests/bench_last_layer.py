@@ -25,7 +25,7 @@ from offline_kd.support.packaged import packaged
 
 CPU = torch.device("cpu")
 IMAGES, VIEWS, EPOCHS = 2000, 2, 8
-LAYERS = {"resnet56": "linear", "lite0": "classifier", "resnet8": "linear"}
+LAYERS = {"resnet56": "linear", "lite0": "classifier", "resnet8": "fc"}
 OF_100 = "cifar100_filtered/lite0_resnet8_codecs"
 SGD = f"{{epochs: {EPOCHS}, optimizer: {{name: sgd, lr: 0.1}}, schedule: {{name: cosine}}, evaluate_every: {EPOCHS}}}"
 
