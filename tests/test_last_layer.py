@@ -1,5 +1,6 @@
 """Logits that are computed from stored features by the teacher's last layer: the same bits everywhere, and refusals."""
 
+import csv
 import json
 import re
 import shutil
@@ -247,6 +248,22 @@ def test_a_part_with_logits_has_their_features_and_one_without_says_what_it_lack
         assert made.capture.codec.of_features == "penultimate"
         assert made.capture.features.keys() == {"penultimate"}
     assert "codec" in invoke("store", "info", tmp_path / "none").stdout
+
+
+def test_pages_about_samples_show_these_logits(stores, where, tmp_path):
+    path = stores / "pq" / "store"
+    store = okd.open_store(path)
+    assert invoke("store", "explore", path, "--out", tmp_path / "gallery", "--samples", "3", *where).exit_code == 0
+    means = store.logits(store.keys()).softmax(-1).mean(1)
+    with (tmp_path / "gallery" / "samples.csv").open(newline="") as file:
+        rows = {row["key"]: row for row in csv.DictReader(file)}
+    for key, mean in zip(store.keys(), means, strict=True):
+        assert int(rows[key]["top1"]) == mean.argmax()
+        assert float(rows[key]["top1_probability"]) == pytest.approx(mean.max().item(), abs=1e-4)
+    key = store.keys()[0]
+    assert invoke("store", "inspect", path, "--out", tmp_path / "one.html", "--key", key, *where).exit_code == 0
+    first = 100 * store.logits([key], views=[0])[0, 0].softmax(0).max().item()
+    assert f"<b>{first:.1f} %</b>" in (tmp_path / "one.html").read_text()
 
 
 def test_chosen_classes_of_another_teacher_are_added_as_rows_of_its_layer(stores, teacher_weights, where, tmp_path):
