@@ -202,7 +202,7 @@ def test_tables_on_the_device_and_batches_that_are_read_make_one_student(run, re
     ("codec", "name", "most"),
     [
         ("{name: int, bits: 4}", "int", 0.05),
-        ("{name: auto, error_budget: 0.01}", "f16", 0.01),
+        pytest.param("{name: auto, error_budget: 0.01}", "f16", 0.01, marks=pytest.mark.slow),
         pytest.param(
             "{name: auto, error_budget: {objective: binary_kd, temperature: 2, change: 0.1}}",
             "f16",
