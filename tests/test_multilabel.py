@@ -13,6 +13,7 @@ from conftest import RECIPE as ONE_LABEL
 from conftest import invoke, refused
 from digit_sets import CLASSES, RECIPE, classes_of, make_digit_sets, write_recipe, write_tar
 from documents import blocks
+from test_ranks import torchrun
 
 import offline_kd as okd
 from offline_kd.data.label_sets import names_in, unpack_sets
@@ -199,7 +200,16 @@ def test_tables_on_the_device_and_batches_that_are_read_make_one_student(run, re
 
 @pytest.mark.parametrize(
     ("codec", "name", "most"),
-    [("{name: int, bits: 4}", "int", 0.05), ("{name: auto, error_budget: 0.01}", "f16", 0.01)],
+    [
+        ("{name: int, bits: 4}", "int", 0.05),
+        pytest.param("{name: auto, error_budget: 0.01}", "f16", 0.01, marks=pytest.mark.slow),
+        pytest.param(
+            "{name: auto, error_budget: {objective: binary_kd, temperature: 2, change: 0.1}}",
+            "f16",
+            0.01,
+            marks=pytest.mark.slow,
+        ),
+    ],
 )
 def test_other_codecs_say_how_far_probabilities_are_off(recipe_file, data, tmp_path, codec, name, most):
     store = tmp_path / "store"
@@ -372,3 +382,40 @@ def test_mixed_views_are_stored_and_trained_and_pages_of_samples_name_their_sets
     inspected = invoke("store", "inspect", store, "--key", key, "--out", page, *data)
     assert inspected.exit_code == 0, inspected.output
     assert "above four, even, loop" in page.read_text()
+
+
+@pytest.mark.slow
+def test_two_ranks_measure_what_one_process_measures(run, recipe_file, data, tmp_path):
+    """Each has half of the images, and precision depends on the order of all."""
+    out = tmp_path / "two"
+    options = ["--objective", "binary_kd", "--store", run / "store", "--out", out, "--set", "training.epochs=1"]
+    done = torchrun(2, [], "-m", "offline_kd", "distill", recipe_file, *options, *data)
+    assert done.returncode == 0, done.stderr
+    alone = json.loads(invoke("evaluate", out, "--network", "networks:small", *data, "--json").stdout)
+    assert said(out / "result.json")["map"] == pytest.approx(alone["map"], abs=1e-9)
+    assert said(out / "result.json")["bce"] == pytest.approx(alone["bce"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_terms_on_features_and_decisions_are_for_sets_too(recipe_file, data, tmp_path):
+    """And the teacher is asked live, of which reports say nothing that a softmax would."""
+    decisions = "{last: {kind: templates, module: body.5, templates: 8, top: 2, iterations: 3}}"
+    terms = [
+        "{term: binary_kd, temperature: 2}",
+        "{term: decisions, decisions: last, after: body.5}",
+        "{term: itrd, features: made}",
+        "{term: embedding, features: made}",
+        "{term: relational, features: made, distance_weight: 1, angle_weight: 1}",
+    ]
+    changes = [f"capture.decisions={decisions}", "capture.features={made: {module: body.5}}", "training.epochs=1"]
+    changes.append(f"objectives={{all: [{', '.join(terms)}]}}")
+    settings = [one for change in changes for one in ("--set", change)] + data
+    captured = invoke("cache-teacher", recipe_file, "--store", tmp_path / "store", *settings)
+    assert captured.exit_code == 0, captured.stderr
+    for name, online in (("stored", []), ("live", ["--online"])):
+        out = tmp_path / name
+        done = invoke("distill", recipe_file, "--store", tmp_path / "store", "--out", out, *online, *settings)
+        assert done.exit_code == 0, done.stderr
+        line = json.loads((out / "metrics.jsonl").read_text())
+        assert line["map"] > 0
+        assert not {"teacher_top1", "teacher_entropy"} & set(line)
