@@ -37,7 +37,7 @@ RECIPE = {
     "teacher": {"kind": "embedding", "model": "networks:small"},
     "views": {"kind": "pad_crop_flip", "padding": 1, "flip": False, "count": 2},
     "capture": {"features": {"tower": {"code": {"name": "f16"}}}, "views_per_group": 1, "fidelity_rows": 60},
-    "student": {"model": "networks:small", "model_args": {"width": 4}},
+    "student": {"model": "cifar:resnet8"},
     "training": {
         "epochs": 2,
         "batch_size": 64,
@@ -94,13 +94,12 @@ def trained(captured, options) -> Path:
 
 @pytest.fixture(scope="module")
 def bare(data_root, tmp_path_factory) -> Path:
-    """A manifest of the same digits without labels."""
-    digits = load_manifest(ROOT / "data_manifest.yaml").dataset("digits").model_dump(mode="json", exclude_none=True)
-    del digits["classes"]
-    for split in digits["splits"].values():
-        split["labels"] = "none"
+    """A manifest of the same digits without labels and classes, and of those that have them as `labelled`."""
+    labelled = load_manifest(ROOT / "data_manifest.yaml").dataset("digits").model_dump(mode="json", exclude_none=True)
+    splits = {name: {**split, "labels": "none"} for name, split in labelled["splits"].items()}
+    digits = {"folder": labelled["folder"], "splits": splits}
     file = tmp_path_factory.mktemp("bare") / "data_manifest.yaml"
-    file.write_text(yaml.safe_dump({"manifest_version": 1, "datasets": {"digits": digits}}))
+    file.write_text(yaml.safe_dump({"manifest_version": 1, "datasets": {"digits": digits, "labelled": labelled}}))
     return file
 
 
@@ -109,9 +108,9 @@ def bare(data_root, tmp_path_factory) -> Path:
 
 def test_nearest_neighbours_vote_as_scikit_learns_do():
     draw = np.random.default_rng(0)
-    vectors, labels = draw.normal(size=(300, 5)).astype(np.float32), draw.integers(0, 4, 300)  # votes are often equal
+    vectors, labels = draw.normal(size=(80, 5)).astype(np.float32), draw.integers(0, 4, 80)  # votes are often equal
     vectors += 0.8 * np.eye(5, dtype=np.float32)[labels]
-    for neighbours in (1, 6, 20):
+    for neighbours in (1, 8):
         right = 0
         for index in range(len(labels)):
             others = np.arange(len(labels)) != index
@@ -149,7 +148,7 @@ def test_a_head_is_left_out_and_that_is_said(captured):
     ("name", "args", "width"),
     [
         ("cifar:resnet8", {}, 64),
-        ("torchvision:mobilenet_v2", {}, 1280),
+        pytest.param("torchvision:mobilenet_v2", {}, 1280, marks=pytest.mark.slow),
         ("timm:vit_tiny_patch16_224", {"img_size": 32, "depth": 1}, 192),
         ("timm:vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "num_classes": 24}, 24),
         ("networks:no_classes", {}, 10),
@@ -175,8 +174,8 @@ def test_networks_without_their_head_give_what_came_into_it(name, args, width):
         ({"teacher.expected": "{dataset: digits, split: test, tolerance: 1}"}, "give top1 of a classifier, or knn"),
         ({"objectives": "{kd: [{term: kd, temperature: 4}]}"}, "term 'kd' needs the teacher's logits"),
         ({"capture.features.tower.module": "body.9"}, "no module 'body.9'"),
-        ({"training": "{epochs: 1}", "teacher.training": "{epochs: 1}"}, "leave training out"),
-        ({"data.subset": "{score: teacher_entropy, keep: 0.5}"}, "holds no logits"),
+        ({"teacher.training": yaml.safe_dump(RECIPE["training"])}, "leave training out"),
+        ({"data.subset": "{score: teacher_entropy, keep: 0.5, order: highest}"}, "holds no logits"),
         ({"student.head": "new"}, "has no head"),
     ],
 )
@@ -197,7 +196,7 @@ def test_a_store_of_features_alone_is_proven_and_says_so(captured, options, tmp_
     assert not [name for name in store.arrays if name.startswith("logits/")]
     assert not (place / "targets.zarr" / "logits").exists()
     assert json.loads((place / "store.json").read_text())["codec"] == {"name": "none"}
-    assert "60 rows" in done(
+    assert "about 60 of 1,024 rows" in done(
         "store", "verify", place, "--teacher", "60", "--recipe", captured / "recipe.yaml", *options[:4]
     )
     told = json.loads(invoke("store", "info", place, "--json").stdout)
@@ -210,9 +209,9 @@ def test_a_store_of_features_alone_is_proven_and_says_so(captured, options, tmp_
     assert "teacher k-NN top-1" in card
     assert yaml.safe_load((place / "recipe.yaml").read_text())["teacher"]["kind"] == "embedding"
     assert "holds no logits" in refused("store", "explore", place, "--out", tmp_path / "gallery", *options[:4])
-    done("store", "inspect", place, "--out", tmp_path / "sample.html", *options[:4])
-    assert "likeliest" not in (tmp_path / "sample.html").read_text()
     opened = okd.open_store(place)
+    done("store", "inspect", place, "--key", opened.keys()[0], "--out", tmp_path / "sample.html", *options[:4])
+    assert "likeliest" not in (tmp_path / "sample.html").read_text()
     assert opened.features("tower", opened.keys()[:3]).shape == (3, 2, 256)
     with pytest.raises(StoreMismatch, match="holds no logits, because its teacher has no classes"):
         opened.logits(opened.keys()[:3])
@@ -226,8 +225,7 @@ def test_a_damaged_store_is_found_repaired_and_grows(captured, options, tmp_path
     flipped[len(flipped) // 2] ^= 4
     found.write_bytes(flipped)
     assert invoke("store", "verify", place).exit_code == 1
-    repair = ["store", "verify", place, "--repair", "--recipe", captured / "recipe.yaml", *options]
-    invoke(*repair)
+    done("store", "repair", place, captured / "recipe.yaml", *options)
     done("store", "verify", place)
     assert captured_at(place).digest == captured_at(captured / "store").digest
     done("cache-teacher", captured / "recipe.yaml", "--store", place, *options, "--set", "views.count=3")
@@ -239,9 +237,11 @@ def test_a_damaged_store_is_found_repaired_and_grows(captured, options, tmp_path
 def test_a_module_in_memory_may_have_no_classes(data_root, tmp_path):
     network, _ = build_without_head("networks:small")
     views, normalisation = {"kind": "none"}, {"mean": [0.3] * 3, "std": [0.4] * 3}
+    (tmp_path / "digits").mkdir()
+    shutil.copy(min((data_root / "digits").glob("test*")), tmp_path / "digits")
     store = okd.cache_teacher(
         network,
-        data_root / "digits",
+        tmp_path / "digits",
         views=views,
         out=tmp_path / "store",
         normalisation=normalisation,
@@ -310,12 +310,10 @@ def test_a_saved_student_gives_vectors_in_the_space_of_its_teacher(trained, opti
     assert json.loads((trained / "run" / "result.json").read_text())["projections"] == ["tower"]
     images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
     own, projected = student.vectors(images), student.vectors(images, "tower")
-    assert (own.shape, projected.shape) == ((5, 128), (5, 256))
+    assert (own.shape, projected.shape) == ((5, 64), (5, 256))
     heads = torch.load(trained / "run" / "last.ckpt", weights_only=True)["beside"]["heads"]
-    assert torch.equal(projected, own @ heads["0.embed.weight"].T + heads["0.embed.bias"]) or torch.allclose(
-        projected, own @ heads["0.embed.weight"].T + heads["0.embed.bias"], atol=1e-5
-    )
-    assert not [name for name in tensors if name.startswith("head.")]
+    assert torch.allclose(projected, own @ heads["0.embed.weight"].T + heads["0.embed.bias"], atol=1e-5)
+    assert not [name for name in tensors if name.startswith("linear.")]
     with pytest.raises(ModelError, match=r"no projection to features 'towre'\. Did you mean 'tower'"):
         student.vectors(images, "towre")
     with pytest.raises(ModelError, match="has no classes, and gives vectors"):
@@ -339,8 +337,8 @@ def test_the_page_is_right_about_a_saved_student(trained, tmp_path, monkeypatch)
 def test_a_stopped_student_without_classes_goes_on_to_the_same_file(trained, options, tmp_path):
     given = ["distill", trained / "recipe.yaml", "--store", trained / "store", "--out", tmp_path / "run", *options]
     given += ["--set", "training.keep=[best]", "--set", "training.checkpoint_steps=3"]
-    with ended_after(11), pytest.raises(KeyboardInterrupt):
-        invoke(*given)
+    with ended_after(11):
+        assert invoke(*given).exit_code == 130
     done(*given)
     for name in ("student.safetensors", "best.safetensors"):
         assert (tmp_path / "run" / name).read_bytes() == (trained / "run" / name).read_bytes()
@@ -359,7 +357,7 @@ def test_labels_beside_the_features_make_a_student_with_classes(trained, options
     given = ["--store", trained / "store", "--out", tmp_path / "run", *options, "--set", terms]
     done("distill", trained / "recipe.yaml", *given)
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["top1"] > 50
+    assert result["top1"] > 20
     assert "knn_top1" not in result
     both = done("report", trained / "run", tmp_path / "run", "--out", tmp_path / "report.html")
     assert "k-NN top-1 %" in both
@@ -396,21 +394,22 @@ def test_images_without_labels_are_captured_and_trained_on(teacher_weights, bare
     assert "has no labels" in refused(*distill, "labels")
     keep = ("--set", "training.keep=[best]")
     assert "best is by labels of the evaluation split" in refused(*distill, "all", *keep, "--out", tmp_path / "other")
-
-
-def test_without_training_labels_the_probe_is_cross_validated(trained, bare, data_root, options, tmp_path):
-    content = yaml.safe_load(bare.read_text())
-    labelled = load_manifest(ROOT / "data_manifest.yaml").dataset("digits").model_dump(mode="json", exclude_none=True)
-    content["datasets"]["labelled"] = labelled  # whose classes the images that are trained on do not have
-    half = tmp_path / "half.yaml"
-    half.write_text(yaml.safe_dump(content))
-    where = ["--manifest", half, "--data-root", data_root, "--device", "cpu", "--set", "data.evaluation=labelled/test"]
-    done("cache-teacher", trained / "recipe.yaml", "--store", tmp_path / "store", *where)
-    assert captured_at(tmp_path / "store").identity.teacher.evaluated_on == "labelled/test"
-    done("distill", trained / "recipe.yaml", "--store", tmp_path / "store", "--out", tmp_path / "run", *where)
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    # Where other images have labels, the student is judged on those, and the probe has nothing else to learn from.
+    judged = ("--set", "data.evaluation=labelled/test", "--out", tmp_path / "judged")
+    done(*distill, "all", *judged)
+    result = json.loads((tmp_path / "judged" / "result.json").read_text())
     assert result["probe_learned_from"] == FROM_EVALUATION
     assert result["probe_top1"] > 50
+    classifier = (
+        "--set",
+        "teacher.kind=classifier",
+        "--set",
+        "capture={codec: {name: f16}}",
+        "--set",
+        "objectives={a: [{term: ce}]}",
+    )
+    told = refused("cache-teacher", recipe, "--store", tmp_path / "other", *options, *classifier)
+    assert "has no classes, of which a classifier gives logits" in told
 
 
 # ---- real networks ---------------------------------------------------------------------------------------------------
@@ -419,11 +418,12 @@ def test_without_training_labels_the_probe_is_cross_validated(trained, bare, dat
 def test_a_vision_transformer_without_head_goes_through_both_stages(options, tmp_path):
     args = {"img_size": 8, "patch_size": 4, "depth": 2}
     torch.manual_seed(0)
-    save_file(build("timm:vit_tiny_patch16_224", 0, args).state_dict(), tmp_path / "vit.safetensors")
+    weights = build("timm:vit_tiny_patch16_224", 0, args).to(memory_format=torch.contiguous_format).state_dict()
+    save_file(weights, tmp_path / "vit.safetensors")
     teacher = {"model": "timm:vit_tiny_patch16_224", "model_args": args, "weights": str(tmp_path / "vit.safetensors")}
     features = {"tower": {"code": {"name": "pq", "subspaces": 8, "centroids": 16, "iterations": 2}}}
     changes = {"teacher": teacher, "views": {"count": 1}, "capture": {"features": features}}
-    changes |= {"student": {"model": "cifar:resnet8", "model_args": {}}, "training": {"epochs": 1}}
+    changes |= {"training": {"epochs": 1}}
     changes["objectives"] = {"both": [{"term": "embedding", "features": "tower"}]}
     recipe = written(tmp_path, **changes)
     done("cache-teacher", recipe, "--store", tmp_path / "store", *options)

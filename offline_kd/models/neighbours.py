@@ -59,8 +59,9 @@ def embed(
     parts = of_all((found.key_hash, found.labels, found.logits))
     key_hash = np.concatenate([one for one, _, _ in parts])
     order = torch.from_numpy(np.argsort(key_hash, kind="stable"))
-    labels, vectors = (torch.cat([part[at] for part in parts if len(part[0])])[order] for at in (1, 2))
-    return Embedded(key_hash[order.numpy()], labels, vectors)
+    labels = torch.cat([one for _, one, _ in parts])
+    vectors = torch.cat([one for _, _, one in parts if len(one)] or [torch.empty(0, 0)])
+    return Embedded(key_hash[order.numpy()], labels[order], vectors[order])
 
 
 def knn_top1(vectors: Tensor, labels: Tensor, neighbours: int = NEIGHBOURS) -> float:
