@@ -191,7 +191,10 @@ class CaptureRecipe(Strict):
                 "`features: {embedding: {}}` for what the network itself gives"
             )
         if is_embedding and codec != "none":
-            raise ValueError(f"capture.codec: {codec} is of logits, and teacher.kind: embedding has none: leave it out")
+            raise ValueError(
+                f"capture.codec: {codec} is of logits, and teacher.kind: embedding has none: leave it out, or write "
+                "{name: none}"
+            )
         if not is_embedding and codec == "none":
             raise ValueError("capture.codec: none is of teachers without logits: teacher.kind: embedding")
         for name, one in self.capture.features.items():

@@ -22,6 +22,7 @@ from offline_kd.data.manifest import load_manifest
 from offline_kd.distill.probe import FROM_EVALUATION, FROM_TRAINING
 from offline_kd.models.neighbours import knn_top1
 from offline_kd.models.networks import build, build_without_head
+from offline_kd.recipe import recipe_of
 from offline_kd.store.opening import open_store
 from offline_kd.store.reader import Store
 from offline_kd.support.errors import ModelError, StoreMismatch
@@ -323,6 +324,12 @@ def test_a_saved_student_gives_vectors_in_the_space_of_its_teacher(trained, opti
     assert figures["knn_top1"] == result["knn_top1"]
     assert figures["knn_top1_tower"] > 50
     assert "k-NN top-1 % in 'tower'" in done("evaluate", trained / "run", *options)
+
+
+def test_the_page_has_pieces_of_recipes():
+    for piece in (block for block in blocks("docs/embedding-teachers.md") if block.language == "yaml"):
+        read = recipe_of(merged(RECIPE, yaml.safe_load(piece.text)), str(piece))
+        assert read.capture.codec.name == "none"
 
 
 def test_the_page_is_right_about_a_saved_student(trained, tmp_path, monkeypatch):

@@ -284,7 +284,7 @@ def gate(
         return _gate_of_embeddings(teacher, recipe, loader, where, device), None
     need_labels(loader.split.labels, where, "the teacher's gate")
     measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
-    _refuse_unexpected(teacher, where, "top-1", measured.top1, expected.top1 if expected else None)
+    _refuse_unexpected(teacher, where, "", measured.top1, expected.top1 if expected else None)
     return Measured(where, top1=measured.top1), measured
 
 
@@ -305,13 +305,13 @@ def _gate_of_embeddings(
 
     found = embed(vectors, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
     top1 = knn_top1(found.vectors.to(device), found.labels.to(device))
-    _refuse_unexpected(teacher, where, "k-NN top-1", top1, expected.knn if expected else None)
+    _refuse_unexpected(teacher, where, "k-NN ", top1, expected.knn if expected else None)
     return Measured(where, neighbours=MeasuredNeighbours(features=name, neighbours=NEIGHBOURS, top1=top1))
 
 
 def _refuse_unexpected(teacher: Teacher, where: str, what: str, found: float, wanted: float | None) -> None:
     if teacher.expected and wanted is not None and abs(found - wanted) > teacher.expected.tolerance:
         raise TeacherError(
-            f"teacher '{teacher.name}': {what} on {where} is {found:.2f} %, expected {wanted:.2f} +- "
+            f"teacher '{teacher.name}': {what}top-1 on {where} is {found:.2f} %, expected {wanted:.2f} +- "
             f"{teacher.expected.tolerance:g}. Check weights, normalisation and class order; nothing was written."
         )
