@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from students import ended_after, said
+from test_ranks import torchrun
 
 import offline_kd as okd
 from offline_kd.data.manifest import load_manifest
@@ -247,11 +248,11 @@ def test_a_module_in_memory_may_have_no_classes(data_root, tmp_path):
         out=tmp_path / "store",
         normalisation=normalisation,
         kind="embedding",
-        features={"tower": {}},
+        features={"tower": {}, "map": {"module": "body.5", "pool": "none"}},
     )
-    loader = store.loader(batch_size=32, seed=0, features=["tower"])
+    loader = store.loader(batch_size=32, seed=0, features=["tower", "map"])
     batch = next(iter(loader.epoch(0)))
-    assert batch.teacher_features["tower"].shape == (32, 256)
+    assert torch.equal(batch.teacher_features["tower"], batch.teacher_features["map"].flatten(1))
     with pytest.raises(StoreMismatch, match="no logits"):
         _ = batch.teacher_logits
 
@@ -372,6 +373,18 @@ def test_labels_beside_the_features_make_a_student_with_classes(trained, options
     assert okd.load_student(tmp_path / "run").classes == [str(digit) for digit in range(10)]
 
 
+@pytest.mark.slow
+def test_two_ranks_train_and_judge_a_student_without_classes_as_one_process_does(captured, options, tmp_path):
+    given = ["distill", captured / "recipe.yaml", "--store", captured / "store", *options]
+    given += ["--set", "student.model=networks:group_norm"]  # BatchNorm would see parts of a batch
+    done(*given, "--out", tmp_path / "one")
+    ended = torchrun(2, [], "-m", "offline_kd", *given, "--out", tmp_path / "two")
+    assert ended.returncode == 0, ended.stderr
+    one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
+    for name in ("knn_top1", "probe_top1"):
+        assert two[name] == pytest.approx(one[name], abs=1)
+
+
 # ---- images without labels -------------------------------------------------------------------------------------------
 
 
@@ -433,11 +446,10 @@ def test_a_vision_transformer_without_head_goes_through_both_stages(options, tmp
     changes |= {"training": {"epochs": 1}}
     changes["objectives"] = {"both": [{"term": "embedding", "features": "tower"}]}
     recipe = written(tmp_path, **changes)
-    done("cache-teacher", recipe, "--store", tmp_path / "store", *options)
-    about = captured_at(tmp_path / "store").identity.features["tower"]
-    assert about.shape == (192,)
-    done("distill", recipe, "--store", tmp_path / "store", "--out", tmp_path / "run", *options)
-    assert okd.load_student(tmp_path / "run").vectors(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "tower").shape == (
+    assert "k-NN top-1" in done("run", recipe, "--out", tmp_path / "all", *options)
+    assert captured_at(tmp_path / "all" / "store").identity.features["tower"].shape == (192,)
+    (run,) = (tmp_path / "all" / "students").iterdir()
+    assert okd.load_student(run).vectors(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "tower").shape == (
         1,
         192,
     )

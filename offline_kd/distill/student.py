@@ -109,9 +109,9 @@ def new_student(
     else:
         images = torch.zeros((1, 3, size, size), dtype=torch.uint8)
     example = normalise(images.to(device), recipe.data.normalisation)
-    # Before KD layers change the names of modules: a tap reads what a module gives, not what such a layer adds to it.
     if gives is None:
         refuse_no_vectors(_of_example(network, example), about.model, len(example))
+    # Before KD layers change the names of modules: a tap reads what a module gives, not what such a layer adds to it.
     features = _tapped(network, {term.student_module for term in compared}, recipe, gives, example)
     layers = _with_kd_layers(network, recipe, wanted, num_classes, example)
     return Student(network, layers, about.model, gives, features=features)
