@@ -291,24 +291,7 @@ def describe_capture(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
         dataset=describe_dataset(recipe, loader, first),
-        teacher=TeacherIdentity(
-            name=teacher.name,
-            model=teacher.model,
-            model_args=teacher.model_args,
-            kind=teacher.kind,
-            weights_sha256=teacher.weights_sha256,
-            weights_part=teacher.weights_part,
-            normalisation=teacher.normalisation,
-            crop=teacher.crop,
-            dtype=teacher.dtype,
-            compile=teacher.compile,
-            tf32=teacher.tf32,
-            classes=teacher.classes,
-            evaluated_on=measured.evaluated_on,
-            measured_top1=measured.top1,
-            measured_neighbours=measured.neighbours,
-            licence=teacher.licence,
-        ),
+        teacher=_describe_teacher(teacher, measured),
         views=recipe.views,
         codec=codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
@@ -318,6 +301,27 @@ def describe_capture(
         rows_per_block=rows_per_block,
         views_per_group=views_per_group,
         versions=software_versions(),
+    )
+
+
+def _describe_teacher(teacher: Teacher, measured: Measured) -> TeacherIdentity:
+    return TeacherIdentity(
+        name=teacher.name,
+        model=teacher.model,
+        model_args=teacher.model_args,
+        kind=teacher.kind,
+        weights_sha256=teacher.weights_sha256,
+        weights_part=teacher.weights_part,
+        normalisation=teacher.normalisation,
+        crop=teacher.crop,
+        dtype=teacher.dtype,
+        compile=teacher.compile,
+        tf32=teacher.tf32,
+        classes=teacher.classes,
+        evaluated_on=measured.evaluated_on,
+        measured_top1=measured.top1,
+        measured_neighbours=measured.neighbours,
+        licence=teacher.licence,
     )
 
 

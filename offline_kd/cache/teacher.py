@@ -46,16 +46,7 @@ def load_teacher(
             f"recipe '{recipe.name}': teacher.weights is missing. Name a teacher of the manifest or a "
             "file, or train one: `offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
         )
-    if wanted.kind == "classifier" and not num_classes:
-        raise RecipeError(
-            f"recipe '{recipe.name}': dataset '{recipe.data.dataset}' has no classes, of which a classifier gives "
-            "logits. Name them in the manifest, or ask a teacher without classes: teacher.kind: embedding."
-        )
-    if wanted.is_to_be_trained:
-        raise RecipeError(
-            f"recipe '{recipe.name}': teacher.head says that teacher.training begins from teacher.weights. Train it: "
-            "`offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
-        )
+    _refuse_unready(recipe, num_classes)
     file = as_file(wanted.weights)
     known, model = manifest.teachers.get(file.file), teacher_model(recipe, manifest)
     if model is None:
@@ -68,7 +59,7 @@ def load_teacher(
     state = read_state_dict(path, file.key, file.prefix)
     classes = teacher_classes(recipe, manifest)
     if wanted.kind == "embedding":
-        network = without_head(model, args, state)
+        network = _without_head(model, args, state)
     else:
         own_classes = num_classes if classes is None else _classes_of_weights(state, model, num_classes, args)
         if classes is not None:
@@ -97,7 +88,21 @@ def load_teacher(
     )
 
 
-def without_head(model: str, args: dict[str, int | float | str | bool], state: StateDict) -> nn.Module:
+def _refuse_unready(recipe: CaptureRecipe, num_classes: int) -> None:
+    wanted = recipe.teacher
+    if wanted.kind == "classifier" and not num_classes:
+        raise RecipeError(
+            f"recipe '{recipe.name}': dataset '{recipe.data.dataset}' has no classes, of which a classifier gives "
+            "logits. Name them in the manifest, or ask a teacher without classes: teacher.kind: embedding."
+        )
+    if wanted.is_to_be_trained:
+        raise RecipeError(
+            f"recipe '{recipe.name}': teacher.head says that teacher.training begins from teacher.weights. Train it: "
+            "`offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
+        )
+
+
+def _without_head(model: str, args: dict[str, int | float | str | bool], state: StateDict) -> nn.Module:
     """A network without its classifier, with these weights; that a head of theirs is left out is said.
 
     Raises ModelError for weights that do not fit, and where the classifier is not one module.

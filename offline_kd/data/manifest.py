@@ -152,22 +152,17 @@ class Weights(Strict):
     sha256: Sha256
 
 
-def _is_absent(value: object) -> bool:
-    """Left out of JSON and YAML, so that what was written before says the same."""
-    return value is None
-
-
 class ExpectedAccuracy(Strict):
     """The teacher gate: what is measured on a dataset split must be within `tolerance` of what is said here."""
 
     dataset: str = Field(description="name in the manifest")
     split: str = Field(description="of that dataset")
-    top1: float | None = Field(None, ge=0, le=100, exclude_if=_is_absent, description="percent")
+    top1: float | None = Field(None, ge=0, le=100, exclude_if=lambda one: one is None, description="percent")
     knn: float | None = Field(
         None,
         ge=0,
         le=100,
-        exclude_if=_is_absent,
+        exclude_if=lambda one: one is None,
         description="percent, of a teacher without classes: the images whose label most of their 20 nearest have",
     )
     tolerance: float = Field(gt=0, description="percentage points")
