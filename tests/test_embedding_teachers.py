@@ -173,7 +173,7 @@ def test_networks_without_their_head_give_what_came_into_it(name, args, width):
         ({"capture.codec": "{name: f16}"}, "capture.codec: f16 is of logits"),
         ({"teacher.kind": "classifier"}, "say which module's"),
         ({"teacher.kind": "classifier", "capture": "{codec: {name: none}}"}, "is of teachers without logits"),
-        ({"teacher.expected": "{dataset: digits, split: test, top1: 9, tolerance: 1}"}, "is measured by knn, not by top1"),
+        ({"teacher.expected": "{dataset: digits, split: test, top1: 9, tolerance: 1}"}, "by knn, not by top1"),
         ({"teacher.expected": "{dataset: digits, split: test, tolerance: 1}"}, "give top1 of a classifier, knn of"),
         ({"objectives": "{kd: [{term: kd, temperature: 4}]}"}, "term 'kd' needs the teacher's logits"),
         ({"capture.features.tower.module": "body.9"}, "no module 'body.9'"),
@@ -235,6 +235,26 @@ def test_a_damaged_store_is_found_repaired_and_grows(captured, options, tmp_path
     assert captured_at(place).identity.views.num_views == 3
     done("store", "pull", place, tmp_path / "part", "--only", "features")
     done("store", "verify", tmp_path / "part")
+
+
+def test_a_classifier_is_added_to_the_store_of_a_tower(captured, teacher_weights, options, tmp_path):
+    place = tmp_path / "store"
+    shutil.copytree(captured / "store", place)
+    teacher = {"kind": "classifier", "weights": str(teacher_weights)}
+    kd = {"training": {"epochs": 1}, "objectives": {"kd": [{"term": "kd", "temperature": 4}]}}
+    recipe = written(tmp_path, name="classes", teacher=teacher, **kd)
+    logits = {"capture": {"codec": {"name": "f16"}, "views_per_group": 1, "fidelity_rows": 60}}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | logits | {"objectives": kd["objectives"]}))
+    given = [recipe, "--store", f"{place}#classes", "--out", tmp_path / "run", *options, "--objective", "kd"]
+    done("cache-teacher", recipe, "--store", place, "--add", *options)
+    done("store", "verify", place)
+    assert (open_store(Folder(place), targets="classes").has_logits, captured_at(place).has_logits) == (True, False)
+    done("distill", *given)
+    wrong = refused("distill", recipe, "--store", place, "--out", tmp_path / "other", *options, "--objective", "kd")
+    assert "holds no logits, because its teacher has no classes, and term 'kd' needs them" in wrong
+    plain = ("--set", "objectives={kd: [{term: ce}]}")
+    wrong = refused("distill", recipe, "--store", place, "--out", tmp_path / "other", *options, *plain)
+    assert "with kind embedding, the recipe's teacher has classifier" in wrong
 
 
 def test_a_module_in_memory_may_have_no_classes(data_root, tmp_path):
@@ -385,6 +405,12 @@ def test_two_ranks_train_and_judge_a_student_without_classes_as_one_process_does
     one, two = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two"))
     for name in ("knn_top1", "probe_top1"):
         assert two[name] == pytest.approx(one[name], abs=1)
+
+
+@pytest.mark.slow
+def test_a_student_without_classes_is_exported(trained, options, tmp_path):
+    told = done("export", trained / "run", "--format", "torch-export", "--out", tmp_path / "one.pt2", *options[:4])
+    assert "vectors of" in told
 
 
 # ---- images without labels -------------------------------------------------------------------------------------------

@@ -176,8 +176,8 @@ def difference(store: Store, known: Mapping[str, object]) -> str | None:
 
 
 def _plain(value: object) -> str:
-    """As YAML has it, if it is short: text as it is."""
-    return str(value) if isinstance(value, str | Absent) else json.dumps(value)
+    """As YAML has it, if it is short: text as it is, if there is any."""
+    return str(value) if isinstance(value, str | Absent) and value != "" else json.dumps(value)
 
 
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
@@ -189,6 +189,11 @@ def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
     fidelity = manifest.fidelity.get(store.targets) if manifest else None
     for term in terms:
         problem = codec.serves(term.needs)
+        if problem and store.identity.teacher.kind == "embedding":
+            raise StoreMismatch(
+                f"{store.place}: holds no logits, because its teacher has no classes, and term '{term.term}' needs "
+                "them. Name the store of a classifier, or other targets of this one: STORE#TARGETS."
+            )
         if not problem and term.needs.measured:
             name, message = term.needs.measured
             error: float | None = getattr(fidelity, name, None)

@@ -138,13 +138,13 @@ def read_figures(store: Store, summary: Summary) -> Iterator[Figures]:
     Raises StoreMismatch for a store or a copy without logits or of a multi-label teacher, StoreCorrupt for what no
     capture wrote.
     """
-    if not store.identity.codec.arrays():
+    if store.identity.teacher.kind == "embedding":
         raise StoreMismatch(
             f"{store.place}: holds no logits, because its teacher has no classes, and what a teacher thinks of a "
             "sample is in its logits. `store info` shows what this one holds."
         )
     held = store.manifest.held if store.manifest else None
-    if held and not held.has("logits/"):
+    if held and not store.has_logits:
         raise StoreMismatch(
             f"{store.place}: this copy holds {describe(held)}, and what the teacher thinks of a sample is in its "
             "logits. Pull those too: `offline-kd store pull` without --only."
