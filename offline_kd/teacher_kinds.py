@@ -52,7 +52,7 @@ def _refuse_capture_of_sets(codec: Strict, decisions: Mapping[str, AnyDecisions]
     if isinstance(codec, Codec) and not codec.serves_sets:
         raise ValueError(
             f"capture.codec: '{codec.name}' keeps what a softmax needs of the logits, and the sigmoids of a multilabel "
-            "teacher need more: use f16, f32, int or auto"
+            "teacher need more: use f16, f32, int, last_layer or auto"
         )
     for name, config in decisions.items():
         if isinstance(config, SubclassDecisions):
@@ -90,6 +90,6 @@ def _problem(kind: Kind, term: Term) -> str:
     if wants == "set" and kind != "multilabel":
         return (
             f"term '{term.term}' asks of every class whether the image is of it, and teacher.kind is {kind}: use "
-            "ce and kd, or teacher.kind: multilabel"
+            f"{'ce' if kind == 'embedding' else 'ce and kd'}, or teacher.kind: multilabel"
         )
     return ""

@@ -222,6 +222,16 @@ def test_other_codecs_say_how_far_probabilities_are_off(recipe_file, data, tmp_p
     assert fidelity["max_sigmoid_error"] > fidelity["sigmoid_error"]["1"]
 
 
+def test_sets_are_served_by_features_and_the_last_layer(recipe_file, data, tmp_path):
+    store, features = tmp_path / "store", "capture.features={f: {module: head, at: input, code: {name: f16}}}"
+    changes = ["--set", features, "--set", "capture.codec={name: last_layer, features: f}"]
+    result = invoke("cache-teacher", recipe_file, "--store", store, *changes, *data)
+    assert result.exit_code == 0, result.stderr
+    (fidelity,) = said(store / "manifest.json")["fidelity"].values()
+    assert fidelity["max_sigmoid_error"] < 0.01
+    assert "binary_kd" in invoke("store", "info", store).output
+
+
 # ---- labels that are no sets ---------------------------------------------------------------------------------------
 
 BAD_LABELS = {
@@ -299,7 +309,7 @@ WRONG_CAPTURES = {
     "capture.codec={name: auto, error_budget: {objective: kd, temperature: 4, change: 0.1}}": "term 'kd' takes",
     "capture.decisions={d: {kind: subclasses, module: body.2, per_class: 2, components: 3}}": "sub-classes are parts",
     "teacher.expected={dataset: tags, split: test, top1: 90, tolerance: 1}": "is measured by map, not by top1",
-    "teacher.expected={dataset: tags, split: test, tolerance: 1}": "give `top1`; of a teacher of kind multilabel",
+    "teacher.expected={dataset: tags, split: test, tolerance: 1}": "or map of one of kind multilabel",
     "teacher.classes={above four: [0, 1], even: 2, loop: 3, prime: 4}": "classes of a multilabel teacher are one each",
     "teacher.kind=classifier": "is measured by top1, not by map",
     "teacher.expected={dataset: tags, split: test, map: 20, tolerance: 1}": "mAP on tags/test is",

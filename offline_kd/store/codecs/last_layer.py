@@ -9,7 +9,7 @@ numbers of powers of two, with so many bits (23 for 64 features, 20 for 4,096) t
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class LastLayer(Codec):
     It loses what the code of the features loses.
     """
 
+    serves_sets: ClassVar[bool] = True
     name: Literal["last_layer"]
     features: str = Field(
         min_length=1, description="name in capture.features of what comes into the last layer (`at: input` of it)"
