@@ -148,10 +148,10 @@ def _common(identity: StoreIdentity, manifest: StoreManifest) -> dict[str, str]:
 def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
     identity = store.identity
     teacher = identity.teacher
-    what, measured_top1 = teacher.gate
+    what, figure = teacher.gate
     facts = {
         "teacher": f"{teacher.name} ({teacher.model}, {teacher.arithmetic}), weights sha256 `{teacher.weights_sha256}`",
-        f"teacher {what}": f"{measured_top1}, "
+        f"teacher {what}": f"{figure}, "
         + ("by the imported answers" if teacher.imported else "measured before the capture"),
         "codec": in_words(identity.codec.model_dump(mode="json")),
         "serves": ", ".join(served_terms(store)),

@@ -47,7 +47,7 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
     identity, manifest = store.identity, store.manifest
     assert manifest is not None
     dataset, teacher = identity.dataset, identity.teacher
-    what, measured_top1 = teacher.gate
+    what, figure = teacher.gate
     samples = sum(dataset.tars[block].count for block in store.blocks)
     rows = samples * identity.views.num_views
     fidelity = manifest.fidelity.get(store.targets)
@@ -78,7 +78,7 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
             ),
             "weights": teacher.weights,
             "arithmetic": teacher.arithmetic,
-            what: measured_top1 + ", by the imported answers" * bool(teacher.imported),
+            what: figure + ", by the imported answers" * bool(teacher.imported),
             "licence": teacher.licence or "not stated",
             **({"imported from": teacher.imported.in_words} if teacher.imported else {}),
         },

@@ -91,8 +91,7 @@ class Store:
     def has_logits(self) -> bool:
         """Whether logits are here: not in a copy without them, and not of a teacher that has no classes."""
         held, codec = self.manifest.held if self.manifest else None, self.identity.codec
-        kept = "features/" if codec.of_features else "logits/"
-        return bool(codec.arrays() or codec.of_features) and (held is None or held.has(kept))
+        return bool(codec.arrays() or codec.of_features) and (held is None or held.has("logits/"))
 
     @cached_property
     def codec_tables(self) -> Arrays:
