@@ -211,8 +211,9 @@ def cache_teacher(
     not what the module was asked for before are added; another module is refused.
 
     Args:
-        network: `[B, 3, H, W]` float32 normalised images -> `[B, C]` raw logits. It runs in evaluation mode, without
-            gradients, and gets its own modes back. The store knows it by the sha256 of its parameters and buffers.
+        network: `[B, 3, H, W]` float32 normalised images -> `[B, C]` raw logits; of kind "embedding", `[B, D]` vectors.
+            It runs in evaluation mode, without gradients, and gets its own modes back. The store knows it by the sha256
+            of its parameters and buffers.
         dataset: a folder or bucket of image tars, all of which are captured, or a name in the `data_manifest.yaml` of
             the current folder, of which split `train` is.
         views: which augmentations, as recipes write them: `{"kind": "pad_crop_flip", "count": 4}`.
@@ -239,7 +240,7 @@ def evaluation_loader(
     """Images without augmentation and their labels, to measure a student on: `for images, labels in loader`.
 
     Every image comes once, in the order of the tars. Images are `[B, 3, H, W]` float32, the input of a network, labels
-    `[B]` int64; a batch ends where its tar does. Of several processes each gets all images.
+    `[B]` int64, of sets `[B, C]` float32; a batch ends where its tar does. Of several processes each gets all images.
 
     Args:
         images: a folder or URL of image tars, all of which are read, or DATASET/SPLIT of the `data_manifest.yaml` of

@@ -4,7 +4,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
+from offline_kd.data.expected import MEASURES, ExpectedAccuracy, Kind
+from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.models.checkpoints import WeightsFile
 from offline_kd.support.strict import Strict
 from offline_kd.training_recipe import Training, is_unused
@@ -32,11 +33,22 @@ def _as_lists(content: object) -> object:
 ClassMap = Annotated[dict[str, Annotated[list[ClassName], Field(min_length=1)]], BeforeValidator(_as_lists)]
 
 
+def _is_classifier(kind: object) -> bool:
+    """Left out of YAML and JSON, so that recipes and runs of classifiers are described as before."""
+    return kind == "classifier"
+
+
 class TeacherNetwork(Strict):
     """A teacher of the manifest (`weights: NAME`, everything else follows), or a network and where its weights are."""
 
     model: str | None = Field(None, description=f"{WHICH_NETWORK}; by default the manifest's")
     model_args: dict[str, int | float | str | bool] = Field({}, description="more arguments of the network")
+    kind: Kind = Field(
+        "classifier",
+        exclude_if=_is_classifier,
+        description="what its outputs are: logits of one softmax; multilabel: of a sigmoid for every class, for sets "
+        "of labels; embedding: vectors, no classes, and what is kept of it are capture.features",
+    )
     weights: Weights | None = Field(
         None, description="manifest name, path, torchvision weights name, or pretrained; or {file, key, prefix}"
     )
@@ -74,8 +86,21 @@ class TeacherNetwork(Strict):
                 "head is what training keeps of the weights that it begins from: give training and weights too, or "
                 "leave head out"
             )
+        if self.kind == "multilabel" and any(len(one) > 1 for one in (self.classes or {}).values()):
+            raise ValueError(
+                "classes of a multilabel teacher are one each: what several sigmoids together say is not defined. Name "
+                "one class of the teacher for each of the dataset"
+            )
         if self.classes is not None and self.is_to_be_trained:
             raise ValueError("a teacher that is trained here has the classes of the dataset: leave classes out")
+        if self.kind == "embedding" and (self.training is not None or self.classes is not None):
+            field = "training" if self.training is not None else "classes"
+            raise ValueError(f"kind: embedding is a teacher without classes, as it is: leave {field} out")
+        if self.expected is not None and self.expected.measure != MEASURES[self.kind]:
+            raise ValueError(
+                f"expected: a teacher of kind {self.kind} is measured by {MEASURES[self.kind]}, not by "
+                f"{self.expected.measure}"
+            )
         return self
 
 

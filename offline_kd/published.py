@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from offline_kd.recipe import Published, load_recipe
+from offline_kd.recipe import load_recipe
+from offline_kd.report_recipe import Published
 from offline_kd.support.packaged import packaged, recipe_names
 
 PAGE = """# Published numbers that recipes are for

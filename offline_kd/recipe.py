@@ -31,20 +31,20 @@ from offline_kd.objectives import OBJECTIVES, example_terms
 from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.features import FeatureTerm
 from offline_kd.objectives.term import Positive, Term
+from offline_kd.recipe_content import keys_beside, with_classes, with_subset, with_value
+from offline_kd.report_recipe import Name, Published
 from offline_kd.store.codecs import CODEC_TABLES, AnyCodec
 from offline_kd.store.codecs.f16 import Float16
 from offline_kd.store.decisions import AnyDecisions, DecisionsConfig
-from offline_kd.store.features import WantedFeatures, names_of_their_own
+from offline_kd.store.features import WantedFeatures, that_fit
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.packaged import recipe_file
 from offline_kd.support.strict import Count, Seed, Strict, parse
-from offline_kd.support.strict_yaml import MAX_DEPTH, parse_yaml, read_yaml
+from offline_kd.support.strict_yaml import parse_yaml, read_yaml
+from offline_kd.teacher_kinds import refuse_capture, refuse_terms
 from offline_kd.training_recipe import Training, is_unused
 from offline_kd.views import Views
 from offline_kd.views.none import NoAugmentation
-
-Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_\-]+$", max_length=100)]  # of files and folders, too
-
 
 if TYPE_CHECKING:
     AnyTerm = Term
@@ -98,7 +98,8 @@ def _kind_of_budget(content: object) -> str:
 class AutoCodec(Strict):
     """The smallest codec that loses no more than the budget on views of some images.
 
-    A number is about the total variation at the worst of T = 1, 2, 4.
+    A number is about the total variation at the worst of T = 1, 2, 4; of a multi-label teacher, about the mean absolute
+    error of a class's probability.
     """
 
     name: Literal["auto"]
@@ -122,7 +123,7 @@ class Capture(Strict):
         Float16(name="f16"), description="how logits are stored"
     )
     decisions: dict[Name, DecisionsConfig] = Field({}, description="decisions on feature maps, by a name of your own")
-    features: Annotated[dict[Name, WantedFeatures], AfterValidator(names_of_their_own)] = Field(
+    features: Annotated[dict[Name, WantedFeatures], AfterValidator(that_fit), Field(validate_default=True)] = Field(
         {}, exclude_if=lambda features: not features, description="features themselves, by a name of your own"
     )
     views_per_group: Count | None = Field(None, description="views stored and read together; must divide the count")
@@ -134,23 +135,6 @@ class Capture(Strict):
     fidelity_rows: Count = Field(
         1000, description="rows on which the teacher is asked again to finish a store; one of each block at least"
     )
-
-
-Percent = Annotated[float, Field(ge=0, le=100)]
-
-
-class Published(Strict):
-    """What others reported for these objectives; a report shows it beside what was reached here."""
-
-    source: str = Field(description="where it stands: a paper, a table")
-    top1: dict[Name, Percent | tuple[Percent, Percent]] = Field(
-        min_length=1, description="percent by objective, or percent and standard deviation; `teacher` is the teacher"
-    )
-
-    def of(self, objective: str) -> tuple[float, float | None] | None:
-        """Top-1 and, where it is known, its standard deviation."""
-        found = self.top1.get(objective)
-        return found if found is None or isinstance(found, tuple) else (found, None)
 
 
 class TeacherStore(Strict):
@@ -170,6 +154,17 @@ class CaptureRecipe(Strict):
     views: Views = Field(NoAugmentation(), description="which augmented views teacher and students see")
     capture: Capture = Field(Capture(), description="what is stored of the teacher's answers")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _embeddings_have_no_codec(cls, content: object) -> object:
+        """Of a teacher without classes `capture.codec` is `none` where nothing is said."""
+        if not isinstance(content, dict):
+            return content
+        teacher, capture = content.get("teacher"), content.get("capture") or {}
+        if isinstance(teacher, dict) and teacher.get("kind") == "embedding" and isinstance(capture, dict):
+            return {**content, "capture": {"codec": {"name": "none"}, **capture}}
+        return content
+
     @model_validator(mode="after")
     def _trains_on_rows_alone(self) -> Self:
         if self.views.mixes and (self.data.subset is not None or self.data.validation is not None):
@@ -177,6 +172,11 @@ class CaptureRecipe(Strict):
                 "data.subset and data.validation: these views mix images (`mixing`), so that those left out would be "
                 "seen in the views of others. Leave out one of the two"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _kind_of_teacher_fits(self) -> Self:
+        refuse_capture(self.teacher.kind, self.capture.codec, self.capture.decisions, self.capture.features)
         return self
 
     @property
@@ -272,7 +272,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     content = _read(recipe_file(path), ())
     for override in overrides:
         content = _overridden(content, override)
-    recipe = recipe_of(_with_subset(_with_classes(content, Path()), Path()), str(path))
+    recipe = recipe_of(with_subset(with_classes(content, Path()), Path()), str(path))
     if isinstance(subset := recipe.data.subset, str) and not os.path.isfile(subset):
         raise RecipeError(f"data.subset: {shorten(subset)}: no such file. Name one that has a key in every line.")
     return recipe
@@ -289,7 +289,8 @@ def read_recipe(content: bytes, where: str) -> Recipe:
 def recipe_of(content: object, where: str) -> Recipe:
     """What was read at `where`, checked as a whole; raises RecipeError."""
     recipe = parse(Recipe, content, where=where)
-    for terms in recipe.objectives.values():
+    for name, terms in recipe.objectives.items():
+        refuse_terms(recipe.teacher.kind, terms, f"recipe '{recipe.name}': objective '{name}'")
         for term in kd_layer_terms(terms):
             recipe.decisions_of(term)  # a wrong name should not wait until its turn comes
         for one in feature_terms(terms):
@@ -303,40 +304,13 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, object]:
     content = read_yaml(path)
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this is a {type(content).__name__}.")
-    _keys_beside(path, content)
-    content = _with_subset(_with_classes(content, path.parent), path.parent)
+    keys_beside(path, content)
+    content = with_subset(with_classes(content, path.parent), path.parent)
     parent = content.pop("extends", None)
     if parent is None:
         return content
     base = recipe_file(path.parent / str(parent), str(parent), path)
     return _merge(_read(base, (*seen, path.resolve())), content)
-
-
-def _keys_beside(path: Path, content: dict[str, object]) -> None:
-    """Keys that stores must be signed by are named relative to the recipe; a resolved recipe may lie elsewhere."""
-    stores = content.get("store")
-    for one in stores if isinstance(stores, list) else []:
-        if isinstance(one, dict) and isinstance(one.get("signed_by"), str):
-            one["signed_by"] = os.path.abspath(path.parent / one["signed_by"])
-
-
-def _with_classes(content: dict[str, object], folder: Path) -> dict[str, object]:
-    """The map of classes in the place of the name of its file: a resolved recipe may lie elsewhere."""
-    teacher = content.get("teacher")
-    if not isinstance(teacher, dict) or not isinstance(teacher.get("classes"), str):
-        return content
-    file = folder / teacher["classes"]
-    if not os.path.isfile(file):
-        raise RecipeError(f"teacher.classes: {shorten(str(file))}: no such file. Name one, or write the map itself.")
-    return {**content, "teacher": {**teacher, "classes": read_yaml(file)}}
-
-
-def _with_subset(content: dict[str, object], folder: Path) -> dict[str, object]:
-    """The file of a subset's keys by its whole name: a resolved recipe may lie elsewhere."""
-    data = content.get("data")
-    if not isinstance(data, dict) or not isinstance(data.get("subset"), str):
-        return content
-    return {**content, "data": {**data, "subset": os.path.abspath(folder / data["subset"])}}
 
 
 def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object]:
@@ -345,7 +319,9 @@ def _merge(base: dict[str, object], over: dict[str, object]) -> dict[str, object
         old = merged.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
             # Another kind of schedule, optimizer, codec, view or budget starts afresh, without the old one's fields.
-            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in ("name", "kind", "objective"))
+            # That of a teacher is one field of it among others.
+            tags = () if name == "teacher" else ("name", "kind", "objective")
+            other_kind = any(tag in value and value[tag] != old.get(tag) for tag in tags)
             merged[name] = value if other_kind else _merge(old, value)
         else:
             merged[name] = value
@@ -359,36 +335,6 @@ def _overridden(content: dict[str, object], override: str) -> dict[str, object]:
     if not equals:
         raise RecipeError(f"{about}: write path.to.field=value")
     return with_value(content, path, parse_yaml(text, where=about), about)
-
-
-def with_value(content: dict[str, object], path: str, value: object, about: str) -> dict[str, object]:
-    """`content` with another value at `path.to.field`. Positions in lists are numbers from 0: `objectives.kd.1.gamma`.
-
-    Nothing in `content` is changed, for YAML aliases may share parts of it. Raises RecipeError, beginning with `about`,
-    where no such place can be.
-    """
-    steps = path.split(".")
-    if "" in steps:
-        raise RecipeError(f"{about}: write path.to.field=value")
-    if len(steps) > MAX_DEPTH:
-        raise RecipeError(f"{about}: the path has {len(steps):,} parts, no recipe is deeper than {MAX_DEPTH}")
-
-    def replaced(node: object, at: int) -> object:
-        if at == len(steps):
-            return value
-        if isinstance(node, dict):
-            return {**node, steps[at]: replaced(node.get(steps[at], {}), at + 1)}
-        if isinstance(node, list):
-            positions = [str(position) for position in range(len(node))]
-            if steps[at] not in positions:
-                raise RecipeError(f"{about}: '{shorten(steps[at], 100)}' is no position in a list of {len(node)} (0..)")
-            changed = positions.index(steps[at])
-            return [*node[:changed], replaced(node[changed], at + 1), *node[changed + 1 :]]
-        raise RecipeError(f"{about}: '{shorten(steps[at - 1], 100)}' has no fields, it is {shorten(repr(node), 100)}")
-
-    changed = replaced(content, 0)
-    assert isinstance(changed, dict)
-    return changed
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -30,7 +30,7 @@ from offline_kd.cache import work as work_module
 from offline_kd.cache.asking import Answer, Batch, Portion, rendered
 from offline_kd.cache.engines.local import run
 from offline_kd.cache.job import Capture, describe_capture
-from offline_kd.cache.teacher import load_teacher
+from offline_kd.cache.teacher import Measured, load_teacher
 from offline_kd.cache.work import open_work
 from offline_kd.cli.main import keep_freed_memory
 from offline_kd.data.blocks import BlockLoader
@@ -72,7 +72,7 @@ def make_capture(folder: Path, samples: list[Sample], size: int, per_tar: int = 
     teacher = load_teacher(recipe, manifest, [folder], 3, CPU)
     crop = teacher.crop.model_copy(update={"size": size, "resize": size})
     teacher = Elsewhere(**{**vars(teacher), "crop": crop})
-    identity = describe_capture(recipe, loader, teacher, ("nothing", 0.0), None, None, CPU)
+    identity = describe_capture(recipe, loader, teacher, Measured("nothing", 0.0), None, None, CPU)
     return Capture(recipe, loader, teacher, CPU, Folder(folder / "store"), identity, [], [""], 1)
 
 

@@ -84,6 +84,17 @@ def infinite_map(num_classes: int) -> nn.Module:
     return InfiniteMap(num_classes)
 
 
+class Probabilities(Small):
+    """A softmax follows its last layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).softmax(dim=1)
+
+
+def probabilities(num_classes: int) -> nn.Module:
+    return Probabilities(num_classes)
+
+
 def no_module(num_classes: int) -> int:
     return num_classes
 

@@ -37,6 +37,10 @@ NOT_RUN = {
         "support/": "the file map: tests/test_end_to_end.py compares it with the imports",
     },
     "docs/command-line.md": {"_OFFLINE_KD_COMPLETE=": "a shell's own start-up files: tests/test_start_up.py completes"},
+    "docs/embedding-teachers.md": {
+        "teacher:\n  kind": "a piece of a recipe of that kind: tests/test_embedding_teachers.py reads it",
+        "teacher:\n  expected": "likewise",
+    },
     "docs/images.md": {"imagenet:\n  folder": "an entry with sha256 that are left out: tests/test_index.py makes it"},
     "docs/measurements.md": {"digits: student": "what a command printed", "after 200 steps": "what a command printed"},
     "docs/own-loops.md": {"python train.py": "timm's own program: tests/test_own_loops.py runs it where there is one"},

@@ -271,7 +271,8 @@ def crawled(recipe, tmp_path_factory) -> tuple[Path, Manifest]:
     raw_tar(folder / "digits" / "val.tar", members)
     (folder / "names.txt").write_text("\n".join(reversed("0123456789")))
     index = ["data", "index", "--name", "digits", "--manifest", folder / "m.yaml", "--workers", 1]
-    assert "nothing says the classes" in refused(*index, folder / "digits" / "0*.tar", "--label", "none")
+    bare = [*index[:3], "bare", *index[4:], folder / "digits" / "0*.tar", "--label", "none"]
+    assert "no labels; 0 classes" in invoke(*bare).stderr
     said = invoke(*index, folder / "digits" / "0*.tar", "--label", "none", "--num-classes", 10).stderr
     assert "no labels; 10 classes" in said
     labelled = ["data", "index", folder / "digits" / "val.tar", "--name", "labelled", *index[4:], "--split", "test"]

@@ -18,12 +18,13 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.label_sets import packed_bytes
 from offline_kd.data.manifest import Dataset, Normalisation, Split
 from offline_kd.data.packing import pack
 from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader, one_ahead
 from offline_kd.distill.loop import Run, _Tally, train_step
-from offline_kd.distill.loss import own_parts, term_weights
+from offline_kd.distill.loss import loss_batch, own_parts, term_weights
 from offline_kd.distill.optimisation import make_optimizer
 from offline_kd.distill.reader import Options, Reader, Source
 from offline_kd.distill.sampler import Order, home_workers
@@ -108,6 +109,12 @@ def said(device: torch.device) -> tuple[Rows, TeacherSignal]:
     return rows.map(lambda tensor: tensor.to(device)), TeacherSignal(logits, decided, features)
 
 
+def for_term(term: Term, rows: Rows) -> Rows:
+    """The rows, with sets of labels where a term is about them."""
+    sets = torch.ones(BATCH, packed_bytes(CLASSES), dtype=torch.uint8, device=rows.labels.device)
+    return replace(rows, labels=sets, other_labels=sets) if term.needs.label == "set" else rows
+
+
 # ---- as on a GPU ---------------------------------------------------------------------------------------------------
 
 
@@ -119,9 +126,8 @@ def test_every_objective_computes_on_a_gpu_without_waiting_for_it(gpu, term, mix
         "penultimate": torch.empty(BATCH, TEMPLATES, 4, 4, device=gpu),
         "layer3": torch.empty(BATCH, CLASSES * PER_CLASS, 8, 8, device=gpu),
     }
-    mixing = (rows.other_labels, rows.share) if mixes else None
     logits = torch.empty(BATCH, CLASSES, device=gpu)
-    batch = LossBatch(rows.labels, mixing, 0.1, scores)
+    batch = replace(loss_batch(for_term(term, rows), CLASSES, mixes), label_smoothing=0.1, scores=scores)
     values = own_parts([term], logits, signal, batch)
     assert (values.device.type, values.shape) == ("cuda", (1,))
     for count in (term.count(batch), term.fallbacks(logits, signal)):
@@ -212,9 +218,11 @@ def step_of(term: Term, optimizer: str):
     made, weights = make_optimizer(recipe.training, network, list(heads.values())), term_weights([term], 0, 1, CPU)
     run, (rows, signal) = Run(recipe, "one", [term], 0, Folder(Path("unused")), CPU), said(CPU)
 
+    of_term = for_term(term, rows)
+
     def step() -> None:
         pixels = render(rows.images, rows.box, rows.flip, (8, 8), "zeros")
-        logits, _ = train_step(run, student, made, replace(rows, pixels=pixels), signal, weights)
+        logits, _ = train_step(run, student, made, replace(of_term, pixels=pixels), signal, weights)
         term.fallbacks(logits, signal)
         said_of(signal.logits, rows)
 

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from offline_kd.data.label_sets import hidden_where, label_tensor, pack_sets
 from offline_kd.distill import averaging, loop
 from offline_kd.distill.averaging import WeightAverage, decay_of
 from offline_kd.distill.loop import train_step
@@ -282,7 +283,10 @@ def one_step(term: dict[str, object], accumulate: int) -> tuple[list[Tensor], fl
         layers = {
             terms[0].after: insert_kd_layer(network, "4", 20, value_ratio=1.0, example=torch.zeros(1, 3, 8, 8))[0]
         }
-    labels = torch.randint(0, 10, (23,)).where(torch.arange(23) % 3 > 0, -1)
+    known = torch.arange(23) % 3 > 0
+    labels = torch.randint(0, 10, (23,)).where(known, -1)
+    if terms[0].needs.label == "set":
+        labels = hidden_where(label_tensor(pack_sets([[row % 10, 3] for row in range(23)], 10)), known)
     pixels = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8)
     batch = Rows(np.arange(23, dtype=np.uint64), labels, labels, torch.ones(23), pixels=pixels)
     decided = {

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import BadImage, Decoder, ImageBlock
+from offline_kd.data.label_sets import label_tensor
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
@@ -163,7 +164,7 @@ def rendered(inquiry: Inquiry, portion: Portion) -> Iterator[Batch]:
         block, decoder, portion.parameters, identity.views, size, inquiry.teacher.batch_size, inquiry.device
     )
     batches = (
-        Batch(row, view, pixels, sent(torch.from_numpy(block.labels[row]).long(), inquiry.device), None)
+        Batch(row, view, pixels, sent(label_tensor(block.labels[row]), inquiry.device), None)
         for row, view, pixels in found
     )
     yield from _on_own_stream(batches, inquiry.device) if inquiry.device.type == "cuda" else batches
@@ -215,7 +216,7 @@ def answer(inquiry: Inquiry, portion: Portion, batch: Batch) -> Answer:
             one.record_stream(stream)  # their memory is another stream's, which must not use it again before
     points: list[TapPoint] = [about.config for about in identity.tapped.values()]
     logits, maps = teacher.logits_and_maps(pixels, points)
-    if logits.shape[1] != identity.num_classes:
+    if logits.shape[1] != (0 if teacher.kind == "embedding" else identity.num_classes):
         raise TeacherError(
             f"teacher '{teacher.name}' gives {logits.shape[1]} logits, dataset '{identity.dataset.name}' has "
             f"{identity.num_classes} classes."
@@ -258,7 +259,7 @@ def _other_map(about: Tapped, shape: Sequence[int], where: str) -> TeacherError:
     is_short = isinstance(about, FeaturesIdentity) and about.config.code.name == "f16"
     too_large = ", or larger than the 65504 of f16" if is_short else ""
     return TeacherError(
-        f"tap '{about.config.module}': gave a map of {list(shape[1:])} for {where}, the store is for "
+        f"{about.config.named}: gave a map of {list(shape[1:])} for {where}, the store is for "
         f"{expected}, or features that are not finite{too_large}. The block was not committed. Check weights and "
         "images."
     )
@@ -308,7 +309,7 @@ class _Logits:
         rows = np.concatenate(self.waiting)
         whole = len(rows) - len(rows) % self.num_views
         if whole:
-            logits = rows[:whole].reshape(-1, self.num_views, rows.shape[1])
+            logits = rows[:whole].reshape(whole // self.num_views, self.num_views, rows.shape[1])
             these = slice(self.images, self.images + len(logits))
             kept = None if self.of_images is None else _without_prefix(self.of_images, these, self.where)
             for name, array in self.codec.encode(logits, self.tables, kept).items():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
-from offline_kd.cache.fidelity import distortion
+from offline_kd.cache.distortion import distortion, sigmoid_errors
 from offline_kd.cache.sample import sampled_logits
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.models.teacher import Teacher
@@ -95,27 +95,33 @@ def choose_codec(
     num_rows = min(loader.split.count, MAX_SAMPLES, MAX_ROWS // asked)
     logits = sampled_logits(teacher, views, loader, num_rows, asked, device, MAX_TARS)
     grouped = logits.reshape(len(logits), -1, in_group, logits.shape[-1])
-    return smallest_within(wanted.error_budget, grouped, num_groups, views.num_views)
+    sets = teacher.kind == "multilabel"
+    return smallest_within(wanted.error_budget, grouped, num_groups, views.num_views, sets=sets)
 
 
-def smallest_within(budget: float | GradientBudget, logits: Floats, num_groups: int, num_views: int) -> Codec:
+def smallest_within(
+    budget: float | GradientBudget, logits: Floats, num_groups: int, num_views: int, *, sets: bool = False
+) -> Codec:
     """The codec with the fewest bytes a view within the budget, by logits `[n, g, v, C]`: g view groups of v views.
 
     Args:
         num_groups, num_views: of every image of the capture; these may be more than there are logits of.
+        sets: whether a sigmoid of every class follows, not a softmax: then a number is about its mean absolute error,
+            and codecs that are only right for a softmax are left out.
     """
     # Every fifth image, of those of all tars, is measured; tables are learned from the others.
     is_measured = np.arange(len(logits)) % 5 == 0
     learn_from, measured_on = logits[~is_measured].reshape(-1, *logits.shape[2:]), logits[is_measured]
     z_t = torch.from_numpy(measured_on).flatten(0, 2)
-    change_of = _by_gradient(budget, z_t) if isinstance(budget, GradientBudget) else _by_total_variation(z_t)
+    by_number = _by_sigmoids if sets else _by_total_variation
+    change_of = _by_gradient(budget, z_t) if isinstance(budget, GradientBudget) else by_number(z_t)
 
     def measure(codec: Codec) -> Choice:
         size, z = _measured(codec, learn_from, measured_on, num_groups, num_views)
         return Choice(codec, size, change_of(z))
 
     allowed = budget.change if isinstance(budget, GradientBudget) else budget
-    serving = [codec for codec in candidates(learn_from) if not codec.serves(EVERYTHING)]
+    serving = [one for one in candidates(learn_from) if not one.serves(EVERYTHING) and (one.serves_sets or not sets)]
     with progress("codec auto", len(serving), "codecs") as meter:
         found = []
         for codec in serving:
@@ -124,17 +130,19 @@ def smallest_within(budget: float | GradientBudget, logits: Floats, num_groups: 
     within = [one for one in found if one.change <= allowed]
     best = _improved(min(within, key=lambda one: one.bytes_per_view), allowed, measure) if within else None
     if best is None:
-        say(f"codec auto: nothing but f32 is within the budget: {_said(budget, allowed)}")
+        say(f"codec auto: nothing but f32 is within the budget: {_said(budget, allowed, sets)}")
         return Float32()
     say(
-        f"codec auto: {best.codec.label()}, {best.bytes_per_view:.1f} bytes per view, {_said(budget, best.change)} "
-        f"(allowed: {allowed:g}), on {len(z_t):,} views"
+        f"codec auto: {best.codec.label()}, {best.bytes_per_view:.1f} bytes per view, "
+        f"{_said(budget, best.change, sets)} (allowed: {allowed:g}), on {len(z_t):,} views"
     )
     return best.codec
 
 
-def _said(budget: float | GradientBudget, change: float) -> str:
+def _said(budget: float | GradientBudget, change: float, sets: bool) -> str:
     if not isinstance(budget, GradientBudget):
+        if sets:
+            return f"mean error of a probability {change:.2g} at the worst of T = 1, 2, 4"
         return f"total variation {change:.2g} at the worst of T = 1, 2, 4"
     fields = budget.objective.model_dump(exclude={"term"}, exclude_unset=True)
     setting = ", ".join([budget.objective.term, *(f"{name} {value}" for name, value in fields.items())])
@@ -143,6 +151,10 @@ def _said(budget: float | GradientBudget, change: float) -> str:
 
 def _by_total_variation(z_t: Tensor) -> Callable[[Tensor], float]:
     return lambda z: max(distortion(z_t, z)["total_variation"].values())
+
+
+def _by_sigmoids(z_t: Tensor) -> Callable[[Tensor], float]:
+    return lambda z: max(errors.mean().item() for errors in sigmoid_errors(z_t, z).values())
 
 
 def _by_gradient(budget: GradientBudget, z_t: Tensor) -> Callable[[Tensor], float]:

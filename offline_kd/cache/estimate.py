@@ -12,7 +12,7 @@ from torch import Tensor
 from offline_kd.cache.asking import Inquiry, ask_teacher
 from offline_kd.cache.job import describe_capture
 from offline_kd.cache.sample import sampled_logits
-from offline_kd.cache.teacher import expected_accuracy, load_teacher
+from offline_kd.cache.teacher import Measured, expected_accuracy, load_teacher
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
@@ -52,7 +52,7 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
     loader = BlockLoader(dataset, split, roots, 2**30, decode=recipe.views.is_exact, on_bad=recipe.data.bad_images)
     teacher = load_teacher(recipe, manifest, roots, len(dataset.classes), device)
-    identity = describe_capture(recipe, loader, teacher, ("not asked", 0.0), None, None, device)
+    identity = describe_capture(recipe, loader, teacher, _not_asked(teacher), None, None, device)
     part = parts_of(identity)[""]
     block = _first(loader[0], MAX_SAMPLES)
     views = identity.groups[0]
@@ -106,6 +106,12 @@ def plan(recipe: Recipe, manifest: Manifest, roots: Sequence[Root], device: torc
         student_teacher_seconds=one_student,
         break_even_students=math.ceil(capture / one_student),
     )
+
+
+def _not_asked(teacher: Teacher) -> Measured:
+    """In the place of what its gate would find."""
+    is_classifier, is_of_sets = teacher.kind == "classifier", teacher.kind == "multilabel"
+    return Measured("not asked", top1=0.0 if is_classifier else None, map=0.0 if is_of_sets else None)
 
 
 def _first(block: ImageBlock, count: int) -> ImageBlock:

@@ -99,7 +99,7 @@ def _of_images(
         _, (maps,) = teacher.logits_and_maps(pixels, [about.config])
         if tuple(maps.shape[1:]) != (about.channels, about.height, about.width) or not maps.isfinite().all():
             raise TeacherError(
-                f"tap '{about.config.module}': gives a map of {list(maps.shape[1:])} for some views, for another it "
+                f"{about.config.named}: gives a map of {list(maps.shape[1:])} for some views, for another it "
                 f"was {[about.channels, about.height, about.width]}, or features that are not finite. Check the "
                 "weights, and the dtype if it is not float32."
             )

@@ -5,12 +5,12 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from offline_kd.cache.distortion import Means, distortion_of, means_of, sigmoid_errors
 from offline_kd.cache.sample import spread
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import ImageBlock
@@ -18,14 +18,14 @@ from offline_kd.data.fetching import Root
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
-from offline_kd.objectives import kd, power_sum
 from offline_kd.recipe import CaptureRecipe
 from offline_kd.store.codecs.codec import ARITHMETIC
 from offline_kd.store.comparison import images_of
 from offline_kd.store.decisions import SubclassDecisions, pack, unpack_probs
 from offline_kd.store.feature_reading import features_decoder
 from offline_kd.store.features import FeatureErrors, FeaturesIdentity, are_the_teachers, pack_features, pooled
-from offline_kd.store.join import Wanted, as_stored, codec_tables_on, join, tables_on
+from offline_kd.store.join import Wanted, as_stored, join, tables_on
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows, concatenate
 from offline_kd.store.schema import Fidelity
@@ -36,12 +36,8 @@ from offline_kd.support.errors import StoreCorrupt, StoreMismatch
 from offline_kd.views.render import render_some
 
 FIDELITY_STREAM = 0x66696465  # first counter of the draws made here
-TEMPERATURES = (1, 2, 4)
-GAMMAS = (0.25, 0.5, 0.8)
 # Share of places where the likeliest template, or the sub-class, must be the same; near ties may fall either way.
 DECISION_AGREEMENT = {"float32": 0.995, "float16": 0.98, "bfloat16": 0.9}
-
-Means = dict[tuple[str, str], float]  # by field of `Fidelity`, and the key in it where it has several
 
 
 def ask_again(
@@ -79,7 +75,7 @@ def ask_again(
                 f"{store.place}: its teacher saw images with {name} {stored!r:.200}, the recipe's sees them with "
                 f"{asked!r:.200}. Name the right recipe."
             )
-    for name in ("classes", "weights_part"):
+    for name in ("kind", "classes", "weights_part"):
         asked, stored = getattr(teacher, name), getattr(known, name)
         if asked != stored:
             raise StoreMismatch(
@@ -87,7 +83,7 @@ def ask_again(
                 "Name the right recipe."
             )
     held = store.manifest.held
-    if held and not held.has("logits/"):
+    if held and known.kind != "embedding" and not held.has("logits/"):
         raise StoreMismatch(f"{store.place}: holds {describe(held)}: there are no logits to ask the teacher about.")
     lacking: dict[str, object] = {kind: {} for kind in ("decisions", "features") if held and not held.has(f"{kind}/")}
     store = replace(store, identity=store.identity.model_copy(update=lacking))
@@ -199,6 +195,7 @@ class _Answers:
     sums: Means = field(default_factory=dict)
     max_error: float = 0.0
     max_allowed: float = 0.0
+    max_sigmoid_error: float = 0.0  # of a multi-label teacher
     max_dropped: dict[str, float] = field(default_factory=dict)  # by decisions
     places: dict[tuple[str, int], list[int]] = field(default_factory=dict)  # same, of, in a row: by name and block
     errors: dict[str, FeatureErrors] = field(default_factory=dict)  # by features
@@ -209,7 +206,7 @@ class _Answers:
         self.tables = {name: tables_on(store, name, self.device) for name in store.identity.decisions}
         self.tables |= {name: tables_on(store, name, cpu) for name, about in features.items() if about.has_tables}
         self.decoders = {name: features_decoder(store, name, cpu) for name in features}
-        self.codec_tables = codec_tables_on(store, cpu)
+        self.decode_logits = logits_decoder(store, cpu)
 
     def came_from(self, number: int, block: ImageBlock, rows: Rows) -> None:
         self.where += [(number, block.keys[row]) for row in rows.view.row]
@@ -221,21 +218,39 @@ class _Answers:
         assert rows.pixels is not None
         points: list[TapPoint] = [about.config for about in identity.tapped.values()]
         answer, maps = self.teacher.logits_and_maps(rows.pixels.to(self.device), points)
-        z_t, z = answer.cpu(), identity.codec.decode(signal.logits, identity.num_classes, self.codec_tables)
-        self._compare_logits(z, z_t, signal.logits)
-        self.rows += len(z)
+        live = {
+            name: pooled(about.config, features).cpu()
+            for (name, about), features in zip(identity.tapped.items(), maps, strict=True)
+            if isinstance(about, FeaturesIdentity)
+        }
+        self.rows += len(answer)
         self.blocks |= {number for number, _ in self.where}
-        for field_and_key, mean in _means(z_t, z).items():
-            self._add(field_and_key, len(z) * mean)
-        self._add(("teacher_top1", ""), 100 * (z.argmax(1) == rows.labels).float().sum().item())
-        self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
+        if self.store.has_logits:
+            z_t, z = answer.cpu(), self.decode_logits(signal)
+            of, unpacked = identity.codec.of_features, signal.logits
+            if of:
+                unpacked = {"features": self.decoders[of](signal.features[of]), "live": live[of]}
+            self._compare_logits(z, z_t, unpacked)
+            self._measure(z_t, z, rows.labels)
         for (name, about), features in zip(identity.tapped.items(), maps, strict=True):
             if isinstance(about, FeaturesIdentity):
-                self._compare_features(name, pooled(about.config, features).cpu(), signal.features[name])
+                self._compare_features(name, live[name], signal.features[name])
                 continue
             again = pack(about.config, features, rows.labels.to(self.device), self.tables[name])
             self._count_decisions(name, again, signal.decisions[name])
         self.where.clear()
+
+    def _measure(self, z_t: Tensor, z: Tensor, labels: Tensor) -> None:
+        """What objectives would notice: through a softmax, or through a sigmoid of every class."""
+        if self.store.identity.teacher.kind == "multilabel":
+            for t, errors in sigmoid_errors(z_t, z).items():
+                self._add(("sigmoid_error", f"{t}"), errors.mean(1).sum().item())
+            self.max_sigmoid_error = max(self.max_sigmoid_error, sigmoid_errors(z_t, z)[1].max().item())
+            return
+        for field_and_key, mean in means_of(z_t, z).items():
+            self._add(field_and_key, len(z) * mean)
+        self._add(("teacher_top1", ""), 100 * (z.argmax(1) == labels).float().sum().item())
+        self._add(("mean_top1_probability", ""), z.softmax(1).amax(1).sum().item())
 
     def _compare_logits(self, z: Tensor, z_t: Tensor, unpacked: Mapping[str, Tensor]) -> None:
         identity = self.store.identity
@@ -314,71 +329,30 @@ class _Answers:
         for name, most in self.max_dropped.items():
             first, dropped = means[f"{name} first", ""], means[f"{name} dropped", ""]
             decisions[name] |= {"mean_first_probability": first, "mean_dropped": dropped, "max_dropped": most}
-        return Fidelity(
+        found = Fidelity(
             rows=self.rows,
             of_rows=of_rows,
             blocks=len(self.blocks),
             of_blocks=of_blocks,
-            teacher_top1=None if self.store.created.dataset.labels == "none" else means["teacher_top1", ""],
-            mean_top1_probability=means["mean_top1_probability", ""],
-            mean_error=means["mean_error", ""],
-            max_error=self.max_error,
-            max_error_allowed=self.max_allowed,
-            **_distortion(means),
+            teacher_top1=None,
             decisions=decisions,
             features={name: errors.figures() for name, errors in self.errors.items()},
         )
+        return found.model_copy(update=self._of_logits(means)) if self.store.has_logits else found
 
-
-# ---- distortion ----------------------------------------------------------------------------------------------------
-
-
-class Distortion(TypedDict):
-    """Fields of `Fidelity`: how far decoded logits are from the teacher's, as the objectives would notice."""
-
-    top1_agreement: float
-    kl: dict[str, float]
-    total_variation: dict[str, float]
-    wttm_weight_error: float
-    dtkd_temperature_error: float
-
-
-def distortion(z_t: Tensor, z: Tensor) -> Distortion:
-    """How far decoded logits `[n, C]` are from the teacher's."""
-    return _distortion(_means(z_t, z))
-
-
-def _means(z_t: Tensor, z: Tensor) -> Means:
-    """Over rows."""
-
-    def dtkd_temperature(x: Tensor) -> Tensor:
-        """Of the teacher, beside a student that is as sharp as the teacher really is."""
-        v = z_t.amax(1)
-        return torch.where((x * v) > 0, 2 * x / (x + v), 2.0)
-
-    return {
-        ("top1_agreement", ""): (z.argmax(1) == z_t.argmax(1)).float().mean().item(),
-        **{("kl", f"{t}"): kd(z, z_t, temperature=t).clamp(min=0).item() / t**2 for t in TEMPERATURES},
-        **{
-            ("total_variation", f"{t}"): ((z / t).softmax(1) - (z_t / t).softmax(1)).abs().sum(1).mean().item() / 2
-            for t in TEMPERATURES
-        },
-        **{
-            ("wttm_weight_error", f"{gamma}"): (power_sum(z, gamma) / power_sum(z_t, gamma) - 1).abs().mean().item()
-            for gamma in GAMMAS
-        },
-        ("dtkd_temperature_error", ""): (dtkd_temperature(z.amax(1)) - 1).abs().mean().item(),
-    }
-
-
-def _distortion(means: Means) -> Distortion:
-    def of(field_name: str) -> dict[str, float]:
-        return {key: mean for (name, key), mean in means.items() if name == field_name}
-
-    return {
-        "top1_agreement": means["top1_agreement", ""],
-        "kl": of("kl"),
-        "total_variation": of("total_variation"),
-        "wttm_weight_error": max(of("wttm_weight_error").values()),
-        "dtkd_temperature_error": means["dtkd_temperature_error", ""],
-    }
+    def _of_logits(self, means: Means) -> dict[str, object]:
+        """Fields of `Fidelity`, of means over all rows: errors, and what objectives would notice of them."""
+        errors = {
+            "mean_error": means["mean_error", ""],
+            "max_error": self.max_error,
+            "max_error_allowed": self.max_allowed,
+        }
+        if self.store.identity.teacher.kind == "multilabel":
+            of_sigmoids = {key: mean for (name, key), mean in means.items() if name == "sigmoid_error"}
+            return {**errors, "sigmoid_error": of_sigmoids, "max_sigmoid_error": self.max_sigmoid_error}
+        labelled = self.store.created.dataset.labels != "none"
+        about = {
+            "teacher_top1": means["teacher_top1", ""] if labelled else None,
+            "mean_top1_probability": means["mean_top1_probability", ""],
+        }
+        return {**errors, **about, **distortion_of(means)}

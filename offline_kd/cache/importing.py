@@ -23,7 +23,7 @@ from offline_kd.cache.job import Capture, announce, describe_dataset, refuse_une
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.decoding import seen_otherwise
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_one_label
 from offline_kd.data.manifest import Manifest
 from offline_kd.first_recipe import OF_IMAGENET
 from offline_kd.recipe import CaptureRecipe
@@ -83,7 +83,9 @@ def import_labels(
         (dataset, *found_in) if dataset in found_in[0].datasets else find_dataset(dataset, *found_in, None)
     )
     split = manifest.split(name, options.split)
-    need_labels(split.labels, f"{name}/{options.split}", "`store import`, which compares the answers with the labels,")
+    need_one_label(
+        split.labels, f"{name}/{options.split}", "`store import`, which compares the answers with the labels,"
+    )
     loader = BlockLoader(manifest.dataset(name), split, roots, keep_bytes=0, decode=False)
     if problem := foreign.problem_of_count(split.count):
         raise DataError(f"{foreign.where}: {problem}")

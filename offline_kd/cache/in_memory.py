@@ -13,6 +13,7 @@ from torch import nn
 
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import first_batch_size
+from offline_kd.data.expected import Kind
 from offline_kd.data.fetching import Root, is_url, root_at
 from offline_kd.data.manifest import Dataset, Manifest, Normalisation, Split, Tar, data_roots
 from offline_kd.data.tars import read_tar, tars_in
@@ -38,6 +39,7 @@ class ModuleOptions(TypedDict, total=False):
     dtype: str  # of autocast: "float32" (if absent), "bfloat16" or "float16"
     compile: bool  # the module, by torch.compile
     tf32: bool  # whether a GPU may make float32 products of 10 bits; not if absent, whatever torch is told elsewhere
+    kind: Kind  # "classifier" if absent; "multilabel": of sets of labels; "embedding": vectors, kept as `features`
     batch_size: int | Literal["auto"]  # of the module; no effect on what is stored
     views_per_group: int  # views that are stored and read together; must divide their count
 
@@ -58,7 +60,8 @@ def cache_module(
     """
     about, manifest, roots = find_dataset(dataset, manifest, data_roots(), options.get("classes"))
     evaluation = "test" if "test" in manifest.dataset(about).splits else "train"
-    module, codec = type(network), options.get("codec", "f16")
+    module, kind = type(network), options.get("kind", "classifier")
+    codec = options.get("codec", "none" if kind == "embedding" else "f16")
     model = f"a module in memory: {module.__module__}.{module.__qualname__}"
     capture: dict[str, object] = {
         "codec": {"name": codec} if isinstance(codec, str) else codec,
@@ -66,7 +69,7 @@ def cache_module(
         "features": options.get("features", {}),
         **{name: options[name] for name in ("batch_size", "views_per_group") if name in options},
     }
-    asked: dict[str, object] = {"model": model, "normalisation": normalisation}
+    asked: dict[str, object] = {"model": model, "kind": kind, "normalisation": normalisation}
     asked |= {name: options[name] for name in ("dtype", "compile", "tf32") if name in options}
     described: dict[str, object] = {
         "name": options.get("name", module.__name__),
@@ -92,6 +95,7 @@ def cache_module(
             batch_size=first_batch_size(recipe, device),
             compile=recipe.teacher.compile,
             tf32=recipe.teacher.tf32,
+            kind=recipe.teacher.kind,
         )
         cache_teacher(recipe, manifest, roots, out, device, teacher=teacher)
 

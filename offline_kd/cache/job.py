@@ -10,18 +10,19 @@ import torch
 
 from offline_kd.cache.codec_choice import choose_codec
 from offline_kd.cache.feature_codes import identify_features
+from offline_kd.cache.last_layer import last_layer
 from offline_kd.cache.tables import identify_decisions
-from offline_kd.cache.teacher import gate
+from offline_kd.cache.teacher import Measured, gate
 from offline_kd.data.blocks import BlockLoader, ImageBlock
 from offline_kd.data.checking import dataset_fingerprint
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AutoCodec, CaptureRecipe
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.evaluation_beside import keep_evaluation
-from offline_kd.store.features import FeaturesIdentity
+from offline_kd.store.features import USUAL_WIDTH, FeaturesIdentity
 from offline_kd.store.identity import DatasetIdentity, TeacherIdentity
 from offline_kd.store.layout import Part, parts_of, plan_views_per_group
 from offline_kd.store.objects import read_metadata
@@ -218,25 +219,35 @@ def identify(
     device: torch.device,
 ) -> StoreIdentity:
     """Everything the store will be about. The teacher passes its gate here, unless the store says it did."""
+    refuse_other_labels(teacher.kind, loader.split.labels, f"{recipe.data.dataset}/{recipe.data.train}")
     existing = read_identity(place)[1] if place.size("store.json") is not None else None
     there: list[StoreIdentity | Addition] = [existing] if existing else []
     if existing and place.size(f"additions/{recipe.name}.json") is not None:
         there.append(read_addition(place, recipe.name))
-    asked = teacher.weights_sha256, teacher.weights_part, teacher.classes
+    asked = teacher.kind, teacher.weights_sha256, teacher.weights_part, teacher.classes
     known = next((one for one in there if one.teacher.what_is_asked == asked), None)
     if known:
-        evaluated_on, measured = known.teacher.evaluated_on, known.teacher.measured_top1
+        about = known.teacher
+        measured = Measured(about.evaluated_on, about.measured_top1, about.measured_map, about.measured_neighbours)
         targets = "" if isinstance(known, StoreIdentity) else known.name
         added = [one.features for one in _additions_at(place) if one.extends == targets]
         features = {name: about for one in (known.features, *added) for name, about in one.items()}
         known = known.model_copy(update={"features": features})
     else:
-        evaluated_on, found = gate(teacher, recipe, manifest, roots, device)
-        measured = found.top1
-        expected = f"expected {teacher.expected.top1:.2f}" if teacher.expected else "NO EXPECTED ACCURACY IS KNOWN"
-        say(f"teacher '{teacher.name}': top-1 {measured:.2f} % on {evaluated_on}, {expected}")
-        keep_evaluation(place, teacher.weights_sha256, found, loader.dataset.classes)
-    return describe_capture(recipe, loader, teacher, (evaluated_on, measured), existing, known, device)
+        measured, answered = gate(teacher, recipe, manifest, roots, device)
+        _say_what_was_measured(teacher, measured)
+        if answered is not None:
+            keep_evaluation(place, teacher.weights_sha256, answered, loader.dataset.classes)
+    return describe_capture(recipe, loader, teacher, measured, existing, known, device)
+
+
+def _say_what_was_measured(teacher: Teacher, measured: Measured) -> None:
+    expected = teacher.expected
+    if measured.percent is None:
+        say(f"teacher '{teacher.name}': NOTHING WAS MEASURED, {measured.evaluated_on} has no labels")
+        return
+    stated = f"expected {expected.percent:.2f}" if expected else "NO EXPECTED ACCURACY IS KNOWN"
+    say(f"teacher '{teacher.name}': {measured.name} {measured.percent:.2f} % on {measured.evaluated_on}, {stated}")
 
 
 def _additions_at(place: Place) -> list[Addition]:
@@ -248,7 +259,7 @@ def describe_capture(
     recipe: CaptureRecipe,
     loader: BlockLoader,
     teacher: Teacher,
-    measured: tuple[str, float],
+    measured: Measured,
     existing: StoreIdentity | None,
     known: StoreIdentity | Addition | None,
     device: torch.device,
@@ -256,7 +267,7 @@ def describe_capture(
     """The identity of the store that a recipe makes; one that exists already decides how views are grouped.
 
     Args:
-        measured: of the teacher, by its gate: where, and top-1 in percent.
+        measured: of the teacher, by its gate.
         known: the same teacher's targets in that store, whose codes an automatic choice does not change.
     """
     for name, config in recipe.capture.decisions.items():
@@ -268,32 +279,17 @@ def describe_capture(
     views_per_group = plan_views_per_group(
         recipe.views,
         rows_per_block=rows_per_block,
-        num_classes=len(loader.dataset.classes),
+        num_classes=USUAL_WIDTH if teacher.kind == "embedding" else len(loader.dataset.classes),
         requested=recipe.capture.views_per_group or (existing.views_per_group if existing else None),
     )
     codec = recipe.capture.codec
     if isinstance(codec, AutoCodec):
         codec = known.codec if known else choose_codec(codec, teacher, recipe.views, views_per_group, loader, device)
-    return StoreIdentity(
+    identity = StoreIdentity(
         schema_version=SCHEMA_VERSION,
         name=recipe.name,
         dataset=describe_dataset(recipe, loader, first),
-        teacher=TeacherIdentity(
-            name=teacher.name,
-            model=teacher.model,
-            model_args=teacher.model_args,
-            weights_sha256=teacher.weights_sha256,
-            weights_part=teacher.weights_part,
-            normalisation=teacher.normalisation,
-            crop=teacher.crop,
-            dtype=teacher.dtype,
-            compile=teacher.compile,
-            tf32=teacher.tf32,
-            classes=teacher.classes,
-            evaluated_on=measured[0],
-            measured_top1=measured[1],
-            licence=teacher.licence,
-        ),
+        teacher=_describe_teacher(teacher, measured),
         views=recipe.views,
         codec=codec,
         decisions=identify_decisions(teacher, recipe.capture.decisions, example.to(device)),
@@ -303,6 +299,31 @@ def describe_capture(
         rows_per_block=rows_per_block,
         views_per_group=views_per_group,
         versions=software_versions(),
+    )
+    if codec.of_features and (known is None or known.codec != codec):
+        last_layer(teacher, identity, loader, device)  # refused before anything is written
+    return identity
+
+
+def _describe_teacher(teacher: Teacher, measured: Measured) -> TeacherIdentity:
+    return TeacherIdentity(
+        name=teacher.name,
+        model=teacher.model,
+        model_args=teacher.model_args,
+        kind=teacher.kind,
+        weights_sha256=teacher.weights_sha256,
+        weights_part=teacher.weights_part,
+        normalisation=teacher.normalisation,
+        crop=teacher.crop,
+        dtype=teacher.dtype,
+        compile=teacher.compile,
+        tf32=teacher.tf32,
+        classes=teacher.classes,
+        evaluated_on=measured.evaluated_on,
+        measured_top1=measured.top1,
+        measured_map=measured.map,
+        measured_neighbours=measured.neighbours,
+        licence=teacher.licence,
     )
 
 

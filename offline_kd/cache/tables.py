@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from offline_kd.cache.feature_codes import fit_feature_templates
 from offline_kd.cache.kmeans import KMeans, Vectors, kmeans
+from offline_kd.cache.last_layer import last_layer
 from offline_kd.cache.lda import fit_subclasses
 from offline_kd.cache.sample import SAMPLE_STREAM, sampled_logits
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.label_sets import one_label
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.store.codecs import CODEC_TABLES
@@ -81,8 +83,11 @@ def fit_tables(
 def _fit_codec(
     teacher: Teacher, identity: StoreIdentity, loader: BlockLoader, device: torch.device
 ) -> tuple[Arrays, dict[str, float]]:
-    """The tables of a codec, from what the teacher says of the first views of some images of every tar."""
+    """The tables of a codec, from what the teacher says of the first views of some images of every tar, or by which it
+    says that."""
     codec, views, count = identity.codec, identity.views, loader.split.count
+    if codec.of_features:
+        return last_layer(teacher, identity, loader, device)
     wanted = min(codec.learns_from, count * views.num_views)
     # Where views of an image predict each other, it takes whole view groups to learn how.
     predicts = any(array.of_image for array in codec.arrays().values())
@@ -112,7 +117,7 @@ def _collect(
         files = [stack.enter_context((scratch / f"{name}.f4").open("wb")) for name in names]
         meter = stack.enter_context(progress("features", total, "images"))
         for number, block in enumerate(loader):
-            chance = counter_uniform(SAMPLE_STREAM, block.key_hash)
+            chance, labels = counter_uniform(SAMPLE_STREAM, block.key_hash), one_label(block.labels)
             for start in range(0, len(block), teacher.batch_size):
                 plain, kept_rows = plain_images(block, teacher.crop, start, start + teacher.batch_size)
                 if not kept_rows:
@@ -136,7 +141,7 @@ def _collect(
                     vectors = features.permute(0, 2, 3, 1)[torch.from_numpy(kept).to(device)]
                     file.write(vectors.float().cpu().contiguous().numpy().tobytes())
                     first = number * identity.rows_per_block
-                    rows[name] += [(first + kept_rows[at], int(block.labels[kept_rows[at]])) for at in kept]
+                    rows[name] += [(first + kept_rows[at], int(labels[kept_rows[at]])) for at in kept]
                 meter.advance(len(images))
     return (
         {

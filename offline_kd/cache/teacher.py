@@ -2,23 +2,27 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor, nn
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.expected import MEASURE_NAMES, MEASURES, ExpectedAccuracy
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Manifest, Normalisation
+from offline_kd.data.labels import need_labels, refuse_other_labels
+from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation
 from offline_kd.data.manifest import Teacher as ManifestTeacher
 from offline_kd.models.checkpoints import StateDict, as_file, read_state_dict
 from offline_kd.models.class_map import indices_of, names_of_classes, refuse_beyond
 from offline_kd.models.evaluation import Evaluation, evaluate
-from offline_kd.models.networks import build, head_of, input_of
+from offline_kd.models.neighbours import NEIGHBOURS, embed, knn_top1
+from offline_kd.models.networks import build, build_without_head, head_of, input_of
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.models.weights import find_weights, known_classes, load_state
 from offline_kd.recipe import CaptureRecipe
+from offline_kd.store.identity import MeasuredNeighbours
 from offline_kd.support.console import say
 from offline_kd.support.errors import ModelError, RecipeError, TeacherError
 from offline_kd.views.render import plain_images
@@ -43,11 +47,7 @@ def load_teacher(
             f"recipe '{recipe.name}': teacher.weights is missing. Name a teacher of the manifest or a "
             "file, or train one: `offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
         )
-    if wanted.is_to_be_trained:
-        raise RecipeError(
-            f"recipe '{recipe.name}': teacher.head says that teacher.training begins from teacher.weights. Train it: "
-            "`offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
-        )
+    _refuse_unready(recipe, num_classes)
     file = as_file(wanted.weights)
     known, model = manifest.teachers.get(file.file), teacher_model(recipe, manifest)
     if model is None:
@@ -59,11 +59,14 @@ def load_teacher(
     path, sha256 = find_weights(file, manifest, roots, model, args)
     state = read_state_dict(path, file.key, file.prefix)
     classes = teacher_classes(recipe, manifest)
-    own_classes = num_classes if classes is None else _classes_of_weights(state, model, num_classes, args)
-    if classes is not None:
-        refuse_beyond(classes, manifest.dataset(recipe.data.dataset).classes, own_classes)
-    network = build(model, own_classes, args)
-    load_state(network, state)
+    if wanted.kind == "embedding":
+        network = _without_head(model, args, state)
+    else:
+        own_classes = num_classes if classes is None else _classes_of_weights(state, model, num_classes, args)
+        if classes is not None:
+            refuse_beyond(classes, manifest.dataset(recipe.data.dataset).classes, own_classes)
+        network = build(model, own_classes, args)
+        load_state(network, state)
     normalisation, crop = teacher_input(recipe, manifest, model)
     network.requires_grad_(False).eval().to(device)
     return Teacher(
@@ -82,7 +85,34 @@ def load_teacher(
         tf32=wanted.tf32,
         classes=classes,
         weights_part=state.part,
+        kind=wanted.kind,
     )
+
+
+def _refuse_unready(recipe: CaptureRecipe, num_classes: int) -> None:
+    wanted = recipe.teacher
+    if wanted.kind != "embedding" and not num_classes:
+        raise RecipeError(
+            f"recipe '{recipe.name}': dataset '{recipe.data.dataset}' has no classes, of which a classifier gives "
+            "logits. Name them in the manifest, or ask a teacher without classes: teacher.kind: embedding."
+        )
+    if wanted.is_to_be_trained:
+        raise RecipeError(
+            f"recipe '{recipe.name}': teacher.head says that teacher.training begins from teacher.weights. Train it: "
+            "`offline-kd train RECIPE --teacher` (`offline-kd run` does it by itself)."
+        )
+
+
+def _without_head(model: str, args: dict[str, int | float | str | bool], state: StateDict) -> nn.Module:
+    """A network without its classifier, with these weights; that a head of theirs is left out is said.
+
+    Raises ModelError for weights that do not fit, and where the classifier is not one module.
+    """
+    network, head = build_without_head(model, args)
+    load_state(network, state, left=head)
+    if left := [name for name in head if any(one.endswith(name) for one in state.tensors)]:
+        say(f"{state.where}: its head is left out ({', '.join(left)}): this network gives vectors, no logits")
+    return network
 
 
 def _known(recipe: CaptureRecipe, manifest: Manifest) -> ManifestTeacher | None:
@@ -132,8 +162,12 @@ def _classes_of_weights(
 
 def expected_accuracy(recipe: CaptureRecipe, manifest: Manifest) -> ExpectedAccuracy | None:
     """What the gate expects; of a teacher of which some classes are asked, only the recipe can know it."""
-    known = _known(recipe, manifest)
-    return recipe.teacher.expected or (known.expected if known and recipe.teacher.classes is None else None)
+    known, wanted = _known(recipe, manifest), recipe.teacher
+    if wanted.expected or known is None or known.expected is None or wanted.classes is not None:
+        return wanted.expected
+    if wanted.kind == "embedding" and known.expected.measure != "knn":
+        return None  # it is about the whole network, and its tower alone is asked
+    return known.expected
 
 
 def teacher_input(recipe: CaptureRecipe, manifest: Manifest, model: str) -> tuple[Normalisation, EvaluationCrop | None]:
@@ -224,17 +258,41 @@ def _largest_that_fits(seconds: Callable[[int], float], size: int) -> int:
 # ---- the gate ------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What the gate found, as a store's identity says it."""
+
+    evaluated_on: str  # `DATASET/SPLIT`
+    top1: float | None = None  # percent; of classifiers
+    map: float | None = None  # percent, of multi-label teachers
+    neighbours: MeasuredNeighbours | None = None  # of teachers without classes, where there are labels
+
+    @property
+    def percent(self) -> float | None:
+        """The one figure that there is; None: there were no labels."""
+        of_neighbours = self.neighbours.top1 if self.neighbours else None
+        return next((one for one in (self.top1, self.map, of_neighbours) if one is not None), None)
+
+    @property
+    def name(self) -> str:
+        """Of that figure, for people."""
+        if self.neighbours:
+            return f"k-NN top-1 of '{self.neighbours.features}' ({self.neighbours.neighbours} neighbours)"
+        return MEASURE_NAMES["top1" if self.map is None else "map"]
+
+
 def gate(
     teacher: Teacher, recipe: CaptureRecipe, manifest: Manifest, roots: Sequence[Root], device: torch.device
-) -> tuple[str, Evaluation]:
-    """Measure the teacher before it is believed: on which `DATASET/SPLIT`, and what was found.
+) -> tuple[Measured, Evaluation | None]:
+    """Measure the teacher before it is believed: what was found, and of a classifier what it answered.
 
-    Raises TeacherError when it is further from the expected accuracy than the tolerance.
+    Raises TeacherError when it is further from what is expected than the tolerance.
     """
     expected = teacher.expected
     dataset, split = manifest.evaluation(
         *((expected.dataset, expected.split) if expected else (recipe.data.dataset, recipe.data.evaluation))
     )
+    where = f"{dataset}/{split}"
     loader = BlockLoader(
         manifest.dataset(dataset),
         manifest.split(dataset, split),
@@ -243,12 +301,50 @@ def gate(
         decode=teacher.crop is None,
         on_bad=recipe.data.bad_images,
     )
-    need_labels(loader.split.labels, f"{dataset}/{split}", "the teacher's gate")
+    refuse_other_labels(teacher.kind, loader.split.labels, where)
+    if teacher.kind == "embedding":
+        return _gate_of_embeddings(teacher, recipe, loader, where, device), None
+    need_labels(loader.split.labels, where, "the teacher's gate")
     measured = evaluate(teacher.logits, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
-    if expected and abs(measured.top1 - expected.top1) > expected.tolerance:
+    found = Measured(where, top1=measured.figures.get("top1"), map=measured.figures.get("map"))
+    _refuse_unexpected(teacher, found)
+    return found, None if found.top1 is None else measured  # of sets, reports compare no answers
+
+
+def _gate_of_embeddings(
+    teacher: Teacher, recipe: CaptureRecipe, loader: BlockLoader, where: str, device: torch.device
+) -> Measured:
+    """By the first of the features that are kept: how many images have the label of their nearest neighbours."""
+    if loader.split.labels == "none":
+        if teacher.expected:
+            need_labels("none", where, "teacher.expected.knn")
+        return Measured(where)
+    name, tap = next(iter(recipe.capture.features.items()))
+
+    def vectors(images: Tensor) -> Tensor:
+        _, (maps,) = teacher.logits_and_maps(images, [tap])
+        return maps.mean(dim=(2, 3))
+
+    answered = embed(vectors, loader, teacher.batch_size, device, "teacher gate", teacher.crop)
+    top1 = knn_top1(answered.vectors.to(device), answered.labels.to(device))
+    found = Measured(where, neighbours=MeasuredNeighbours(features=name, neighbours=NEIGHBOURS, top1=top1))
+    _refuse_unexpected(teacher, found)
+    return found
+
+
+def _refuse_unexpected(teacher: Teacher, found: Measured) -> None:
+    expected = teacher.expected
+    if expected is None or found.percent is None:
+        return
+    if expected.measure != MEASURES[teacher.kind]:
         raise TeacherError(
-            f"teacher '{teacher.name}': top-1 on {dataset}/{split} is {measured.top1:.2f} %, expected "
-            f"{expected.top1:.2f} +- {expected.tolerance:g}. Check weights, normalisation and class order; "
-            "nothing was written."
+            f"teacher '{teacher.name}': {expected.in_words} is expected of it, but its kind is {teacher.kind}, which "
+            f"is measured by {MEASURE_NAMES[MEASURES[teacher.kind]]}. Give teacher.expected with "
+            f"`{MEASURES[teacher.kind]}`."
         )
-    return f"{dataset}/{split}", measured
+    if abs(found.percent - expected.percent) > expected.tolerance:
+        raise TeacherError(
+            f"teacher '{teacher.name}': {found.name} on {found.evaluated_on} is {found.percent:.2f} %, expected "
+            f"{expected.percent:.2f} +- {expected.tolerance:g}. Check weights, normalisation and class order; nothing "
+            "was written."
+        )

@@ -66,6 +66,7 @@ def bench_codecs_command(
 
     Codecs learn from four of every five images; all are measured on every fifth, on one core. Bytes are those that a
     store has for a row, image means included, tables beside them; `ideal` is what an ideal entropy coder would take.
+    Of a store with codec last_layer, codes of its features are measured as well.
 
     \b
     offline-kd bench codecs runs/digits/store --out codecs.svg

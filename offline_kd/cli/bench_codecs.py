@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numcodecs.blosc
@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from offline_kd.cache.codec_choice import candidates, pack_arrays
-from offline_kd.cache.fidelity import Distortion, distortion
+from offline_kd.cache.distortion import Distortion, distortion
 from offline_kd.cli.bench_entropy import ideal_bytes
+from offline_kd.cli.bench_last_layer import coded_features
 from offline_kd.objectives import example_terms
 from offline_kd.objectives.gradient import example_student, gradient, relative_change
 from offline_kd.store.chunks import decode_chunk, encode_chunk
 from offline_kd.store.codecs import Codec
 from offline_kd.store.codecs.codec import CODEC_TABLES, Arrays, Floats, Tables
 from offline_kd.store.layout import table_specs
+from offline_kd.store.logit_reading import keeps_whole, logit_arrays, stored_decoder
 from offline_kd.store.reader import Store
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import progress
@@ -53,9 +55,18 @@ class Block:
 
     groups: list[Floats]  # `[n, v, C]` logits of each view group
     labels: Tensor  # [n]
+    features: list[Floats] = field(default_factory=list)  # `[n, v, D]` likewise, where logits are computed from these
 
     def take(self, images: slice | np.ndarray[tuple[int], np.dtype[np.bool_]]) -> "Block":
-        return Block([group[images] for group in self.groups], self.labels[images])
+        return Block(
+            [group[images] for group in self.groups],
+            self.labels[images],
+            [group[images] for group in self.features],
+        )
+
+    def of_features(self) -> "Block":
+        """Features in the place of logits."""
+        return Block(self.features, self.labels)
 
 
 @dataclass(frozen=True)
@@ -74,19 +85,27 @@ def bench_codecs(
 ) -> list[CodecResult]:
     """Encode stored answers of a store of f32 or f16 with every candidate, or these codecs, and decode them again.
 
+    Where logits are computed from features, these are encoded in every code, too.
+
     What codecs learn is learned from four of every five images; all of them are measured on every fifth, on one core.
 
     Args:
         num_rows: how many rows are read at least, in whole blocks and view groups.
         num_views: the first so many views of an image are one view group; None: view groups are those of the store.
 
-    Raises StoreMismatch when the store's own codec has lost more than rounding, or has fewer views.
+    Raises StoreMismatch when the store's own codec has lost more than rounding, or has fewer views, and for a store of
+    a multi-label teacher.
     """
     identity = store.identity
-    if not identity.codec.keeps_whole:
+    if identity.teacher.kind == "multilabel":
+        raise StoreMismatch(
+            f"{store.place}: is of a multi-label teacher, and codecs are compared here by what a softmax makes of "
+            "them. `capture.codec: {name: auto}` chooses one by sigmoids."
+        )
+    if not keeps_whole(store):
         raise StoreMismatch(
             f"{store.place}: its codec is {identity.codec.model_dump(mode='json')}; codecs are compared on logits that "
-            "were kept whole: capture with codec f32 or f16."
+            "were kept whole: capture with codec f32 or f16, or last_layer of features in f32 or f16."
         )
     if num_views is not None and num_views > identity.views.num_views:
         raise StoreMismatch(
@@ -102,26 +121,42 @@ def bench_codecs(
         for codec in chosen:
             results.append(_measure(codec, codec.fit(learn_from), material, identity))
             meter.advance()
-    return results
+    return [*results, *_of_features(store, blocks, material)]
+
+
+def _of_features(store: Store, blocks: Sequence[Block], material: Material) -> Iterator[CodecResult]:
+    """Codes of the features that logits are computed from, if they are, on the same rows."""
+    of = store.identity.codec.of_features
+    if not of:
+        return
+    features = [block.of_features() for block in blocks]
+    learn_from = _learned_from(features)
+    measured = replace(material, blocks=[block.take(_is_measured(block)) for block in features])
+    for codec in coded_features(store.identity.features[of], of):
+        yield _measure(codec, {**store.codec_tables, **codec.fit(learn_from)}, measured, store.identity)
 
 
 # ---- what is measured on ---------------------------------------------------------------------------------------------
 
 
 def _read(store: Store, num_rows: int, num_views: int | None) -> Iterator[Block]:
-    rows, codec = 0, store.identity.codec
+    rows, of = 0, store.identity.codec.of_features
+    names, decode = logit_arrays(store), stored_decoder(store)
     for block in store.blocks:
         groups: list[Floats] = []
+        features: list[Floats] = []
         for number, views in enumerate(store.identity.groups):
             if rows >= num_rows if num_views is None else views.start >= num_views:
                 break
-            arrays = store.read(block, number, ["label", *(f"logits/{name}" for name in codec.arrays())])
-            stored = {name: arrays[f"logits/{name}"] for name in codec.arrays()}
-            groups.append(codec.decode_stored(stored, store.codec_tables, store.identity.num_classes).numpy())
+            arrays = store.read(block, number, ["label", *names.values()])
+            groups.append(decode({part: arrays[name] for part, name in names.items()}).numpy())
+            if of:  # numbers, since nothing was lost
+                features.append(arrays[names["values"]].astype(np.float32))
             rows += groups[-1].shape[0] * groups[-1].shape[1]
         if num_views is not None:
             groups = [np.concatenate(groups, axis=1)[:, :num_views]]
-        yield Block(groups, torch.from_numpy(arrays["label"].astype(np.int64)))
+            features = [np.concatenate(features, axis=1)[:, :num_views]] if of else []
+        yield Block(groups, torch.from_numpy(arrays["label"].astype(np.int64)), features)
         if rows >= num_rows:
             return
 
@@ -152,7 +187,7 @@ def _material(blocks: list[Block]) -> Material:
 
 def _gradients(student: Tensor, teacher: Tensor, y: Tensor) -> dict[str, Tensor]:
     """`[B, C]`: of every objective on logits, at its usual setting, on the student's logits `[B, C]`."""
-    terms = {name: term for name, term in example_terms().items() if term.needs.logits}
+    terms = {name: term for name, term in example_terms().items() if term.needs.logits and term.needs.label == "one"}
     return {name: gradient(term, student, teacher, y) for name, term in terms.items()}
 
 

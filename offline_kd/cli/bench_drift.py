@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from offline_kd.cache.pipeline import cache_teacher
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.fetching import Root
+from offline_kd.data.labels import need_one_label
 from offline_kd.data.manifest import Manifest
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import train_step
@@ -49,6 +50,7 @@ def measure_drift(
         if needs_teacher(terms) and not kd_layer_terms(terms) and not feature_terms(terms)
     }
     loader, evaluation = training_images(recipe, manifest, roots), evaluation_images(recipe, manifest, roots)
+    need_one_label(evaluation.split.labels, "data.evaluation", "this benchmark")
     teacher = load_teacher(recipe, manifest, roots, len(loader.dataset.classes), device)
 
     def from_teacher(batch: Rows) -> TeacherSignal:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import labels_of, need_labels
+from offline_kd.data.labels import labels_of, need_one_label
 from offline_kd.data.manifest import Dataset, Manifest, Split, folders_of, locate
 from offline_kd.data.packing import pack
 from offline_kd.data.tars import Sample, read_tar
@@ -64,7 +64,7 @@ def small_recipe(
     steps, most_views = sizes
     dataset = manifest.dataset(recipe.data.dataset)
     split = manifest.split(recipe.data.dataset, recipe.data.train).only(recipe.data.tars)
-    need_labels(split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "this benchmark")
+    need_one_label(split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "this benchmark")
     samples = _first_samples(dataset, split, roots, steps * recipe.training.batch_size)
     tars = pack(samples, folder / "bench", "all", -(-len(samples) // BENCH_TARS))
     small = Dataset(folder="bench", classes=dataset.classes, splits={"all": Split(tars=tars)})

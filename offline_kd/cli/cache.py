@@ -15,6 +15,7 @@ from offline_kd.support.job_array import told_by
 
 if TYPE_CHECKING:
     from offline_kd.cache.pipeline import Worker
+    from offline_kd.store.schema import Fidelity
 
 
 @click.command("cache-teacher")
@@ -54,12 +55,28 @@ def command(
             ["views of every image", f"{max(finished.views.values()):,}"],
             ["bytes", f"{finished.total_bytes:,}"],
             ["rows asked again", fidelity.looked_at],
-            ["same top-1 as the teacher", f"{100 * fidelity.top1_agreement:.2f} %"],
-            ["logit error, mean / largest", f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g}"],
-            ["KL in nats at T = 1, 2, 4", " / ".join(f"{value:.2g}" for value in fidelity.kl.values())],
+            *_lost(fidelity),
             ["digest", f"sha256:{finished.digest}"],
         ],
     )
+
+
+def _lost(fidelity: Fidelity) -> list[list[str]]:
+    """What the codec has changed: as a softmax sees it, or sigmoids; of a teacher without logits, of features."""
+    if fidelity.mean_error is None or fidelity.max_error is None:
+        return [
+            [f"features '{name}', relative error / cosine", f"{one['relative_l2']:.2g} / {one['cosine']:.4f}"]
+            for name, one in fidelity.features.items()
+        ]
+    logits = ["logit error, mean / largest", f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g}"]
+    if fidelity.top1_agreement is None:
+        errors = " / ".join(f"{value:.2g}" for value in fidelity.sigmoid_error.values())
+        return [logits, ["mean error of a probability at T = 1, 2, 4", errors]]
+    return [
+        ["same top-1 as the teacher", f"{100 * fidelity.top1_agreement:.2f} %"],
+        logits,
+        ["KL in nats at T = 1, 2, 4", " / ".join(f"{value:.2g}" for value in fidelity.kl.values())],
+    ]
 
 
 def which_worker(text: str | None) -> Worker:

@@ -173,7 +173,13 @@ class IndexOptions(TypedDict):
 @click.option(
     "--split", default="train", show_default=True, callback=_part_of_a_name, help="Which split these tars are."
 )
-@click.option("--label", "rule", default="cls", show_default=True, help="What says a label: cls, json:FIELD or none.")
+@click.option(
+    "--label",
+    "rule",
+    default="cls",
+    show_default=True,
+    help="What says a label: cls, json:FIELD, json-set:FIELD (a list of classes) or none.",
+)
 @click.option("--classes", "classes_file", type=click.Path(path_type=Path), help="Class names in order, one a line.")
 @click.option("--num-classes", type=click.IntRange(2, 2**20), help="Classes without names, where nothing says them.")
 @click.option(
@@ -219,7 +225,7 @@ def list_command(manifest_path: Path, data_root: tuple[str, ...]) -> None:
         complete = "yes" if is_complete(dataset, roots) else "no"
         rows.append([name, "dataset", f"{len(dataset.classes)} classes; {counts}", complete])
     for name, teacher in manifest.teachers.items():
-        expected = f"; top-1 {teacher.expected.top1:.2f} on {teacher.expected.dataset}" if teacher.expected else ""
+        expected = f"; {teacher.expected.in_words} on {teacher.expected.dataset}" if teacher.expected else ""
         rows.append([name, "teacher", f"{teacher.model}{expected}", here(teacher.weights.file)])
     rows += [[name, "file", weights.file, here(weights.file)] for name, weights in manifest.files.items()]
     where = f"{manifest_path} and the package" if os.path.isfile(manifest_path) else "the package"

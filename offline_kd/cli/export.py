@@ -64,8 +64,9 @@ def command(
     loaded = load_student(student, network=network)
     compared, which = images_to_compare(loaded, images, manifest_path, data_root)
     found = export_student(loaded, form, out, compared, takes or "uint8")
+    what = "vectors" if loaded.about.kind == "embedding" else "logits"
     say(
-        f"{out}: logits of {found.images} {which} differ by {found.difference:.2g} at most from the student's, whose "
+        f"{out}: {what} of {found.images} {which} differ by {found.difference:.2g} at most from the student's, whose "
         f"largest is {found.largest:.3g}"
     )
 

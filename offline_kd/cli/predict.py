@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 def command(student: str, images: tuple[str, ...], network: str | None, device: str, top: int, output: str) -> None:
     """What a trained STUDENT says of IMAGES: classes and probabilities. STUDENT is a run directory or a weight file.
 
+    Of a multi-label student, the classes with a probability above .5: maybe none.
+
     IMAGES are files, folders, and - for names on standard input, one a line. What cannot be read is listed, and the
     exit status is then 1.
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from offline_kd.data.decoding import UNDECODABLE, Decoded, decode, image_size, is_scalable
 from offline_kd.data.fetching import Fetched, Remote, Root
+from offline_kd.data.label_sets import pack_sets
 from offline_kd.data.labels import CLS, Labels, labels_of
 from offline_kd.data.manifest import Dataset, Split, Tar, folders_of, locate
 from offline_kd.data.tars import Proof, Sample, hash_key, read_tar
@@ -58,7 +59,7 @@ class ImageBlock:
     key_hash: NDArray[np.uint64]  # [n]
     image_digest: NDArray[np.uint8]  # [n, 16] the first half of the sha256 of the encoded image
     image_crc: NDArray[np.uint32]  # [n] its crc32c, which is all that stores before schema 3 know
-    labels: NDArray[np.int32]  # [n]; -1 in a split without labels
+    labels: NDArray[np.int32] | NDArray[np.uint8]  # [n], -1 in a split without labels; [n, bytes] packed sets
     encoded: list[bytes]
     pixels: Tensor | None  # [n, 3, H, W] uint8, where all images have one size and were decoded
     on_bad: OnBadImage = "fail"
@@ -172,9 +173,9 @@ def load_block(
     """
     samples, sha256 = read_tar(file, expected=tar, prove=prove, labels=labels)
     for sample in samples:
-        if sample.label >= num_classes:
+        if (label := max((sample.label, *sample.classes[-1:]))) >= num_classes:
             raise DataError(
-                f"{file}: sample '{sample.key}': label {sample.label}, but the dataset has {num_classes} classes "
+                f"{file}: sample '{sample.key}': label {label}, but the dataset has {num_classes} classes "
                 f"(0..{num_classes - 1}). Correct `classes` in the manifest, or pack the dataset again."
             )
     block = ImageBlock(
@@ -184,12 +185,18 @@ def load_block(
         key_hash=np.array([hash_key(sample.key) for sample in samples], dtype=np.uint64),
         image_digest=_digests(samples),
         image_crc=np.array([google_crc32c.value(sample.encoded) for sample in samples], dtype=np.uint32),
-        labels=np.array([sample.label for sample in samples], dtype=np.int32),
+        labels=_labels(samples, num_classes, labels),
         encoded=[sample.encoded for sample in samples],
         pixels=None,
         on_bad=on_bad,
     )
     return _with_pixels(block) if decode else block
+
+
+def _labels(samples: Sequence[Sample], num_classes: int, rule: Labels) -> NDArray[np.int32] | NDArray[np.uint8]:
+    if rule.are_sets:
+        return pack_sets([sample.classes for sample in samples], num_classes)
+    return np.array([sample.label for sample in samples], dtype=np.int32)
 
 
 def _digests(samples: Sequence[Sample]) -> NDArray[np.uint8]:

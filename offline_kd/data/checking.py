@@ -44,9 +44,9 @@ def check_dataset(
             samples, _ = read_tar(path, expected=tar, labels=labels)
             for sample in samples:
                 where = f"{path}: sample '{sample.key}'"
-                if sample.label >= len(dataset.classes):
+                if (label := max((sample.label, *sample.classes[-1:]))) >= len(dataset.classes):
                     raise DataError(
-                        f"{where}: label {sample.label}, the manifest names {len(dataset.classes)} classes. "
+                        f"{where}: label {label}, the manifest names {len(dataset.classes)} classes. "
                         "Correct `classes` in the manifest, or pack the dataset again."
                     )
                 use = f"{split_name}/{sample.key}"
@@ -60,10 +60,10 @@ def check_dataset(
                     decode_image(sample.encoded)
                 except UNDECODABLE as error:
                     raise DataError(f"{where}: cannot be decoded ({error}). Repair or remove it.") from error
-                per_class[sample.label] += 1
+                per_class[list(sample.classes) if labels.are_sets else sample.label] += 1
         per_split[split_name] = per_class
     _look_for_classes(dataset, {name: one for name, one in per_split.items() if dataset.splits[name].labels != "none"})
-    return {name: int(per_class.sum()) for name, per_class in per_split.items()}
+    return {name: split.count for name, split in dataset.splits.items()}  # read_tar compares it
 
 
 def _look_for_classes(dataset: Dataset, per_split: Mapping[str, NDArray[np.int64]]) -> None:
@@ -79,6 +79,6 @@ def _look_for_classes(dataset: Dataset, per_split: Mapping[str, NDArray[np.int64
         )
         if per_class.sum() == largest:
             raise DataError(
-                f"{missing}, in {largest:,} samples. Correct `classes` in the manifest, or pack the dataset again."
+                f"{missing}, in {largest:,} labels. Correct `classes` in the manifest, or pack the dataset again."
             )
         say(missing)

@@ -83,7 +83,8 @@ def classes_of(tars: Sequence[TarFacts], names: list[str] | None) -> list[str]:
     """The class names, in the order of their indices: those that are known; else labels that are names, sorted; else
     the numbers up to the largest label.
 
-    Raises DataError for a label that is none of the known classes, naming its tar, and where nothing says the classes.
+    Without labels and known classes there are none. Raises DataError for a label that is none of the known classes,
+    naming its tar.
     """
     labels = _all_labels(tars)
     if names is not None:
@@ -98,7 +99,7 @@ def classes_of(tars: Sequence[TarFacts], names: list[str] | None) -> list[str]:
                     )
         return names
     if set(labels) == {UNLABELLED}:
-        raise RecipeError("--label none: nothing says the classes. Give --classes FILE or --num-classes N.")
+        return []
     said = [label for label in labels if isinstance(label, str)]
     if said and len(said) < len(labels):
         number = next(label for label in labels if not isinstance(label, str))
@@ -153,7 +154,7 @@ def known_classes(dataset: Dataset | None, file: Path | None, count: int | None)
     if file is not None and count is not None:
         raise RecipeError("--classes and --num-classes: give one of the two.")
     if file is None:
-        return [str(index) for index in range(count)] if count else dataset.classes if dataset else None
+        return [str(index) for index in range(count)] if count else (dataset.classes or None) if dataset else None
     try:
         names = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -186,7 +187,7 @@ def index_split(patterns: Sequence[str], **options: Unpack[IndexOptions]) -> Non
     """
     name, split, rule, manifest = options["name"], options["split"], options["rule"], options["manifest_path"]
     if re.fullmatch(LABEL_RULES, rule) is None:
-        raise RecipeError(f"--label {shorten(rule)}: write cls, json:FIELD or none.")
+        raise RecipeError(f"--label {shorten(rule)}: write cls, json:FIELD, json-set:FIELD or none.")
     location, files = find_tars(patterns)
     entry = entry_of(name, location, manifest)
     check_same_place(manifest, name, location)

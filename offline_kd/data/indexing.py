@@ -17,7 +17,7 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from offline_kd.data.labels import Labels, Names
+from offline_kd.data.labels import SETS, Labels, Names
 from offline_kd.data.tars import hash_key, parse_samples
 from offline_kd.support.errors import DataError
 from offline_kd.support.places import Bucket, place_at
@@ -33,7 +33,7 @@ class TarFacts:
     bytes: int
     sha256: str
     key_hash: NDArray[np.uint64]  # [samples]
-    labels: Counter[int | str]  # samples by class, as the tar says it: index or name; -1 for all without labels
+    labels: Counter[int | str]  # samples by class, as the tar says it: index or name; -1: all without labels
     left_out: list[str]  # files that stand together and are no sample
     state: str  # of the tar when it was read: another one after any change; '' where nothing would show that
 
@@ -56,7 +56,7 @@ def index_tar(location: str, file: str, rule: str) -> TarFacts:
     if not samples:
         raise DataError(f"{where}: holds no samples: in no place an image stands beside a label. Leave this tar out.")
     said: dict[int, int | str] = {number: name for name, number in names.items()}
-    labels = Counter(sample.label for sample in samples)
+    labels = Counter(label for one in samples for label in (one.classes if rule.startswith(SETS) else [one.label]))
     return TarFacts(
         file=file,
         bytes=len(content),

@@ -19,6 +19,7 @@ from typing import Annotated, Literal, Self, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from offline_kd.data.expected import ExpectedAccuracy
 from offline_kd.data.fetching import Fetched, Remote, Root, below, not_found, root_at
 from offline_kd.data.labels import LabelRule
 from offline_kd.support.downloads import Downloads
@@ -62,7 +63,9 @@ class Split(Strict):
     tars: list[Tar] = Field([])
     index: str | None = Field(None, description="file beside the manifest that names the tars, by `data index`")
     sha256: Sha256 | None = Field(None, description="of the index")
-    labels: LabelRule = Field("cls", description="what says the label of a sample: cls, json:FIELD or none")
+    labels: LabelRule = Field(
+        "cls", description="what says the label of a sample: cls, json:FIELD, json-set:FIELD (a list) or none"
+    )
 
     @model_validator(mode="after")
     def _has_tars_once(self) -> Self:
@@ -116,10 +119,17 @@ class Dataset(Strict):
 
     folder: str
     location: str | None = Field(None, description="folder or URL of the tars; beside this file, if it is relative")
-    classes: list[str] = Field(min_length=2, description="names, in the order of the class indices")
+    classes: list[str] = Field([], description="names, in the order of the class indices; none without labels")
     splits: dict[str, Split] = Field(min_length=1)
     source: str = ""
     licence: str = ""
+
+    @model_validator(mode="after")
+    def _labels_have_names(self) -> Self:
+        labelled = any(split.labels != "none" for split in self.splits.values())
+        if len(self.classes) < 2 and (self.classes or labelled):
+            raise ValueError("classes: name two or more; none only where no split has labels (`labels: none`)")
+        return self
 
 
 class Normalisation(Strict):
@@ -143,15 +153,6 @@ class EvaluationCrop(Strict):
 class Weights(Strict):
     file: str
     sha256: Sha256
-
-
-class ExpectedAccuracy(Strict):
-    """The teacher gate: measured top-1 (percent) on a dataset split must be within `tolerance` of `top1`."""
-
-    dataset: str = Field(description="name in the manifest")
-    split: str = Field(description="of that dataset")
-    top1: float = Field(ge=0, le=100, description="percent")
-    tolerance: float = Field(gt=0, description="percentage points")
 
 
 class Teacher(Strict):
@@ -229,7 +230,7 @@ class Manifest(Strict):
         known = self.dataset(dataset)
         if not other or split in known.splits:
             return dataset, split
-        if self.dataset(other).classes != known.classes:
+        if known.classes and self.dataset(other).classes != known.classes:
             raise RecipeError(
                 f"data.evaluation: '{other}' has other classes than '{dataset}', or another order of them. Evaluate on "
                 "images of the same classes."

@@ -26,15 +26,16 @@ TARS = (".tar", ".tar.gz")
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 MAX_KEY_BYTES = 256  # of a key in UTF-8: tars without extended headers have none longer
 NOT_IN_KEYS = re.compile("[\x00-\x1f\x7f-\x9f\ufffd]")  # control characters, and what stands for broken text
-WHAT_SAYS = {"cls": "one .cls", "none": "no label", "json": "a .json that says its label"}
+WHAT_SAYS = {"cls": "one .cls", "none": "no label", "json": "a .json that says its label"}  # by a rule's beginning
 
 
 @dataclass(frozen=True)
 class Sample:
     key: str
-    label: int  # -1: the dataset says none
+    label: int  # -1: the dataset says none, or a set
     encoded: bytes
     extension: str
+    classes: tuple[int, ...] = ()  # the set, rising, where labels are sets
 
 
 def hash_key(key: str) -> int:
@@ -252,8 +253,11 @@ def _parse_sample(tar: str, member: dict[str, object], labels: Labels) -> Sample
     where = f"{tar}: sample '{key}'"
     fields = {name: value for name, value in member.items() if isinstance(value, bytes)}
     images = [name for name in fields if name in IMAGE_EXTENSIONS]
+    classes: tuple[int, ...] | None = ()
     try:
         label = labels.of(fields)
+        if labels.are_sets and (classes := labels.set_of(fields)) is None:
+            label = None
     except ValueError as error:
         raise DataError(f"{where}: {error}. Correct `labels` in the manifest, or pack the dataset again.") from error
     # What ends like a member of ours behind a second dot may be an image under a name that was not meant.
@@ -268,4 +272,4 @@ def _parse_sample(tar: str, member: dict[str, object], labels: Labels) -> Sample
             f"{', '.join('.' + name for name in fields)}. A key ends at the first dot of the file name; "
             "both members of a sample must stand together; labels that stand elsewhere: `labels` in the manifest."
         )
-    return Sample(key, label, fields[images[0]], images[0])
+    return Sample(key, label, fields[images[0]], images[0], classes or ())

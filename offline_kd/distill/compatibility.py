@@ -135,7 +135,7 @@ def known_of_teacher(recipe: Recipe, manifest: Manifest) -> dict[str, object]:
     """What recipe, manifest and this machine know of the recipe's teacher: values by name; `weights` may be digits
     that the sha256 begins with."""
     wanted = recipe.teacher
-    known: dict[str, object] = {}
+    known: dict[str, object] = {"kind": wanted.kind}
     model = teacher_model(recipe, manifest)
     if wanted.weights is not None and not wanted.is_to_be_trained:
         if sha256 := known_sha256(wanted.weights, manifest, model):
@@ -176,8 +176,8 @@ def difference(store: Store, known: Mapping[str, object]) -> str | None:
 
 
 def _plain(value: object) -> str:
-    """As YAML has it, if it is short: text as it is."""
-    return str(value) if isinstance(value, str | Absent) else json.dumps(value)
+    """As YAML has it, if it is short: text as it is, if there is any."""
+    return str(value) if isinstance(value, str | Absent) and value != "" else json.dumps(value)
 
 
 def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
@@ -189,6 +189,11 @@ def refuse_bias(store: Store, terms: Sequence[AnyTerm]) -> None:
     fidelity = manifest.fidelity.get(store.targets) if manifest else None
     for term in terms:
         problem = codec.serves(term.needs)
+        if problem and store.identity.teacher.kind == "embedding":
+            raise StoreMismatch(
+                f"{store.place}: holds no logits, because its teacher has no classes, and term '{term.term}' needs "
+                "them. Name the store of a classifier, or other targets of this one: STORE#TARGETS."
+            )
         if not problem and term.needs.measured:
             name, message = term.needs.measured
             error: float | None = getattr(fidelity, name, None)

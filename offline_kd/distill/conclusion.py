@@ -19,10 +19,12 @@ def conclusion(summaries: Sequence[Summary]) -> list[str]:
 
 
 def _sentence(found: Sequence[Summary], teacher: float | None, summaries: Sequence[Summary]) -> str:
-    best = max(found, key=lambda summary: summary.top1_mean)
+    best = max(found, key=lambda summary: summary.mean or 0.0)
     assert best.difference is not None, "it stands beside plain training"
     plain = next(one for one in summaries if best.plain is not None and one.group.key == best.plain.key)
-    figures = f"{best.group.label} has {best.top1_mean:.2f} %, {plain.group.label} {plain.top1_mean:.2f} %"
+    assert best.mean is not None, "it was compared"
+    assert plain.mean is not None, "plain training is from labels"
+    figures = f"{best.group.label} has {best.mean:.2f} %, {plain.group.label} {plain.mean:.2f} %"
     apart, known = best.difference.mean, _is_known(best.difference)
     if apart > 0 and known:
         return f"Students are better with the teacher than from labels alone: {figures}."
@@ -32,7 +34,7 @@ def _sentence(found: Sequence[Summary], teacher: float | None, summaries: Sequen
             "More seeds tell (--seeds 0,1,2,3,4)."
         )
     text = f"Students are {'worse' if known else 'no better'} with the teacher than from labels alone: {figures}"
-    if teacher is not None and teacher <= plain.top1_mean:
+    if teacher is not None and teacher <= plain.mean:
         return (
             f"{text}. The teacher itself has {teacher:.2f} %, no more than plain training: take one that knows more, "
             "with pretrained weights, on larger views or after more epochs (docs/teachers.md)."
@@ -48,6 +50,6 @@ def _is_known(apart: Difference) -> bool:
 def _teacher_of(found: Sequence[Summary], summaries: Sequence[Summary]) -> float | None:
     """Top-1 of the teacher in percent, as it was told to students, or of the only one in the report."""
     told = {one.answered.teacher_top1 for one in found if one.answered and one.answered.teacher_top1 is not None}
-    own = {one.top1_mean for one in summaries if one.group.runs[0].is_teacher}
+    own = {one.mean for one in summaries if one.group.runs[0].is_teacher and one.mean is not None}
     tops = told or own
     return tops.pop() if len(tops) == 1 else None

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from offline_kd.cache.in_memory import dataset_of
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import is_url, root_at
+from offline_kd.data.label_sets import label_tensor, unpack_sets
 from offline_kd.data.labels import need_labels
 from offline_kd.data.manifest import EvaluationCrop, Manifest, Normalisation, data_roots
 from offline_kd.models.networks import normalise
@@ -24,7 +25,8 @@ from offline_kd.views.render import plain_images
 class EvaluationBatches(IterableDataset[tuple[Tensor, Tensor]]):
     """Every image of a split once, in the order of its tars; a batch ends where its tar does.
 
-    Batches are images `[B, 3, H, W]` float32, the input of a network, and labels `[B]` int64.
+    Batches are images `[B, 3, H, W]` float32, the input of a network, and labels `[B]` int64; of sets
+    `[B, C]` float32, 1 for a class of the image.
     """
 
     images: BlockLoader
@@ -41,7 +43,9 @@ class EvaluationBatches(IterableDataset[tuple[Tensor, Tensor]]):
             for block in self.images:
                 for start in range(0, len(block), self.batch_size):
                     pixels, rows = plain_images(block, self.crop, start, start + self.batch_size, threads)
-                    labels = torch.from_numpy(block.labels[rows]).long()
+                    labels = label_tensor(block.labels[rows])
+                    if labels.dim() == 2:
+                        labels = unpack_sets(labels, len(self.images.dataset.classes))
                     yield normalise(pixels.to(self.device), self.normalisation), labels.to(self.device)
 
 

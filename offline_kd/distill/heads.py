@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offline_kd.data.label_sets import one_label
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.resident import free_bytes
 from offline_kd.distill.student import Student
@@ -93,7 +94,7 @@ def dataset_rows(loader: Loader) -> DatasetRows:
     found, num_tars = list[tuple[NDArray[np.uint64], NDArray[np.int64]]](), len(loader.source.images)
     with progress("labels of all rows", num_tars, "tars") as meter:
         for number in range(num_tars):
-            found.append(_labels_of_tar(loader, number))
+            found.append(labels_of_rows(loader, number))
             meter.advance()
     hashes, labels = (np.concatenate(parts) for parts in zip(*found, strict=True))
     labels = np.where(loader.options.shows_label(hashes), labels, -1)
@@ -101,7 +102,7 @@ def dataset_rows(loader: Loader) -> DatasetRows:
     return DatasetRows(hashes[order], torch.from_numpy(labels[order]), loader.options.seed)
 
 
-def _labels_of_tar(loader: Loader, number: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def labels_of_rows(loader: Loader, number: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     """Key hashes `[n]` and labels `[n]` of the rows of a tar that are trained on, without what stores have left out;
     -1 where there is no label."""
     source = loader.source
@@ -109,12 +110,12 @@ def _labels_of_tar(loader: Loader, number: int) -> tuple[NDArray[np.uint64], NDA
         block = store.block_of_tar.get(source.images.split.tars[number].sha256)
         if block is not None:
             arrays = store.read(block, 0, ["key_hash", "label"])
-            hashes, stored = arrays["key_hash"].astype(np.uint64), arrays["label"].astype(np.int64)
+            hashes, stored = arrays["key_hash"].astype(np.uint64), one_label(arrays["label"])
             labels, chosen = np.where(stored == NO_LABEL, -1, stored), source.images.chosen
             which = slice(None) if chosen is None else np.isin(hashes, chosen[number])
             return hashes[which], labels[which]
     tar = source.images[number]
-    return tar.key_hash, tar.labels.astype(np.int64)
+    return tar.key_hash, one_label(tar.labels)
 
 
 def _teacher_widths(terms: Sequence[FeatureTerm], loader: Loader, ask: AskTeacher) -> dict[str, int]:

@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from offline_kd.data.label_sets import hidden_where
 from offline_kd.data.manifest import Normalisation
 from offline_kd.distill.reader import Options, Piece, Reader, Source
 from offline_kd.distill.resident import Resident
 from offline_kd.distill.sampler import Order
 from offline_kd.models.networks import normalise
 from offline_kd.store.feature_reading import features_decoder
-from offline_kd.store.join import Wanted, codec_tables_on
+from offline_kd.store.join import Wanted
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.reader import Store
-from offline_kd.store.rows import Rows, StoredSignal, concatenate, gather
+from offline_kd.store.rows import Rows, concatenate, gather
 from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
 from offline_kd.views.render import render, size_of_boxes
@@ -219,17 +221,6 @@ def _pair(batch: Any) -> tuple[Tensor, Rows]:  # Rows: of a loader without batch
     return batch.images, batch
 
 
-def logits_decoder(store: Store, device: torch.device) -> Callable[[StoredSignal], Tensor]:
-    """A function from the signal of a store, on `device`, to logits `[n, C]` float32."""
-    identity, tables = store.identity, codec_tables_on(store, device)
-
-    def logits(signal: StoredSignal) -> Tensor:
-        assert signal.logits is not None, "the logits were not read"
-        return identity.codec.decode(signal.logits, identity.num_classes, tables)
-
-    return logits
-
-
 def all_features_decoder(
     stores: Sequence[Store], wanted: Sequence[Wanted], device: torch.device
 ) -> Callable[[Mapping[str, Mapping[str, Tensor]]], dict[str, Tensor]]:
@@ -261,7 +252,7 @@ def _copied(gathered: Iterator[Rows], stream: torch.cuda.Stream) -> Iterator[tup
 
 def _labelled(rows: Rows, known: Tensor) -> Rows:
     """With the labels that are known `[n]`."""
-    labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
+    labels, other = (hidden_where(one, known) for one in (rows.labels, rows.other_labels))
     return replace(rows, labels=labels, other_labels=other)
 
 

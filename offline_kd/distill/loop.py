@@ -5,7 +5,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from offline_kd.distill.checkpoint import Progress, load_progress, save_progress
 from offline_kd.distill.heads import end_pass, row_numbers
 from offline_kd.distill.judging import Judged, evaluate_student
 from offline_kd.distill.loader import Loader
-from offline_kd.distill.loss import counts_of, own_parts, term_weights
+from offline_kd.distill.loss import counts_of, loss_batch, own_parts, term_weights
 from offline_kd.distill.optimisation import learning_rate, make_optimizer, set_learning_rate
 from offline_kd.distill.results import Result, Run, begin, finish, keep_weights, write_metrics
 from offline_kd.distill.run_directory import run_directory
@@ -125,8 +125,7 @@ def _train(
             whole = tally.progress(epoch, loader.steps_per_pass, done.history)
             losses = _losses(run, whole.sums, loader.steps_per_pass, epoch)
             epochs_done, lr = epoch + loader.views_per_decode, optimizer.param_groups[0]["lr"]
-            due, is_last = judged.after(epoch, epochs_done, training), epochs_done >= training.epochs
-            found = evaluate_student(run, student, due, is_last)
+            found = evaluate_student(run, student, judged, epoch, epochs_done)
             counted = _counted(whole, len(set().union(*of_all(loader.bad)))) | end_pass(student.heads.values())
             factors = _scheduled(run, weights)
             done.history.append({"epoch": epochs_done, **losses, **factors, "lr": lr, **found, **counted})
@@ -182,7 +181,7 @@ class _Tally:
 
     def add(self, run: Run, logits: Tensor, signal: TeacherSignal, parts: Tensor, batch: Rows) -> None:
         self.sums += parts
-        if signal.logits is not None:
+        if signal.logits is not None and run.recipe.teacher.kind == "classifier":
             self.teacher += said_of(signal.logits, batch)
         self.fallbacks += sum(term.fallbacks(logits, signal) for term in run.terms)
         self.images += len(logits)
@@ -275,7 +274,8 @@ def train_step(
     if len(pieces) == 1:
         logits, values = _add_gradients(run, student, batch, signal, weights)
     else:
-        counts = [counts_of(run.terms, LossBatch(batch.labels[piece])) for piece in pieces]
+        whole = loss_batch(batch, 1, mixes=False)  # which labels are known is all that is counted
+        counts = [counts_of(run.terms, LossBatch(whole.labels[piece])) for piece in pieces]
         items = total(torch.stack(counts).sum(dim=0))
         found = []
         for piece in pieces:
@@ -322,14 +322,12 @@ def _add_gradients(
         logits = (student.network if student.trained is None else student.trained)(inputs)
     refuse_no_logits(logits, student.model, len(inputs), student.num_classes)
     logits = logits.float()
-    mixing = (batch.other_labels, batch.share) if recipe.views.mixes else None
-    known = LossBatch(
-        batch.labels,
-        mixing,
-        recipe.training.label_smoothing,
-        kd_layer_scores(student),
-        student.features,
-        row_numbers(student, batch),
+    known = replace(
+        loss_batch(batch, logits.shape[1], recipe.views.mixes),
+        label_smoothing=recipe.training.label_smoothing,
+        scores=kd_layer_scores(student),
+        features=student.features,
+        rows=row_numbers(student, batch),
     )
     parts = own_parts(run.terms, logits, signal, known, items, student.heads)
     # What is shared divides the sum of the ranks' gradients by their number.

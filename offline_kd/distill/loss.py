@@ -6,7 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from offline_kd.data.label_sets import are_known, unpack_sets
 from offline_kd.objectives.term import Head, LossBatch, Signal, Term
+from offline_kd.store.rows import Rows
 from offline_kd.support.ranks import total, world
 
 
@@ -21,6 +23,21 @@ def bare_values(
     """
     known = [replace(batch, head=heads[number]) if number in heads else batch for number in range(len(terms))]
     return torch.stack([term(student_logits, signal, one) for term, one in zip(terms, known, strict=True)])
+
+
+def loss_batch(batch: Rows, num_classes: int, mixes: bool) -> LossBatch:
+    """What terms may know of the labels of a batch; sets are unpacked, and mixed where images are.
+
+    Args:
+        mixes: whether views mix images.
+    """
+    if batch.labels.dim() == 1:
+        return LossBatch(batch.labels, (batch.other_labels, batch.share) if mixes else None)
+    labels = unpack_sets(batch.labels, num_classes)
+    if mixes:
+        share = batch.share[:, None]
+        labels = share * labels + (1 - share) * unpack_sets(batch.other_labels, num_classes)
+    return LossBatch(torch.where(are_known(batch.labels)[:, None], labels, -1.0))
 
 
 def own_parts(

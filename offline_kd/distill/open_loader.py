@@ -51,6 +51,7 @@ def open_loader(
     # The join proves every image, unless the store is an old one, which knows the sha256 of tars only.
     prove: Proof = "never" if store.created.keeps_digests else "once"
     images = BlockLoader(dataset, split, [folder], decode=store.identity.views.is_exact, prove=prove)
-    wanted = Wanted(decisions=decisions, features=features)
+    has_logits = store.identity.teacher.kind != "embedding"
+    wanted = Wanted(has_logits, decisions, features)
     source = Source(images, store.identity.views, store.identity.groups, [store], [wanted])
     return Loader(source, options, torch.device(device), normalisation)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.distill.differences import Difference, difference
-from offline_kd.distill.run_records import COMPARED, Group, RunRecord, read_if_there
+from offline_kd.distill.run_records import COMPARED, Group, Measure, RunRecord, read_if_there
 from offline_kd.models.checkpoints import as_file
 from offline_kd.models.evaluation_file import (
     FILE,
@@ -28,6 +28,7 @@ from offline_kd.support.console import progress, say
 from offline_kd.support.errors import TrainingError
 
 Value = str | float | int | None
+MEASURES: dict[Measure, str] = {"top1": "top-1", "map": "mAP", "knn_top1": "k-NN top-1"}  # for people
 TOLERANCE = 1e-6  # percentage points, between the top-1 of a result and that of the predictions beside it
 
 
@@ -51,13 +52,19 @@ class Summary:
     """All seeds of one group."""
 
     group: Group
-    top1_mean: float
-    top1_std: float  # sample standard deviation; 0 for a single run
-    val_top1_mean: float | None  # of the validation rows; None where a run has none
+    mean: float | None  # of what the students are judged by, in percent; None: there were no labels
+    std: float  # sample standard deviation; 0 for a single run
+    val_mean: float | None  # of the validation rows; None where a run has none
+    probe_mean: float | None  # of a linear probe, in percent, of students without classes
     plain: Group | None  # plain training that this is compared with
     difference: Difference | None
     published: tuple[float, float | None] | None  # top-1, standard deviation
     answered: Answered | None
+
+    @property
+    def measure(self) -> Measure:
+        """What the students are judged by."""
+        return self.group.runs[0].result.measure
 
     @property
     def with_teacher(self) -> float | None:
@@ -71,39 +78,62 @@ class Summary:
 def summarise(groups: Sequence[Group]) -> list[Summary]:
     """One line per group.
 
-    Raises TrainingError for predictions that are damaged, or of another run than the result beside them.
+    Raises TrainingError for predictions that are damaged, or of another run than the result beside them, and for runs
+    that were not measured alike.
     """
     summaries = []
     runs = [run for group in groups for run in group.runs]
+    # Top-1 and k-NN top-1 have columns of their own: they are of images of one label.
+    other = next((run for run in runs if (run.result.measure == "map") != (runs[0].result.measure == "map")), None)
+    if other:
+        raise TrainingError(
+            f"{runs[0].place} is measured by {MEASURES[runs[0].result.measure]}, {other.place} by "
+            f"{MEASURES[other.result.measure]}: they cannot stand in one table. Make a report of each."
+        )
     teachers: dict[str, Predictions | None] = {}
     with progress("reading what students answered", len(runs), "runs") as meter:
         for group in groups:
-            top1 = [run.result.top1 for run in group.runs]
+            scores = [run.result.score for run in group.runs if run.result.score is not None]
             plain = _plain_of(group, groups)
             published = group.runs[0].recipe.published
             summary = Summary(
                 group=group,
-                top1_mean=statistics.mean(top1),
-                top1_std=statistics.stdev(top1) if len(top1) > 1 else 0.0,
-                val_top1_mean=_mean_of_all([run.result.val_top1 for run in group.runs]),
+                mean=_mean(scores),
+                std=statistics.stdev(scores) if len(scores) > 1 else 0.0,
+                val_mean=_mean_of_all([run.result.val_score for run in group.runs]),
+                probe_mean=_mean(run.result.probe_top1 for run in group.runs),
                 plain=plain,
                 difference=difference(by_seed(group), by_seed(plain)) if plain else None,
-                published=published.of(group.objective) if published else None,
+                published=published.of(group.objective)
+                if published and group.runs[0].result.measure == "top1"
+                else None,
                 answered=_answered(group, runs, teachers),
             )
             summaries.append(summary)
             meter.advance(len(group.runs))
-    missing = len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered)
-    if missing:
+    if missing := num_silent(summaries):
         say(f"{missing} of {len(runs)} runs have no {FILE}: what follows from it is left out for them")
     return summaries
 
 
+def num_silent(summaries: Sequence[Summary]) -> int:
+    """How many runs of classifiers lack what these answered; of others, answers are not compared."""
+    classifiers = sum(run.result.measure == "top1" for summary in summaries for run in summary.group.runs)
+    return classifiers - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered)
+
+
+def measures_of(summaries: Sequence[Summary]) -> list[Measure]:
+    """All that students are judged by."""
+    there = {summary.measure for summary in summaries}
+    return [measure for measure in MEASURES if measure in there]
+
+
 def by_seed(group: Group) -> dict[int, float]:
-    """Top-1 in percent; the mean of students of one seed."""
+    """What students are judged by, in percent; the mean of those of one seed."""
     found: dict[int, list[float]] = {}
     for run in group.runs:
-        found.setdefault(run.result.seed, []).append(run.result.top1)
+        if run.result.score is not None:
+            found.setdefault(run.result.seed, []).append(run.result.score)
     return {seed: statistics.mean(values) for seed, values in found.items()}
 
 
@@ -113,7 +143,7 @@ def _plain_of(group: Group, groups: Sequence[Group]) -> Group | None:
     Where there is none, the only one of the same student and data with as many epochs.
     """
     first = group.runs[0]
-    if first.is_teacher or first.is_plain:
+    if first.is_teacher or first.is_plain or first.result.kind is not None:
         return None
     plain = [one for one in groups if one.runs[0].is_plain]
     for same in (COMPARED, ("data", "student", "training.epochs")):
@@ -168,7 +198,7 @@ def predictions_of(run: RunRecord) -> Predictions | None:
     if content is None:
         return None
     found = read_predictions(content, f"{run.place}/{FILE}")
-    if abs(found.top1 - run.result.top1) > TOLERANCE:
+    if run.result.top1 is not None and abs(found.top1 - run.result.top1) > TOLERANCE:
         raise TrainingError(
             f"{run.place}/{FILE}: top-1 is {found.top1:.2f} %, result.json says {run.result.top1:.2f} %: one of "
             "them is of another run. Run it again, or leave the file out."
@@ -203,9 +233,9 @@ def _teacher_of(run: RunRecord, runs: Sequence[RunRecord], known: dict[str, Pred
     same = [
         one for one in runs if one.is_teacher and (one.recipe.teacher.model, one.recipe.teacher.model_args) == network
     ]
-    if wanted.expected is not None:
-        near = wanted.expected
-        same = [one for one in same if abs(one.result.top1 - near.top1) <= near.tolerance]
+    if wanted.expected is not None and (near := wanted.expected.top1) is not None:
+        tolerance = wanted.expected.tolerance
+        same = [one for one in same if one.result.top1 is not None and abs(one.result.top1 - near) <= tolerance]
     if len(same) != 1:
         return None
     key = str(same[0].place)
@@ -232,15 +262,16 @@ def record(summary: Summary) -> dict[str, Value]:
     """A line as plain values; accuracies and agreements in percent, differences in percentage points."""
     group, apart, published = summary.group, summary.difference, summary.published or (None, None)
     results = [run.result for run in group.runs]
-    half = apart.half_width if apart else None
+    half, measure = apart.half_width if apart else None, summary.measure
     return {
         "objective": group.objective,
         **group.fields,
         "targets": group.targets,
         "runs": len(results),
-        "val_top1_mean": summary.val_top1_mean,
-        "top1_mean": summary.top1_mean,
-        "top1_std": summary.top1_std,
+        f"val_{measure}_mean": summary.val_mean,
+        f"{measure}_mean": summary.mean,
+        f"{measure}_std": None if summary.mean is None else summary.std,
+        **({"probe_top1_mean": summary.probe_mean} if measure == "knn_top1" else {}),
         "difference": apart.mean if apart else None,
         "difference_low": apart.mean - half if apart and half is not None else None,
         "difference_high": apart.mean + half if apart and half is not None else None,
@@ -249,7 +280,7 @@ def record(summary: Summary) -> dict[str, Value]:
         "difference_to": summary.plain.label if summary.plain else None,
         "published_top1": published[0],
         "published_std": published[1],
-        "best_top1_mean": statistics.mean(result.best_top1 for result in results),
+        f"best_{measure}_mean": _mean(result.best_score for result in results),
         "nll_mean": _mean(result.nll for result in results),
         "ece_mean": _percent(_mean(result.ece for result in results)),
         "teacher_agreement": summary.with_teacher,
@@ -268,29 +299,43 @@ def _percent(share: float | None) -> float | None:
 def table(summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of cells. `top-1` is after the last epoch, mean +- standard deviation over seeds; `vs plain`
     is the difference to plain training with its interval of 95 %; `val top-1` is of validation rows, where any run has
-    them: settings are chosen by it, and `top-1` is what they are worth; `published` is what a recipe says of others."""
+    them: settings go by it, and `top-1` is what they are worth; `published` is what a recipe says of others. Where
+    labels are sets it is `mAP`; of students without classes `k-NN top-1`, and that of a `linear probe` beside it."""
     apart = list(summaries[0].group.fields)
     has_plain = any(summary.difference for summary in summaries)
-    has_validation = any(summary.val_top1_mean is not None for summary in summaries)
     is_published = any(summary.published for summary in summaries)
-    columns = ["objective", *apart, "targets", "runs", *["val top-1 %"] * has_validation, "top-1 %"]
+    validated = {summary.measure for summary in summaries if summary.val_mean is not None}
+    measures = measures_of(summaries)
+    columns = ["objective", *apart, "targets", "runs"]
+    for measure in measures:
+        columns += [f"val {MEASURES[measure]} %"] * (measure in validated) + [f"{MEASURES[measure]} %"]
+        columns += ["linear probe %"] * (measure == "knn_top1")
     columns += ["published"] * is_published + ["vs plain"] * has_plain
-    columns += ["best top-1 %", "s / epoch", "parameters"]
+    columns += [*(f"best {MEASURES[measure]} %" for measure in measures), "s / epoch", "parameters"]
     rows = []
     for summary in summaries:
         group, line = summary.group, record(summary)
         row = [group.objective, *group.fields.values(), group.targets, str(len(group.runs))]
-        row += ["" if summary.val_top1_mean is None else f"{summary.val_top1_mean:.2f}"] * has_validation
-        row += [shown_top1(summary)]
+        for measure in measures:
+            row += [_shown(line.get(f"val_{measure}_mean"))] * (measure in validated)
+            row += [shown_mean(summary) if summary.measure == measure else ""]
+            row += [_shown(line.get("probe_top1_mean"))] * (measure == "knn_top1")
         row += [shown_published(summary)] * is_published + [shown_difference(summary.difference)] * has_plain
-        row += [f"{line['best_top1_mean']:.2f}", f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
+        row += [_shown(line.get(f"best_{measure}_mean")) for measure in measures]
+        row += [f"{line['seconds_per_epoch']:.2f}", f"{line['parameters']:,}"]
         rows.append(row)
     return columns, rows
 
 
-def shown_top1(summary: Summary) -> str:
-    spread = f" ± {summary.top1_std:.2f}" if len(summary.group.runs) > 1 else ""
-    return f"{summary.top1_mean:.2f}{spread}"
+def _shown(percent: Value) -> str:
+    return f"{percent:.2f}" if isinstance(percent, float) else ""
+
+
+def shown_mean(summary: Summary) -> str:
+    if summary.mean is None:
+        return ""
+    spread = f" ± {summary.std:.2f}" if len(summary.group.runs) > 1 else ""
+    return f"{summary.mean:.2f}{spread}"
 
 
 def shown_published(summary: Summary) -> str:

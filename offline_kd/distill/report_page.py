@@ -23,8 +23,19 @@ from offline_kd.distill.charts import (
     series_of,
     share_of,
 )
-from offline_kd.distill.report import Summary, Value, by_seed, record, shown_difference, shown_published, shown_top1
-from offline_kd.distill.run_records import GroupKey, RunRecord
+from offline_kd.distill.report import (
+    MEASURES,
+    Summary,
+    Value,
+    by_seed,
+    measures_of,
+    num_silent,
+    record,
+    shown_difference,
+    shown_mean,
+    shown_published,
+)
+from offline_kd.distill.run_records import GroupKey, Measure, RunRecord
 from offline_kd.support.errors import TrainingError
 from offline_kd.support.files import write_atomically
 from offline_kd.support.pages import render_page
@@ -32,23 +43,34 @@ from offline_kd.support.pages import render_page
 DRAWN = 10  # rows with curves and diagrams, besides plain training and the teacher
 CLASSES_SHOWN = 4  # that a row helped or hurt most
 METRICS = {"top1": "top-1 %", "nll": "NLL, nats", "ece": "ECE", "lr": "learning rate", "seconds": "seconds per pass"}
+METRICS |= {"map": "mAP %", "bce": "binary cross-entropy, nats", "val_map": "validation mAP %"}
 METRICS |= {"val_top1": "validation top-1 %", "val_nll": "validation NLL, nats", "val_ece": "validation ECE"}
-MEASURED = ("val_top1", "top1", "val_nll", "nll", "val_ece", "ece")  # of these the curves come first
+METRICS |= {"val_knn_top1": "validation k-NN top-1 %", "knn_top1": "k-NN top-1 %", "probe_top1": "linear probe %"}
+# Of these the curves come first.
+MEASURED = [f"{part}{name}" for name in ("top1", "map", "knn_top1", "nll", "ece", "bce") for part in ("val_", "")]
 TITLES = {
     "objective": "objective",
     "targets": "targets",
     "runs": "runs",
     "val_top1_mean": "validation %",
     "top1_mean": "top-1 %",
+    "val_map_mean": "validation %",
+    "map_mean": "mAP %",
+    "val_knn_top1_mean": "validation k-NN top-1 %",
+    "knn_top1_mean": "k-NN top-1 %",
+    "probe_top1_mean": "linear probe %",
     "difference": "vs plain",
     "published_top1": "published",
     "best_top1_mean": "best %",
+    "best_map_mean": "best %",
+    "best_knn_top1_mean": "best k-NN top-1 %",
     "ece_mean": "ECE %",
     "teacher_agreement": "as teacher %",
     "seconds_per_epoch": "s / epoch",
     "parameters": "parameters",
 }
-ESSENTIAL = ("objective", "top1_mean", "difference")  # columns on a narrow screen
+SCORES = ("top1_mean", "map_mean", "knn_top1_mean")
+ESSENTIAL = ("objective", *SCORES, "difference")  # columns on a narrow screen
 
 
 @dataclass(frozen=True)
@@ -65,7 +87,8 @@ class Row:
     apart: str  # fields that set it apart, for a narrow screen
     cells: list[Cell]
     seeds: list[list[Cell]]
-    dots: list[float]  # top-1 of each run, in percent of the width
+    score: str  # column of what the students are judged by
+    dots: list[float]  # that of each run, in percent of the width
     plain: float | None
 
 
@@ -86,7 +109,8 @@ def write_report(file: Path, title: str, summaries: Sequence[Summary], notes: Se
 
 def _csv(lines: Sequence[Mapping[str, Value]]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    columns = dict.fromkeys(name for line in lines for name in line)  # students may be judged by other figures
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
@@ -122,7 +146,7 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
     columns = [*summaries[0].group.fields]
     at = list(TITLES).index("targets")
     columns = [*list(TITLES)[:at], *columns, *list(TITLES)[at:]]
-    columns = [name for name in columns if any(line[name] is not None for line in lines)]
+    columns = [name for name in columns if any(line.get(name) is not None for line in lines)]
     runs = [run for summary in summaries for run in summary.group.runs]
     shared = {
         name: value for name, value in runs[0].fields.items() if all(one.fields.get(name) == value for one in runs)
@@ -135,7 +159,10 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         notes=notes,
         columns=[(name, TITLES.get(name, name), name in ESSENTIAL) for name in columns],
         essential=ESSENTIAL,
-        has_validation="val_top1_mean" in columns,
+        has_validation=any(summary.val_mean is not None for summary in summaries),
+        scores=SCORES,
+        measures={one: MEASURES[one] for one in measures_of(summaries) if f"{one}_mean" in columns},
+        probed={run.result.probe_learned_from for run in runs} - {None},
         rows=_rows(summaries, lines, columns, styles),
         tests={summary.difference.test for summary in summaries if summary.difference},
         seeds=max((summary.difference.seeds for summary in summaries if summary.difference), default=0),
@@ -159,7 +186,7 @@ def _page(title: str, summaries: Sequence[Summary], lines: Sequence[Mapping[str,
         ],
         shared=shared,
         details=[(summary, _own(summary, shared)) for summary in summaries],
-        silent=len(runs) - sum(len(summary.answered.with_teacher) for summary in summaries if summary.answered),
+        silent=num_silent(summaries),
         all_runs=len(runs),
     )
 
@@ -186,7 +213,7 @@ def _styles(summaries: Sequence[Summary]) -> dict[GroupKey, str]:
 
 def _worth(summary: Summary) -> float:
     """What rows are chosen by: validation rows, where there are any."""
-    return summary.top1_mean if summary.val_top1_mean is None else summary.val_top1_mean
+    return next((one for one in (summary.val_mean, summary.mean) if one is not None), 0.0)
 
 
 def _rows(
@@ -195,34 +222,43 @@ def _rows(
     columns: Sequence[str],
     styles: Mapping[GroupKey, str],
 ) -> list[Row]:
-    top1 = [run.result.top1 for summary in summaries for run in summary.group.runs]
-    low, high = min(top1), max(top1)
+    scores = {measure: _scores_of(summaries, measure) or [0.0] for measure in measures_of(summaries)}
     rows = []
     for summary, line in zip(summaries, lines, strict=True):
         group, plain = summary.group, by_seed(summary.plain) if summary.plain else {}
+        low, high = min(scores[summary.measure]), max(scores[summary.measure])
         seeds = [_of_one_run(run, summary, plain) for run in group.runs] if len(group.runs) > 1 else []
         row = Row(
             label=group.label,
             style=styles.get(summary.group.key, ""),
             apart=", ".join(f"{name} {value}" for name, value in group.fields.items()),
-            cells=[Cell(name, _together(_shown(name, summary, line)), line[name]) for name in columns],
+            cells=[Cell(name, _together(_shown(name, summary, line)), line.get(name)) for name in columns],
             seeds=[[Cell(name, _plain_text(one.get(name)), one.get(name)) for name in columns] for one in seeds],
-            dots=[share_of(run.result.top1, low, high) for run in group.runs],
+            score=f"{summary.measure}_mean",
+            dots=[share_of(one, low, high) for one in _scores_of([summary], summary.measure)],
             plain=share_of(sum(plain.values()) / len(plain), low, high) if plain else None,
         )
         rows.append(row)
     return rows
 
 
+def _scores_of(summaries: Sequence[Summary], measure: Measure) -> list[float]:
+    """Of all runs whose students are judged by it."""
+    results = [run.result for summary in summaries for run in summary.group.runs if run.result.measure == measure]
+    return [result.score for result in results if result.score is not None]
+
+
 def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) -> dict[str, Value]:
     """Under the columns of its row; the difference is to plain training with the same seed."""
     result, place = run.result, str(run.place)
+    before = plain.get(result.seed)
     return {
         "objective": f"seed {result.seed}",
-        "val_top1_mean": result.val_top1,
-        "top1_mean": result.top1,
-        "difference": result.top1 - plain[result.seed] if result.seed in plain else None,
-        "best_top1_mean": result.best_top1,
+        f"val_{result.measure}_mean": result.val_score,
+        f"{result.measure}_mean": result.score,
+        "probe_top1_mean": result.probe_top1,
+        "difference": None if before is None or result.score is None else result.score - before,
+        f"best_{result.measure}_mean": result.best_score,
         "ece_mean": None if result.ece is None else 100 * result.ece,
         "teacher_agreement": summary.answered.with_teacher.get(place) if summary.answered else None,
         "seconds_per_epoch": result.seconds_per_epoch,
@@ -230,13 +266,13 @@ def _of_one_run(run: RunRecord, summary: Summary, plain: Mapping[int, float]) ->
 
 
 def _shown(name: str, summary: Summary, line: Mapping[str, Value]) -> str:
-    if name == "top1_mean":
-        return shown_top1(summary)
+    if name == f"{summary.measure}_mean":
+        return shown_mean(summary)
     if name == "difference":
         return shown_difference(summary.difference)
     if name == "published_top1":
         return shown_published(summary)
-    return _plain_text(line[name])
+    return _plain_text(line.get(name))
 
 
 def _together(text: str) -> str:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import Decoder, ImageBlock
+from offline_kd.data.label_sets import hidden_where
 from offline_kd.distill.reader import Options, Reader, Source
 from offline_kd.distill.sampler import Order
 from offline_kd.store.join import as_stored, join_all, left_out_of, without_store
@@ -189,7 +190,7 @@ def rows_at(
         view_size: height and width of all views.
     """
     rows = table.map(lambda one: take(one, place))
-    labels, other = (torch.where(known, one, -1) for one in (rows.labels, rows.other_labels))
+    labels, other = (hidden_where(one, known) for one in (rows.labels, rows.other_labels))
     pixels = rows.pixels if images is None else take(images, row)
     if pixels is not None and rows.box is not None and rows.flip is not None and len(place):
         pixels = render(pixels, rows.box, rows.flip, view_size, outside)

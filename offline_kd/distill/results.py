@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from offline_kd.data.blocks import BlockLoader
+from offline_kd.data.expected import Kind
 from offline_kd.distill.checkpoint import Progress
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.sampler import ORDER_VERSION
-from offline_kd.distill.student import Student
+from offline_kd.distill.student import Student, has_no_classes
 from offline_kd.models.evaluation_file import FILE_OF_TEACHER
 from offline_kd.models.networks import parameter_count
 from offline_kd.models.student_file import StudentFile, describe_kd_layers, student_bytes
 from offline_kd.network_recipe import StudentNetwork
+from offline_kd.objectives.features import FeatureTerm, Projection
 from offline_kd.recipe import AnyTerm, Recipe, dump_recipe
 from offline_kd.store.evaluation_beside import read_evaluation
 from offline_kd.store.reader import Store
@@ -32,6 +34,15 @@ from offline_kd.support.version import __version__
 from offline_kd.training_recipe import Every
 
 MAX_STUDENT_BYTES = 2**40
+# Of the figures in `metrics.jsonl`, what a result keeps of the last pass, and of the best one.
+AT_THE_END = (
+    *("top1", "nll", "ece", "top1_ema", "val_top1"),
+    *("map", "bce", "map_ema", "val_map"),
+    *("knn_top1", "knn_top1_ema", "val_knn_top1", "probe_top1", "probe_top1_ema", "probe_learned_from"),
+)
+AT_BEST = ("top1", "val_top1", "map", "val_map", "knn_top1")
+# What the best pass is chosen by: the first that was measured.
+JUDGED_BY = ("val_top1", "top1", "val_map", "map", "val_knn_top1", "knn_top1")
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,17 @@ class Run:
     log: str | None = None  # which tracker is told, beside `metrics.jsonl`
     rows_sha256: str = ""  # of the rows that are trained on, where they are not all of the split
     store: Store | None = None  # that is learned from, where it is one
+
+    @property
+    def gives_vectors(self) -> bool:
+        """Whether what is trained has no classes, so that no logits come out."""
+        return self.trained is None and has_no_classes(self.recipe, self.terms)
+
+    @property
+    def kind(self) -> Kind:
+        """Of what is trained: its teacher's, but that terms on labels make a classifier beside one without classes."""
+        of_teacher = self.recipe.teacher.kind
+        return "classifier" if of_teacher == "embedding" and not self.gives_vectors else of_teacher
 
     @property
     def student(self) -> StudentNetwork:
@@ -97,18 +119,19 @@ class Run:
         return fingerprint([content, terms, self.source, self.initial_sha256])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """`result.json`: what a finished run achieved."""
 
     recipe: str
     objective: str
     targets: str  # "store", "online" or "none"
+    kind: str | None = None  # "embedding" of a student without classes
     seed: int
-    top1: float  # percent, after the last epoch
-    best_top1: float  # of the epochs after which the evaluation split was evaluated
-    nll: float
-    ece: float
+    top1: float | None = None  # percent, after the last epoch; this and the next three are of classifiers
+    best_top1: float | None = None  # of the epochs after which the evaluation split was evaluated
+    nll: float | None = None
+    ece: float | None = None
     epochs: int
     steps: int
     parameters: int  # those of KD layers included
@@ -119,6 +142,15 @@ class Result:
     dtkd_fallbacks: int  # samples for which DTKD's temperatures were undefined
     store_digest: str
     student_sha256: str
+    # Of students without classes, on an evaluation split with labels; `neighbours.py` and `probe.py` say how:
+    knn_top1: float | None = None  # percent
+    best_knn_top1: float | None = None
+    probe_top1: float | None = None  # percent, of a linear classifier on the frozen student's vectors
+    probe_learned_from: str | None = None
+    knn_top1_ema: float | None = None
+    probe_top1_ema: float | None = None
+    val_knn_top1: float | None = None
+    projections: list[str] | None = None  # features of the teacher, for which the student's files have a projection
     # Of options, left out where they are not used:
     initial_sha256: str | None = None  # of the weights that the student began from
     top1_ema: float | None = None  # of the average of the weights
@@ -129,6 +161,29 @@ class Result:
     rows_sha256: str | None = None
     val_top1: float | None = None  # percent of the validation rows, after the last epoch
     best_val_top1: float | None = None
+    # Where labels are sets:
+    map: float | None = None  # mean average precision in percent, as of top1
+    best_map: float | None = None
+    bce: float | None = None  # nats per sample and class
+    map_ema: float | None = None
+    val_map: float | None = None
+    best_val_map: float | None = None
+
+    @property
+    def accuracy(self) -> str:
+        """What was reached, in words."""
+        figures = {
+            "validation top-1": self.val_top1,
+            "top-1": self.top1,
+            "validation mAP": self.val_map,
+            "mAP": self.map,
+            "validation k-NN top-1": self.val_knn_top1,
+            "k-NN top-1": self.knn_top1,
+            "linear probe": self.probe_top1,
+        }
+        return (
+            ", ".join(f"{name} {value:.2f} %" for name, value in figures.items() if value is not None) or "not judged"
+        )
 
 
 # ---- beginning and end ---------------------------------------------------------------------------------------------
@@ -193,18 +248,17 @@ def finish(
     run: Run, student: Student, loader: Loader, evaluation: BlockLoader, history: list[dict[str, Any]]
 ) -> Result:
     """Write `student.safetensors` and `result.json`."""
-    sha256 = {end: put_weights(run, f"student{end}", network, evaluation) for end, network in student.networks.items()}
+    sha256 = {end: put_weights(run, student, "student", end, evaluation) for end in student.networks}
     best = {end: _best_epoch(history, end) for end in student.networks if "best" in run.recipe.training.keep}
     per_pass = statistics.median(line["seconds"] for line in history)
+    reached: dict[str, Any] = {name: history[-1].get(name) for name in AT_THE_END}
+    reached |= {f"best_{name}": _best(history, name) for name in AT_BEST}
     result = Result(
         recipe=run.recipe.name,
         objective=run.objective,
         targets=run.source,
+        kind="embedding" if run.gives_vectors else None,
         seed=run.seed,
-        top1=history[-1]["top1"],
-        best_top1=max(line["top1"] for line in history if "top1" in line),
-        nll=history[-1]["nll"],
-        ece=history[-1]["ece"],
         epochs=history[-1]["epoch"],
         steps=len(history) * loader.steps_per_pass,
         parameters=parameter_count(student.network),
@@ -216,18 +270,21 @@ def finish(
         store_digest=run.store_digest,
         student_sha256=sha256[""],
         initial_sha256=run.initial_sha256 or None,
-        top1_ema=history[-1].get("top1_ema"),
         student_ema_sha256=sha256.get("_ema"),
         best_epoch=best.get(""),
         best_epoch_ema=best.get("_ema"),
         rows=loader.source.images.split.count if run.rows_sha256 else None,
         rows_sha256=run.rows_sha256 or None,
-        val_top1=history[-1].get("val_top1"),
-        best_val_top1=max((line["val_top1"] for line in history if "val_top1" in line), default=None),
+        projections=sorted(projections_of(run, student)) or None,
+        **reached,
     )
     used = {name: value for name, value in asdict(result).items() if value is not None}
     run.out.put("result.json", (json.dumps(used, indent=2) + "\n").encode())
     return result
+
+
+def _best(history: list[dict[str, Any]], name: str) -> float | None:
+    return max((line[name] for line in history if name in line), default=None)
 
 
 def keep_teacher_evaluation(run: Run) -> None:
@@ -249,28 +306,31 @@ def keep_weights(run: Run, student: Student, evaluation: BlockLoader, history: l
     if rank() > 0 or not history:
         return
     epoch = history[-1]["epoch"]
-    for end, network in student.networks.items():
+    for end in student.networks:
         for kept in run.recipe.training.keep:
             if isinstance(kept, Every) and epoch % kept.every == 0:
-                put_weights(run, f"epoch-{epoch:03d}{end}", network, evaluation)
+                put_weights(run, student, f"epoch-{epoch:03d}", end, evaluation)
             elif kept == "best" and epoch == _best_epoch(history, end):
-                put_weights(run, f"best{end}", network, evaluation)
+                put_weights(run, student, "best", end, evaluation)
 
 
 def _best_epoch(history: list[dict[str, Any]], end: str) -> int:
-    """The first of those with the best top-1 on the validation rows or, without such, on the evaluation split.
+    """The first of those with the best top-1, mean average precision or k-NN top-1, on the validation rows or, without
+    such, on the evaluation split.
 
     0: none was evaluated yet.
     """
-    judged = f"val_top1{end}" if any("val_top1" in line for line in history) else f"top1{end}"
+    judged = next((name for name in JUDGED_BY if any(name in line for line in history)), "top1") + end
     evaluated = [line for line in history if judged in line]
     return max(evaluated, key=lambda line: line[judged])["epoch"] if evaluated else 0
 
 
-def put_weights(run: Run, name: str, network: nn.Module, evaluation: BlockLoader) -> str:
-    """Write `NAME.safetensors`, which says of itself what it is; returns its sha256."""
-    content = student_bytes(network, _described(run, network, evaluation))
-    run.out.put(f"{name}.safetensors", content)
+def put_weights(run: Run, student: Student, name: str, end: str, evaluation: BlockLoader) -> str:
+    """Write `NAME.safetensors` of one of the student's networks, `NAME_ema.safetensors` of the average of its weights,
+    which says of itself what it is; returns its sha256."""
+    network = student.networks[end]
+    content = student_bytes(network, _described(run, network, evaluation), projections_of(run, student))
+    run.out.put(f"{name}{end}.safetensors", content)
     return hashlib.sha256(content).hexdigest()
 
 
@@ -282,7 +342,8 @@ def _described(run: Run, network: nn.Module, evaluation: BlockLoader) -> Student
         model=run.student.model,
         model_args=run.student.model_args,
         kd_layers=describe_kd_layers(network),
-        classes=evaluation.dataset.classes,
+        kind=run.kind,
+        classes=[] if run.gives_vectors else evaluation.dataset.classes,
         normalisation=data.normalisation,
         input_size=(height, width),
         crop=crop,
@@ -295,6 +356,19 @@ def _described(run: Run, network: nn.Module, evaluation: BlockLoader) -> Student
         stores=run.store_digest.split("+") if run.store_digest else [],
         version=__version__,
     )
+
+
+def projections_of(run: Run, student: Student) -> dict[str, Projection]:
+    """From vectors that a student without classes gives to features of the teacher, by the name of these.
+
+    A term on another module of the student has a projection of that module's vectors, which is none of these.
+    """
+    found: dict[str, Projection] = {}
+    for number, head in student.heads.items() if run.gives_vectors else ():
+        term = run.terms[number]
+        if isinstance(head, Projection) and isinstance(term, FeatureTerm) and term.student_module is None:
+            found.setdefault(term.features, head)
+    return found
 
 
 def _weight_files(run: Run) -> list[str]:

@@ -19,8 +19,9 @@ import torch
 
 from offline_kd.cache.engines import DEFAULT_ENGINE, EngineOption, find_engine
 from offline_kd.cache.pipeline import cache_teacher
+from offline_kd.data.expected import ExpectedAccuracy
 from offline_kd.data.fetching import Root
-from offline_kd.data.manifest import ExpectedAccuracy, Manifest, data_roots, is_complete
+from offline_kd.data.manifest import Manifest, data_roots, is_complete
 from offline_kd.data.packing import digits_samples, pack
 from offline_kd.data_recipe import ScoredRows
 from offline_kd.distill.conclusion import conclusion
@@ -129,7 +130,7 @@ def _run(
     students = {out / "students" / name: one for name, one in planned.items()}
     for number, (folder, result) in enumerate(_distill_all(manifest, roots, students, out, device, options), 1):
         say(
-            f"{students[folder].label}: {_accuracy(result)}, {result.seconds_per_epoch:.2f} s per epoch "
+            f"{students[folder].label}: {result.accuracy}, {result.seconds_per_epoch:.2f} s per epoch "
             f"({number} of {len(students)} students)"
         )
     folders += students
@@ -187,11 +188,6 @@ def _distill_all(
             yield folder, distill(recipe, manifest, roots, folder, device, **what)
 
 
-def _accuracy(result: Result) -> str:
-    validation = "" if result.val_top1 is None else f"validation top-1 {result.val_top1:.2f} %, "
-    return f"{validation}top-1 {result.top1:.2f} %"
-
-
 def _with_digits(recipe: Recipe, manifest: Manifest, extra_roots: Sequence[str | Path], out: Path) -> Recipe:
     """Pack the bundled digits into OUT/data, unless they are somewhere already."""
     if recipe.data.dataset != "digits":
@@ -213,7 +209,11 @@ def pack_digits(folder: Path) -> None:
 def _with_teacher(recipe: Recipe, manifest: Manifest, result: Result, out: Path) -> Recipe:
     """The recipe with the teacher that was just trained, and the accuracy that its gate expects."""
     expected = ExpectedAccuracy(
-        dataset=recipe.data.dataset, split=recipe.data.evaluation, top1=result.top1, tolerance=TEACHER_TOLERANCE
+        dataset=recipe.data.dataset,
+        split=recipe.data.evaluation,
+        top1=result.top1,
+        map=result.map,
+        tolerance=TEACHER_TOLERANCE,
     )
     teacher = trained_teacher(recipe, manifest, str(out / "teacher" / "student.safetensors"))
     return recipe.model_copy(update={"teacher": teacher.model_copy(update={"expected": expected})})

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from offline_kd.recipe import Recipe, read_recipe
 from offline_kd.support.console import progress, say
@@ -26,6 +26,12 @@ ABSENT = "-"
 LARGEST = 1e300  # number that has a curve: neither infinite, nor an integer that no float can be
 M = TypeVar("M", bound=BaseModel)
 GroupKey = tuple[str, ...]
+Measure = Literal["top1", "map", "knn_top1"]
+
+
+def _is_none(value: object) -> bool:
+    """Left out of a report's JSON: a student is measured by one of several."""
+    return value is None
 
 
 class Outcome(BaseModel):
@@ -35,9 +41,17 @@ class Outcome(BaseModel):
 
     objective: str
     targets: Literal["store", "online", "none"]
+    kind: Literal["embedding"] | None = Field(None, exclude_if=_is_none)  # of a student without classes
     seed: int
-    top1: float  # percent
-    best_top1: float
+    # Of these three there is the one that the student is judged by; none of a student without classes, without labels.
+    top1: float | None = Field(None, exclude_if=_is_none)  # percent
+    map: float | None = Field(None, exclude_if=_is_none)  # percent, where labels are sets
+    knn_top1: float | None = Field(None, exclude_if=_is_none)  # percent, of a student without classes
+    best_top1: float | None = Field(None, exclude_if=_is_none)
+    best_map: float | None = Field(None, exclude_if=_is_none)
+    best_knn_top1: float | None = Field(None, exclude_if=_is_none)
+    probe_top1: float | None = Field(None, exclude_if=_is_none)  # percent, of a linear classifier on its vectors
+    probe_learned_from: str | None = Field(None, exclude_if=_is_none)
     nll: float | None = None
     ece: float | None = None
     seconds_per_epoch: float
@@ -48,6 +62,37 @@ class Outcome(BaseModel):
     initial_sha256: str | None = None
     rows_sha256: str | None = None
     val_top1: float | None = None  # percent
+    val_map: float | None = Field(None, exclude_if=_is_none)
+    val_knn_top1: float | None = Field(None, exclude_if=_is_none)
+
+    @model_validator(mode="after")
+    def _says_how_good_it_is(self) -> Self:
+        has_top1, has_map = None not in (self.top1, self.best_top1), None not in (self.map, self.best_map)
+        if self.kind is None and has_top1 == has_map:
+            raise ValueError("has neither `top1` and `best_top1`, nor `map` and `best_map`")
+        return self
+
+    @property
+    def measure(self) -> Measure:
+        """What the student is judged by."""
+        if self.kind == "embedding":
+            return "knn_top1"
+        return "top1" if self.map is None else "map"
+
+    @property
+    def score(self) -> float | None:
+        """Percent, after the last epoch; None: there were no labels."""
+        return {"top1": self.top1, "map": self.map, "knn_top1": self.knn_top1}[self.measure]
+
+    @property
+    def best_score(self) -> float | None:
+        """Percent, of the best epoch."""
+        return {"top1": self.best_top1, "map": self.best_map, "knn_top1": self.best_knn_top1}[self.measure]
+
+    @property
+    def val_score(self) -> float | None:
+        """Percent, of the validation rows."""
+        return {"top1": self.val_top1, "map": self.val_map, "knn_top1": self.val_knn_top1}[self.measure]
 
 
 class Epoch(BaseModel):
@@ -90,7 +135,9 @@ class RunRecord:
     @property
     def is_plain(self) -> bool:
         """Whether the student was trained on labels alone."""
-        return not self.is_teacher and all(term.term == "ce" for term in self.recipe.objectives[self.result.objective])
+        return not self.is_teacher and all(
+            term.term in ("ce", "bce") for term in self.recipe.objectives[self.result.objective]
+        )
 
 
 @dataclass(frozen=True)

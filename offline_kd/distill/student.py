@@ -17,11 +17,19 @@ from offline_kd.distill.averaging import WeightAverage
 from offline_kd.distill.checkpoint import Stateful
 from offline_kd.models.checkpoints import StateDict
 from offline_kd.models.kd_layer import WithKDLayer, find_map, insert_kd_layer
-from offline_kd.models.networks import build, classifier_of, head_of, normalise
+from offline_kd.models.networks import (
+    build,
+    build_without_head,
+    classifier_of,
+    head_of,
+    normalise,
+    refuse_no_vectors,
+)
 from offline_kd.models.sync_batchnorm import synchronise_batchnorm
 from offline_kd.models.taps import TapPoint, put_vector_taps
-from offline_kd.models.weights import begin_from
+from offline_kd.models.weights import begin_from, load_state
 from offline_kd.network_recipe import Head
+from offline_kd.objectives.ce import CE
 from offline_kd.objectives.decisions import KDLayerTerm
 from offline_kd.objectives.term import Head as TermHead
 from offline_kd.recipe import AnyTerm, Recipe, feature_terms, kd_layer_terms
@@ -38,7 +46,7 @@ class Student:
     network: nn.Module
     kd_layers: Mapping[str, WithKDLayer]  # by the name of the module before
     model: str = ""  # what the network is called
-    num_classes: int | None = None  # that it must give logits for; None: nobody said
+    num_classes: int | None = None  # that it must give logits for; None: it gives vectors, or nobody said
     # The network as it is trained: compiled, or by ranks together, whose gradients are those of all of them.
     trained: nn.Module | None = None
     average: WeightAverage | None = None  # of the weights
@@ -85,31 +93,66 @@ def new_student(
     """
     num_classes, about = len(loader.dataset.classes), recipe.student
     torch.manual_seed(seed)
-    network = build(about.model, num_classes, about.model_args)
-    begin = Beginning(about.model, about.model_args, recipe.training.train, "student.head", about.head)
-    prepare_network(network, num_classes, begin, weights)
+    gives = None if has_no_classes(recipe, terms) else num_classes  # None: vectors
+    if gives is None:
+        network = _network_of_vectors(recipe, weights)
+    else:
+        network = build(about.model, num_classes, about.model_args)
+        begin = Beginning(about.model, about.model_args, recipe.training.train, "student.head", about.head)
+        prepare_network(network, num_classes, begin, weights)
     network = network.to(device)
     wanted, compared = kd_layer_terms(terms), feature_terms(terms)
     if not wanted and not compared:
-        return Student(network, {}, about.model, num_classes)
+        return Student(network, {}, about.model, gives)
     if (size := recipe.views.output_size) is None:
         images = loader[0].images[:1]
     else:
         images = torch.zeros((1, 3, size, size), dtype=torch.uint8)
     example = normalise(images.to(device), recipe.data.normalisation)
+    if gives is None:
+        refuse_no_vectors(_of_example(network, example), about.model, len(example))
     # Before KD layers change the names of modules: a tap reads what a module gives, not what such a layer adds to it.
-    features = _tapped(network, {term.student_module for term in compared}, recipe, num_classes, example)
+    features = _tapped(network, {term.student_module for term in compared}, recipe, gives, example)
     layers = _with_kd_layers(network, recipe, wanted, num_classes, example)
-    return Student(network, layers, about.model, num_classes, features=features)
+    return Student(network, layers, about.model, gives, features=features)
+
+
+def has_no_classes(recipe: Recipe, terms: Sequence[AnyTerm]) -> bool:
+    """Whether a student gives vectors, and no logits: its teacher has no classes, and no term is about labels."""
+    return recipe.teacher.kind == "embedding" and not any(isinstance(term, CE) for term in terms)
+
+
+def _network_of_vectors(recipe: Recipe, weights: StateDict | None) -> nn.Module:
+    """A student without its classifier, freshly initialised or from these weights."""
+    about = recipe.student
+    if about.head is not None or recipe.training.train == "head":
+        field = "student.head" if about.head is not None else "training.train"
+        raise RecipeError(f"{field}: a student of a teacher without classes has no head. Leave it out.")
+    network, head = build_without_head(about.model, about.model_args)
+    if weights is not None:
+        load_state(network, weights, left=head)
+    return network
+
+
+@torch.no_grad()
+def _of_example(network: nn.Module, example: Tensor) -> object:
+    found = network.eval()(example)
+    network.train()
+    return found
 
 
 def _tapped(
-    network: nn.Module, modules: set[str | None], recipe: Recipe, num_classes: int, example: Tensor
+    network: nn.Module, modules: set[str | None], recipe: Recipe, num_classes: int | None, example: Tensor
 ) -> dict[str | None, Tensor]:
-    """Vectors of these modules, those of `example` for a start. None: what comes into the classifier."""
+    """Vectors of these modules, those of `example` for a start.
+
+    None: what comes into the classifier; of a network without classes, what it gives.
+    """
     about = recipe.student
     points: dict[str | None, TapPoint] = {name: TapPoint(module=name) for name in modules if name is not None}
-    if None in modules:
+    if None in modules and num_classes is None:
+        points[None] = TapPoint(module="")
+    elif None in modules and num_classes is not None:
         points[None] = TapPoint(module=classifier_of(about.model, num_classes, about.model_args), at="input")
     vectors = put_vector_taps(network, points)
     if points:

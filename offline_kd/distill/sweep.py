@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from offline_kd.objectives.term import Term
-from offline_kd.recipe import Recipe, recipe_of, with_value
+from offline_kd.recipe import Recipe, recipe_of
+from offline_kd.recipe_content import with_value
 from offline_kd.support.errors import RecipeError, did_you_mean, shorten
 from offline_kd.support.strict import fingerprint
 from offline_kd.support.strict_yaml import parse_yaml

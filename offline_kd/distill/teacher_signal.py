@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from offline_kd.distill.loader import all_features_decoder, logits_decoder
+from offline_kd.distill.loader import all_features_decoder
 from offline_kd.models.taps import TapPoint
 from offline_kd.models.teacher import Teacher
 from offline_kd.recipe import AnyTerm, Recipe, feature_terms, kd_layer_terms
@@ -16,6 +16,7 @@ from offline_kd.store.decisions import pack, unpack_probs
 from offline_kd.store.feature_reading import held_features
 from offline_kd.store.features import pooled
 from offline_kd.store.join import Wanted, decision_arrays, tables_on
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.reader import Store
 from offline_kd.store.rows import Rows
 from offline_kd.support.errors import RecipeError
@@ -131,6 +132,11 @@ def stored_signal(
     """
     for term in terms if len(stores) > 1 and ensemble.space == "probability" else ():
         if term.needs.offset:
+            if term.needs.label == "set":
+                raise RecipeError(
+                    f"term '{term.term}': several multi-label teachers are averaged as logits, not as one softmax: "
+                    "`mix: logit`."
+                )
             raise RecipeError(
                 f"{term.term.upper()} needs the offset of the logits, which a mixture of probabilities lacks: "
                 "`mix: logit`."
@@ -172,13 +178,14 @@ def live_signal(
     def ask(batch: Rows) -> TeacherSignal:
         images = batch.images if batch.live_images is None else batch.live_images
         logits, maps = teacher.logits_and_maps(images, points)
-        labels = batch.labels.clamp(min=0)  # those that are hidden are left out of the loss
+        labels = batch.labels.clamp(min=0)  # packed sets stay; those that are hidden are left out of the loss
         decided = {
             name: _unpacked(pack(config, features, labels, templates[name])) | tables.get(name, {})
             for (name, config), features in zip(configs.items(), maps[: len(configs)], strict=True)
         }
         of_taps = zip(taps.items(), maps[len(configs) :], strict=True)
-        return TeacherSignal(logits, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
+        said = None if teacher.kind == "embedding" else logits
+        return TeacherSignal(said, decided, {name: pooled(tap, features) for (name, tap), features in of_taps})
 
     return ask
 

@@ -27,8 +27,9 @@ from offline_kd.distill.training import (
 )
 from offline_kd.models.networks import build
 from offline_kd.network_recipe import StudentNetwork, TeacherNetwork
+from offline_kd.objectives.bce import BCE
 from offline_kd.objectives.ce import CE
-from offline_kd.recipe import Recipe
+from offline_kd.recipe import AnyTerm, Recipe
 from offline_kd.support.console import say
 from offline_kd.support.errors import RecipeError
 from offline_kd.support.ranks import from_first, joined
@@ -45,7 +46,7 @@ def train_teacher(
     device: torch.device,
     log: str | None = None,
 ) -> Result:
-    """Train the teacher of a recipe with cross-entropy on all labels; `out/teacher.safetensors` are its weights.
+    """Train a recipe's teacher with cross-entropy on all labels, binary of sets, into `out/teacher.safetensors`.
 
     It begins from `teacher.weights`, where there are any, with their head unless `teacher.head` is `new`. Views have
     the size that it will be asked at, that of its crop, where they are resampled.
@@ -61,7 +62,8 @@ def train_teacher(
         raise RecipeError(f"recipe '{recipe.name}': to train a teacher, give teacher.model and teacher.training.")
     with joined(device):
         images, seed, place = training_images(recipe, manifest, roots), recipe.seeds[0], run_place(out)
-        refuse_labels_that_are_not(recipe, images, [CE(term="ce")])
+        terms: list[AnyTerm] = [BCE(term="bce") if recipe.teacher.kind == "multilabel" else CE(term="ce")]
+        refuse_labels_that_are_not(recipe, images, terms)
         num_classes, args = len(images.dataset.classes), teacher_args(recipe, manifest)
         torch.manual_seed(seed)
         network = build(model, num_classes, args)
@@ -83,7 +85,7 @@ def train_teacher(
         run = Run(
             plain,
             "teacher",
-            [CE(term="ce")],
+            terms,
             seed,
             place,
             device,

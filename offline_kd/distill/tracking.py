@@ -22,7 +22,8 @@ from offline_kd.support.ranks import rank
 Line = Mapping[str, Any]  # of `metrics.jsonl`
 Write = Callable[[Line], None]
 
-MEASURED = [f"{name}{end}" for name in ("top1", "nll", "ece") for end in ("", "_ema")]
+OF_STUDENTS = {"top1": "top-1", "map": "mAP", "knn_top1": "k-NN top-1", "probe_top1": "linear probe top-1"}  # percent
+MEASURED = [f"{name}{end}" for name in (*OF_STUDENTS, "nll", "ece", "bce") for end in ("", "_ema")]
 WHERE = {"epoch": "epoch", "lr": "lr"} | {
     f"{begin}{name}": f"val/{name}" for name in MEASURED for begin in ("", "val_")
 }
@@ -39,9 +40,11 @@ def epoch_line(run: Run, line: Line, seconds_left: float) -> str:
     left = f", {duration_text(seconds_left)} left" if seconds_left else ""
     accuracies = []
     for begin, split in (("val_", "validation "), ("", "")):
-        if f"{begin}top1" in line:
-            average = f" (average of weights {line[f'{begin}top1_ema']:.2f} %)" if f"{begin}top1_ema" in line else ""
-            accuracies.append(f"{split}top-1 {line[f'{begin}top1']:.2f} %{average}")
+        for figure, called in OF_STUDENTS.items():
+            name = f"{begin}{figure}"
+            if name in line:
+                average = f" (average of weights {line[f'{name}_ema']:.2f} %)" if f"{name}_ema" in line else ""
+                accuracies.append(f"{split}{called} {line[name]:.2f} %{average}")
     return (
         f"{run.objective}, seed {run.seed}: epoch {line['epoch']} of {run.recipe.training.epochs}, "
         f"loss {', '.join([*losses, *accuracies])}, lr {line['lr']:.3g}, "
@@ -85,7 +88,7 @@ def figures(line: Line) -> dict[str, float]:
     `test/top1` then.
     """
     shown = {name: _shown(name) for name, value in line.items() if isinstance(value, int | float)}
-    if "val_top1" in line:
+    if any(f"val_{name}" in line for name in OF_STUDENTS):
         shown |= {name: f"test/{name}" for name in MEASURED if name in line}
     return {name: line[own] for own, name in shown.items()}
 

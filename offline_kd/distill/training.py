@@ -5,6 +5,7 @@ same views in the same order, and exists to measure that the two agree.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypedDict, TypeVar, Unpack, cast
 
@@ -13,7 +14,7 @@ import torch
 from offline_kd.cache.teacher import load_teacher
 from offline_kd.data.blocks import BlockLoader
 from offline_kd.data.fetching import Root
-from offline_kd.data.labels import need_labels
+from offline_kd.data.labels import need_labels, refuse_other_labels
 from offline_kd.data.manifest import Manifest
 from offline_kd.data.tars import Proof
 from offline_kd.distill.chosen_rows import chosen_images
@@ -22,15 +23,17 @@ from offline_kd.distill.heads import with_heads
 from offline_kd.distill.judging import Judged
 from offline_kd.distill.loader import Loader
 from offline_kd.distill.loop import fit
+from offline_kd.distill.probe import images_to_learn_from
 from offline_kd.distill.reader import Options, Source
 from offline_kd.distill.resident import resident_if_it_fits
 from offline_kd.distill.results import Result, Run, keep_teacher_evaluation
 from offline_kd.distill.run_directory import run_place
-from offline_kd.distill.student import Student, new_student
+from offline_kd.distill.student import Student, has_no_classes, new_student
 from offline_kd.distill.teacher_signal import AskTeacher, Ensemble, live_signal, no_signal, stored_signal, wanted_of
 from offline_kd.distill.tracking import check_tracker
 from offline_kd.models.checkpoints import StateDict, WeightsFile, as_file, read_state_dict
 from offline_kd.models.weights import find_weights
+from offline_kd.objectives.bce import BCE
 from offline_kd.objectives.ce import CE
 from offline_kd.recipe import (
     AnyTerm,
@@ -38,6 +41,7 @@ from offline_kd.recipe import (
     TeacherStore,
     needs_teacher,
 )
+from offline_kd.store.features import USUAL_WIDTH
 from offline_kd.store.join import proof_of_images
 from offline_kd.store.layout import plan_views_per_group
 from offline_kd.store.reader import Store
@@ -141,7 +145,11 @@ def prepare(
     check_all(opened, recipe, images, [] if options.get("allow_biased") or online else terms)
     check_teachers(opened, [manifest.store(one.store).digest is not None for one in wanted], recipe, manifest)
     refuse_labels_that_are_not(recipe, images, terms)
-    evaluated = shared.once("evaluation", read, lambda: evaluation_images(recipe, manifest, roots, limit))
+    labelled = not has_no_classes(recipe, terms)
+    evaluated = shared.once(
+        "evaluation", (read, labelled), lambda: evaluation_images(recipe, manifest, roots, limit, labelled)
+    )
+    refuse_best_of_nothing(recipe, evaluated)
     about = recipe.student
     weights, initial = initial_weights(about.weights, manifest, roots, about.model, about.model_args)
     of_rows = read, proof, [store.digest for store in opened]
@@ -162,7 +170,8 @@ def prepare(
     digest, log = "+".join(store.digest for store in opened), options.get("log")
     only = opened[0] if len(opened) == 1 and asked == "store" else None
     run = Run(recipe, name, terms, seed, out, device, asked, digest, initial, None, log, rows.sha256, only)
-    return run, student, loader, Judged(evaluated, rows.validation), ask
+    learn_from = partial(images_to_learn_from, loader, recipe.evaluation_crop is None)
+    return run, student, loader, Judged(evaluated, rows.validation, learn_from), ask
 
 
 def _refuse_part_of_a_pass(recipe: Recipe) -> None:
@@ -174,9 +183,19 @@ def _refuse_part_of_a_pass(recipe: Recipe) -> None:
 
 
 def refuse_labels_that_are_not(recipe: Recipe, images: BlockLoader, terms: Sequence[AnyTerm]) -> None:
-    """Raise DataError for cross-entropy on a split without labels, where it would be 0."""
-    if any(isinstance(term, CE) for term in terms):
-        need_labels(images.split.labels, f"{recipe.data.dataset}/{recipe.data.train}", "the term 'ce' of the objective")
+    """Raise DataError for labels that are not of the teacher's kind, and for cross-entropy on a split without labels,
+    where it would be 0."""
+    where = f"{recipe.data.dataset}/{recipe.data.train}"
+    refuse_other_labels(recipe.teacher.kind, images.split.labels, where)
+    for term in terms:
+        if isinstance(term, CE | BCE):
+            need_labels(images.split.labels, where, f"the term '{term.term}' of the objective")
+
+
+def refuse_best_of_nothing(recipe: Recipe, evaluated: BlockLoader) -> None:
+    """Raise RecipeError where the best epoch is to be kept, and no labels say which that is."""
+    if "best" in recipe.training.keep and evaluated.split.labels == "none" and recipe.data.validation is None:
+        raise RecipeError("training.keep: best is by labels of the evaluation split, which has none. Leave best out.")
 
 
 def wanted_stores(recipe: Recipe, references: Sequence[str] = ()) -> list[TeacherStore]:
@@ -237,11 +256,22 @@ def training_images(
 
 
 def evaluation_images(
-    recipe: Recipe, manifest: Manifest, roots: Sequence[Root], download_bytes: int = DEFAULT_BYTES
+    recipe: Recipe,
+    manifest: Manifest,
+    roots: Sequence[Root],
+    download_bytes: int = DEFAULT_BYTES,
+    labelled: bool = True,
 ) -> BlockLoader:
+    """Args:
+    labelled: whether labels are needed: students without classes do without them, and are not judged.
+    """
     dataset, name = manifest.evaluation(recipe.data.dataset, recipe.data.evaluation)
     split = manifest.split(dataset, name)
-    need_labels(split.labels, f"{dataset}/{name}", "evaluation")
+    refuse_other_labels(recipe.teacher.kind, split.labels, f"{dataset}/{name}")
+    if labelled:
+        need_labels(split.labels, f"{dataset}/{name}", "evaluation")
+    elif split.labels == "none":
+        say(f"{dataset}/{name} has no labels: the student is not judged, and what is measured is its loss")
     return BlockLoader(
         manifest.dataset(dataset),
         split,
@@ -317,7 +347,7 @@ def group_views(recipe: Recipe, images: BlockLoader, store: Store | None) -> lis
     per_group = plan_views_per_group(
         recipe.views,
         rows_per_block=max(tar.count for tar in images.split.tars),
-        num_classes=len(images.dataset.classes),
+        num_classes=USUAL_WIDTH if recipe.teacher.kind == "embedding" else len(images.dataset.classes),
         requested=recipe.capture.views_per_group,
     )
     return view_groups(recipe.views.num_views, per_group)

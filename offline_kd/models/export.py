@@ -92,7 +92,7 @@ def _compare(
     student: TrainedStudent, ask: Callable[[Tensor], Tensor], fed: Tensor, images: Tensor, where: str
 ) -> Agreement:
     """Of one image alone, and of the others in one batch."""
-    expected = student.logits(images)
+    expected = student.vectors(images) if student.about.kind == "embedding" else student.logits(images)
     found = torch.cat([ask(part) for part in (fed[:1], fed[1:]) if len(part)])
     difference, largest = (found - expected).abs().max().item(), expected.abs().max().item()
     if not difference <= TOLERANCE * max(1.0, largest):

@@ -5,7 +5,8 @@ torchvision:NAME        torchvision.models
 timm:NAME               timm (install `offline-kd[timm]`)
 package.module:NAME     your own, installed or in the current folder: a callable that is called as
                         NAME(num_classes=10, **model_args) and returns a torch.nn.Module, whose
-                        forward takes [B, 3, H, W] float32 and returns logits [B, num_classes]
+                        forward takes [B, 3, H, W] float32 and returns logits [B, num_classes]; or, of a
+                        teacher of kind embedding, vectors of any width
 """
 
 import importlib
@@ -97,16 +98,48 @@ def classifier_of(name: str, num_classes: int, args: Mapping[str, int | float | 
     return modules.pop()
 
 
+def build_without_head(
+    name: str, args: Mapping[str, int | float | str | bool] | None = None
+) -> tuple[nn.Module, dict[str, int]]:
+    """A freshly initialised network without its classifier, and the head that it lacks, as `head_of` says it.
+
+    What came into the classifier comes out: vectors `[B, D]`. Of timm's networks it is what they give for
+    `num_classes=0`; one whose `args` say `num_classes` has a projection under that name (CLIP), which stays. A network
+    in which nothing depends on the number of classes stays as it is.
+
+    Raises ModelError where the classifier is not one module inside the network.
+    """
+    args = dict(args or {})
+    if "num_classes" in args and (width := int(args.pop("num_classes"))):
+        return build(name, width, args), {}
+    head = head_of(name, 2, args)
+    if name.startswith("timm:"):
+        return build(name, 0, args), head
+    network = build(name, 2, args)
+    if head:
+        network.set_submodule(classifier_of(name, 2, args), nn.Identity())
+    return network, head
+
+
 def refuse_no_logits(output: object, name: str, rows: int | None = None, num_classes: int | None = None) -> None:
     """Raise ModelError for what a network gives instead of logits `[rows, num_classes]`, as far as these are known."""
     shape = list(output.shape) if isinstance(output, Tensor) else []
     expected = ("B" if rows is None else rows, "num_classes" if num_classes is None else num_classes)
     if len(shape) == 2 and all(isinstance(one, str) or one == size for one, size in zip(expected, shape, strict=True)):
         return
-    what = f"a tensor {shape}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
     raise ModelError(
-        f"'{name}': its forward gives {what}, must give one tensor of logits [{expected[0]}, {expected[1]}]."
+        f"'{name}': its forward gives {_what(output)}, must give one tensor of logits [{expected[0]}, {expected[1]}]."
     )
+
+
+def refuse_no_vectors(output: object, name: str, rows: int) -> None:
+    """Raise ModelError for what a network without classes gives instead of vectors `[rows, D]`."""
+    if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != rows or not output.shape[1]:
+        raise ModelError(f"'{name}': its forward gives {_what(output)}, must give one tensor of vectors [{rows}, D].")
+
+
+def _what(output: object) -> str:
+    return f"a tensor {list(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
 
 
 def _constructor(name: str) -> Callable[..., object]:

@@ -23,7 +23,8 @@ class Prediction:
     """What a student says of one file: the likeliest classes, or why it cannot be read."""
 
     image: str
-    classes: list[tuple[str, float]]  # name and probability, the likeliest first
+    # Name and probability, the likeliest first; of a multi-label student those above .5.
+    classes: list[tuple[str, float]]
     problem: str | None = None
 
 
@@ -52,7 +53,10 @@ def read_pixels(student: TrainedStudent, file: str) -> Pixels | str:
 
 
 def predict_files(student: TrainedStudent, files: Sequence[str], top: int) -> Iterator[Prediction]:
-    """The `top` likeliest classes of every file, in order; the network's device is where it is asked."""
+    """The `top` likeliest classes of every file, in order; the network's device is where it is asked.
+
+    Of a multi-label student, those of them with a probability above .5: maybe none.
+    """
     device = next(student.network.parameters()).device
     with progress("predictions", len(files), "images") as meter, ThreadPoolExecutor() as threads:
         for start in range(0, len(files), BATCH):
@@ -69,8 +73,14 @@ def _likeliest(
     student: TrainedStudent, images: Sequence[Pixels], top: int, device: torch.device
 ) -> list[list[tuple[str, float]]]:
     logits = student.logits(torch.from_numpy(np.stack(images)).to(device)).cpu()
-    probabilities, indices = logits.softmax(dim=1).topk(min(top, logits.shape[1]), dim=1)
+    sets = student.about.kind == "multilabel"
+    of_classes = logits.sigmoid() if sets else logits.softmax(dim=1)
+    probabilities, indices = of_classes.topk(min(top, logits.shape[1]), dim=1)
     return [
-        [(student.about.classes[index], probability) for index, probability in zip(which, how, strict=True)]
+        [
+            (student.about.classes[index], probability)
+            for index, probability in zip(which, how, strict=True)
+            if not sets or probability > 0.5
+        ]
         for which, how in zip(indices.tolist(), probabilities.tolist(), strict=True)
     ]

@@ -1,8 +1,9 @@
 """Taps: reading the feature maps of named modules while a network runs.
 
 A tap is a module's name, and whether its input or its output is read: the input of an activation module is the map
-before activation. Maps `[B, D, H, W]` are taken as they are; token sequences `[B, T, D]` (vision transformers) are
-folded into their square grid, without the class and register tokens that come before.
+before activation. The name "" is PyTorch's for the network itself. Maps `[B, D, H, W]` are taken as they are; token
+sequences `[B, T, D]` (vision transformers) are folded into their square grid, without the class and register tokens
+that come before.
 """
 
 import math
@@ -28,6 +29,11 @@ class TapPoint(Strict):
     module: str = Field(description="of the teacher; `offline-kd taps MODEL` lists them")
     at: Literal["input", "output"] = Field("output", description="which map of the module: what comes in, or goes out")
     grid: tuple[int, int] | None = Field(None, description="height and width that the map is averaged to")
+
+    @property
+    def named(self) -> str:
+        """For messages."""
+        return f"tap '{self.module}'" if self.module else "the network itself"
 
     @property
     def takes_vectors(self) -> bool:
@@ -112,8 +118,8 @@ def as_map(tensor: object, point: TapPoint) -> Tensor:
         return tensor[:, :, None, None].float()
     if not isinstance(tensor, Tensor) or tensor.ndim not in (3, 4):
         shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise ModelError(f"tap '{point.module}': gives {shape}, neither a map [B, D, H, W] nor tokens [B, T, D].")
-    features = (tensor if tensor.ndim == 4 else fold_tokens(tensor, point.module)).float()
+        raise ModelError(f"{point.named}: gives {shape}, neither a map [B, D, H, W] nor tokens [B, T, D].")
+    features = (tensor if tensor.ndim == 4 else fold_tokens(tensor, point.named)).float()
     return features if point.grid is None else F.adaptive_avg_pool2d(features, point.grid)
 
 
@@ -121,7 +127,7 @@ def fold_tokens(tokens: Tensor, name: str) -> Tensor:
     """`[B, T, D]` -> `[B, D, side, side]`: the last side**2 tokens; class and register tokens stand first."""
     side = math.isqrt(tokens.shape[1])
     if tokens.shape[1] - side * side > MAX_PREFIX_TOKENS or side == 0:
-        raise ModelError(f"tap '{name}': {tokens.shape[1]} tokens are no square grid with a few tokens before it.")
+        raise ModelError(f"{name}: {tokens.shape[1]} tokens are no square grid with a few tokens before it.")
     return tokens[:, -side * side :].transpose(1, 2).reshape(len(tokens), -1, side, side)
 
 

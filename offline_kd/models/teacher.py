@@ -10,7 +10,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from offline_kd.data.manifest import EvaluationCrop, ExpectedAccuracy, Normalisation
+from offline_kd.data.expected import ExpectedAccuracy, Kind
+from offline_kd.data.manifest import EvaluationCrop, Normalisation
 from offline_kd.models.class_map import select
 from offline_kd.models.networks import normalise, refuse_no_logits
 from offline_kd.models.taps import TapPoint, put_taps, tapped
@@ -44,9 +45,11 @@ class Teacher:
     tf32: bool = False  # on GPUs that have it: float32 products of 10 bits
     classes: list[list[int]] | None = None  # of the network's, that each class of the dataset is; None: it is its own
     weights_part: str = ""  # of their file, where it is another one than the weights themselves
+    kind: Kind = "classifier"  # embedding: it has no classes, and gives no logits; multilabel: a sigmoid for each
 
     def logits(self, images: Tensor) -> Tensor:
-        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset."""
+        """`[B, C]` float32 raw logits of `[B, 3, H, W]` uint8 images; C classes of the dataset, 0 where there are
+        none."""
         return self._ask(images, ())[0]
 
     def logits_and_maps(self, images: Tensor, points: Sequence[TapPoint]) -> tuple[Tensor, list[Tensor]]:
@@ -54,7 +57,7 @@ class Teacher:
         logits, maps = self._ask(images, points)
         for point, features in zip(points, maps, strict=True):
             if features is None:
-                raise ModelError(f"tap '{point.module}': the network never runs this module.")
+                raise ModelError(f"{point.named}: the network never runs this module.")
         return logits, [features for features in maps if features is not None]
 
     @torch.no_grad()  # not inference_mode: DTKD keeps what it needs of these logits for its backward pass
@@ -65,6 +68,8 @@ class Teacher:
             torch.autocast(images.device.type, AUTOCAST.get(self.dtype), enabled=self.dtype in AUTOCAST),
         ):
             logits, maps = ask(normalise(images, self.normalisation))
+        if self.kind == "embedding":
+            return torch.empty(len(images), 0, device=images.device), maps
         refuse_no_logits(logits, self.model)
         return logits.float() if self.classes is None else select(logits.float(), self.classes), maps
 

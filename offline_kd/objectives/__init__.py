@@ -1,10 +1,12 @@
 """What a student minimises: one file per objective, with its formula, its fields in a recipe and what it needs.
 
 The formulas are plain functions of `[B, C]` logits, or of `[B, D]` features, that return the bare scalar, equal to the
-authors' code. None but `ce` contains the cross-entropy on labels. Each class beside a formula is a term of recipes
-(`term.py`).
+authors' code. None but `ce` and `bce` contains the cross-entropy on labels. Each class beside a formula is a term of
+recipes (`term.py`).
 """
 
+from offline_kd.objectives.bce import bce
+from offline_kd.objectives.binary_kd import binary_kd
 from offline_kd.objectives.crd import ContrastiveMemory, crd, crd_normaliser, crd_scores
 from offline_kd.objectives.decisions import decisions, subclass_decisions
 from offline_kd.objectives.dist import dist
@@ -23,6 +25,8 @@ __all__ = [
     "OBJECTIVES",
     "ContrastiveMemory",
     "DatasetRows",
+    "bce",
+    "binary_kd",
     "crd",
     "crd_normaliser",
     "crd_scores",
@@ -63,6 +67,8 @@ CLASSES = {
     "itrd": "itrd.ITRD",
     "embedding": "embedding.Embedding",
     "relational": "relational.Relational",
+    "bce": "bce.BCE",
+    "binary_kd": "binary_kd.BinaryKD",
 }
 
 

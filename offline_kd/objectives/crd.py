@@ -5,6 +5,7 @@ Everything stays in the log domain: exp(1 / T) is 1.6e6 at the published tempera
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -12,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from offline_kd.objectives.features import FeatureTerm, unit
+from offline_kd.objectives.needs import Needs
 from offline_kd.objectives.negatives import Mode, Negatives
 from offline_kd.objectives.term import DatasetRows, Head, LossBatch, Positive, Signal
 from offline_kd.support.errors import TrainingError
@@ -194,6 +196,10 @@ class CRD(FeatureTerm):
     temperature: Positive = Field(0.07, description="scores of unit vectors are divided by it")
     momentum: float = Field(0.5, ge=0, lt=1, description="weight of the old vector when a row's memory is renewed")
     mode: Mode = Field("exact", description="an image agrees with its own row; relax: with any row of its class")
+
+    @property
+    def needs(self) -> Needs:
+        return replace(super().needs, label="one")  # negatives are rows of other classes
 
     def head(self, student_width: int, teacher_width: int, rows: Callable[[], DatasetRows]) -> Head | None:
         return ContrastiveMemory(

@@ -69,7 +69,7 @@ class KDLayerTerm(Term):
 
     @property
     def needs(self) -> Needs:
-        return Needs(logits=False, decisions=True)
+        return Needs(logits=False, decisions=True, label="one" if self.kind == "subclasses" else "either")
 
     def scores(self, batch: LossBatch, places: Sequence[int]) -> Tensor:
         """`[B, K, H, W]` of the KD layer; raises StoreMismatch when the decisions were made on another grid."""

@@ -46,7 +46,7 @@ class FeatureTerm(Term):
 
     @property
     def needs(self) -> Needs:
-        return Needs(logits=False, features=True)
+        return Needs(logits=False, features=True, label="either")
 
     def count(self, batch: LossBatch) -> Tensor | int:
         return 1

@@ -1,6 +1,7 @@
 """What an objective needs of a store: what a codec is asked whether it serves."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -16,3 +17,5 @@ class Needs:
     # Field of `store.schema.Fidelity` that bounds it, and what a message says of that field's value.
     measured: tuple[str, str] | None = None
     features: bool = False  # features of a module
+    # What an image has, of labels and of the teacher's answers: one class, by softmax; a set, by sigmoids; either.
+    label: Literal["one", "set", "either"] = "one"

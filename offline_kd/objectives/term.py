@@ -69,10 +69,11 @@ class Head(nn.Module):
 class LossBatch:
     """What a term may know of a batch beside what student and teacher say of it.
 
-    `mixing` has the labels `[B]` of the images that are mixed in, and the share `[B]` of each image itself.
+    `mixing` has the labels `[B]` of the images that are mixed in, and the share `[B]` of each image itself. Labels that
+    are sets are mixed before: then there is no `mixing`.
     """
 
-    labels: Tensor  # [B] int64; -1: hidden
+    labels: Tensor  # [B] int64; -1: hidden. Of sets [B, C] float32, 1 for a class of the set, else 0; -1: hidden
     mixing: tuple[Tensor, Tensor] | None = None
     label_smoothing: float = 0.0
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # [B, K, H, W] of the KD layer behind each module

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.layout import NO_LABEL
+from offline_kd.store.logit_reading import logit_arrays, stored_decoder
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.schema import Fidelity
 from offline_kd.support.errors import StoreCorrupt
@@ -55,7 +56,7 @@ def _bins(answers: Answers) -> NDArray[np.int64]:
 
 
 def read_answers(store: Store) -> Answers:
-    """What the teacher said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
+    """What a classifier said about the first view group of evenly spaced blocks, up to MAX_ROWS rows."""
     blocks = store.blocks
     count = min(MAX_BLOCKS, len(blocks))
     found: list[Answers] = []
@@ -78,14 +79,14 @@ def read_answers(store: Store) -> Answers:
 def _of_block(store: Store, number: int, most_examples: int) -> Answers:
     """Of the first view group of a block."""
     identity = store.identity
-    logit_arrays = [f"logits/{name}" for name in identity.codec.arrays()]
+    names = logit_arrays(store)
     mixing = ["view/partner", "view/share"] if "partner" in identity.views.arrays() else []
-    arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *logit_arrays, *mixing])
+    arrays = store.read(number, 0, ["label", "probe/row", "probe/view", "probe/pixels", *names.values(), *mixing])
     refuse_wild(store, number, arrays)
     # Of many classes a few rows are enough, and all that fit into memory.
     some = max(1, MAX_FLOATS // (identity.views_per_group * identity.num_classes))
-    encoded = {name.removeprefix("logits/"): arrays[name][:some] for name in logit_arrays}
-    logits = identity.codec.decode_stored(encoded, store.codec_tables, identity.num_classes)
+    encoded = {part: arrays[name][:some] for part, name in names.items()}
+    logits = stored_decoder(store)(encoded)
     probabilities = logits.softmax(-1)  # [rows, views, C]
     confidence, named = (part.numpy() for part in probabilities.max(-1))
     if not np.isfinite(confidence).all():
@@ -156,7 +157,7 @@ def warnings_of(store: Store, answers: Answers | None, fidelity: Fidelity | None
             f"Its answers were imported from {teacher.imported.format}. The teacher was never asked here, and saw "
             "views as that program made them, whose pixels may differ a little from those of students here."
         )
-    if teacher.measured_top1 < POOR_TOP1:
+    if teacher.measured_top1 is not None and teacher.measured_top1 < POOR_TOP1:
         warnings.append(
             f"The teacher is right about {teacher.measured_top1:.1f} % of {teacher.evaluated_on}, less than "
             f"{POOR_TOP1:g} %: students learn its errors."
@@ -187,7 +188,7 @@ def _of_labels(store: Store, answers: Answers) -> list[str]:
     measured, classes = store.identity.teacher.measured_top1, store.identity.dataset.classes
     warnings = []
     top1 = 100 * float(answers.correct.mean())
-    if measured - top1 > MUCH_WORSE:
+    if measured is not None and measured - top1 > MUCH_WORSE:
         warnings.append(
             f"It is right about {top1:.1f} % of the stored views, {measured - top1:.0f} points less than of images as "
             f"they are: these views are hard for it, or it sees them in another way than it was trained to."

@@ -33,6 +33,7 @@ MAX_CLASSES_SHOWN = 200
 ASKED = "The teacher was run again on rows read back from this store:"
 NOT_ASKED = "The teacher was never run here; another program stored its answers:"
 CAPTURED = "Raw teacher logits for stored augmentations of every image, made by `offline-kd cache-teacher`."
+EMBEDDED = "A teacher's features of stored augmentations of every image, made by `offline-kd cache-teacher`."
 IMPORTED = "Likeliest classes for stored augmentations of every image, brought here by `offline-kd store import`."
 
 
@@ -77,8 +78,9 @@ def write_card(stores: Mapping[str, Store], manifest: StoreManifest) -> dict[str
 
 
 def _section(store: Store, targets: str, fidelity: Fidelity | None) -> Section:
-    held = store.manifest.held if store.manifest else None
-    answers = None if held and not held.has("logits/") else read_answers(store)
+    # What pictures show is a softmax beside one label: there are none of a multi-label teacher.
+    is_shown = store.has_logits and store.identity.teacher.kind == "classifier"
+    answers = read_answers(store) if is_shown else None
     return Section(
         _title(store, targets),
         warnings_of(store, answers, fidelity),
@@ -94,7 +96,7 @@ def _markdown(identity: StoreIdentity, common: dict[str, str], sections: Sequenc
     lines = [
         f"# Teacher store: {_plain(identity.name)}",
         "",
-        IMPORTED if identity.teacher.imported else CAPTURED,
+        EMBEDDED if identity.teacher.kind == "embedding" else IMPORTED if identity.teacher.imported else CAPTURED,
         f"Train from it with `{COMMAND}`;",
         'look at it with `zarr.open("targets.zarr")`, whose arrays describe themselves. index.html has pictures.',
         "",
@@ -146,9 +148,10 @@ def _common(identity: StoreIdentity, manifest: StoreManifest) -> dict[str, str]:
 def _facts(store: Store, fidelity: Fidelity | None) -> dict[str, str]:
     identity = store.identity
     teacher = identity.teacher
+    what, figure = teacher.gate
     facts = {
         "teacher": f"{teacher.name} ({teacher.model}, {teacher.arithmetic}), weights sha256 `{teacher.weights_sha256}`",
-        "teacher top-1": f"{teacher.measured_top1:.2f} % on {teacher.evaluated_on}, "
+        f"teacher {what}": f"{figure}, "
         + ("by the imported answers" if teacher.imported else "measured before the capture"),
         "codec": in_words(identity.codec.model_dump(mode="json")),
         "serves": ", ".join(served_terms(store)),

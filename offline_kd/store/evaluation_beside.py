@@ -58,7 +58,7 @@ def read_evaluation(store: Store) -> bytes | None:
 
 def _read(place: Place, teacher: TeacherIdentity) -> bytes | None:
     beside = evaluation_beside(place, teacher.weights_sha256)
-    if beside is None:
+    if beside is None or teacher.measured_top1 is None:
         return None
     try:
         content = beside[0].read(beside[1], MOST_FILE_BYTES)

@@ -18,9 +18,11 @@ from torch.nn import functional as F
 from offline_kd.models.taps import TapPoint
 from offline_kd.store.codecs import CODEC_TABLES
 from offline_kd.store.decisions import CHUNK_ELEMENTS
+from offline_kd.support.errors import did_you_mean
 from offline_kd.support.strict import Seed, Strict
 
-T = TypeVar("T")
+T = TypeVar("T", "WantedFeatures", "FeaturesIdentity")
+USUAL_WIDTH = 512  # of features of teachers without classes: for them, views are grouped as for so many classes
 MOST_NEIGHBOURS = 1024  # rows among which nearest neighbours are looked for
 # A template beyond a near tie leads later stages elsewhere: so much more may stored features be off than coded anew.
 SLACK = 1.1
@@ -84,6 +86,11 @@ WantedCode = Annotated[Code | AutoCode, Field(discriminator="name")]
 class FeatureTap(TapPoint):
     """Which features of a view are kept: the mean over a map's places, or the map; of a vector, the vector."""
 
+    module: str = Field(
+        "",
+        description="of the teacher; `offline-kd taps MODEL` lists them. By default what the network itself gives: "
+        "then teacher.kind is embedding",
+    )
     pool: Literal["avg", "none"] = Field("avg", description="avg: one vector, the mean over places; none: the map")
 
     @property
@@ -112,12 +119,24 @@ class WantedFeatures(FeatureTap):
         return Features(**dict(self) | {"code": code})
 
 
-def names_of_their_own(features: dict[str, T], info: ValidationInfo) -> dict[str, T]:
-    """Refuse features that are called like decisions, which a validated model has before them: both have tables."""
+def that_fit(features: dict[str, T], info: ValidationInfo) -> dict[str, T]:
+    """Refuse features that do not go with the decisions and the codec, which a validated model has before them: those
+    that are called like decisions, since both have tables; and none, or maps, where the codec is of features.
+    """
     for name in features:
         if name == CODEC_TABLES or name in info.data.get("decisions", {}):
             what = "the tables of codecs" if name == CODEC_TABLES else "decisions"
             raise ValueError(f"'{name}' is what {what} are called: features need a name of their own")
+    more = info.data.get("extends") is not None  # of targets whose codec has its features already
+    of = "" if more else getattr(info.data.get("codec"), "of_features", "")
+    if of and of not in features:
+        raise ValueError(
+            f"the codec is of features '{of}', which are not among them.{did_you_mean(of, features)} Say here what "
+            f"comes into the last layer, such as {of}: {{module: linear, at: input}}"
+        )
+    kept = features.get(of)
+    if kept and (kept.config if isinstance(kept, FeaturesIdentity) else kept).pool != "avg":
+        raise ValueError(f"the codec is of vectors, and features '{of}' are maps: take pool: avg")
     return features
 
 
@@ -174,6 +193,11 @@ def arrays_of(about: FeaturesIdentity) -> dict[str, FeatureArray]:
             "step": FeatureArray("<f4", np.nan, 0, "distance between neighbouring codes"),
         }
     return {"values": FeatureArray("<f4" if code.name == "f32" else "<f2", np.nan, channels, "the features")}
+
+
+def keeps_numbers(config: Features) -> bool:
+    """Whether features are kept as numbers, which lose no more than rounding."""
+    return isinstance(config.code, Float32Code | Float16Code)
 
 
 def legal_codes(config: Features) -> tuple[int, int]:

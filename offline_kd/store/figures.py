@@ -18,6 +18,7 @@ from offline_kd.store.answers import BINS, refuse_wild
 from offline_kd.store.codecs import AnyCodec
 from offline_kd.store.codecs.topk import TopK
 from offline_kd.store.layout import NO_LABEL
+from offline_kd.store.logit_reading import logit_arrays, stored_decoder
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.store.serving import describe
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch
@@ -134,13 +135,24 @@ class Summary:
 def read_figures(store: Store, summary: Summary) -> Iterator[Figures]:
     """The figures of every block that is here, in parts that fit into memory; what they sum up to goes to `summary`.
 
-    Raises StoreMismatch for a copy without logits, StoreCorrupt for what no capture wrote.
+    Raises StoreMismatch for a store or a copy without logits or of a multi-label teacher, StoreCorrupt for what no
+    capture wrote.
     """
+    if store.identity.teacher.kind == "embedding":
+        raise StoreMismatch(
+            f"{store.place}: holds no logits, because its teacher has no classes, and what a teacher thinks of a "
+            "sample is in its logits. `store info` shows what this one holds."
+        )
     held = store.manifest.held if store.manifest else None
-    if held and not held.has("logits/"):
+    if held and not store.has_logits:
         raise StoreMismatch(
             f"{store.place}: this copy holds {describe(held)}, and what the teacher thinks of a sample is in its "
             "logits. Pull those too: `offline-kd store pull` without --only."
+        )
+    if store.identity.teacher.kind == "multilabel":
+        raise StoreMismatch(
+            f"{store.place}: is of a multi-label teacher. What is said of samples here, by confidence, margin and "
+            "label, is of one softmax and one label: train students from it, or look at its page, index.html."
         )
     for number in store.blocks:
         arrays = store.read(number, 0, ["label", "probe/row", "probe/view"])
@@ -156,6 +168,7 @@ def _of_rows(store: Store, number: int, rows: range, summary: Summary) -> Figure
     # Of the largest logits alone, probabilities at T = 1 are those of the tail at T = 1.
     codec = identity.codec
     codec = codec.model_copy(update={"tail_temperature": 1}) if isinstance(codec, TopK) else codec
+    names, decode = logit_arrays(store), stored_decoder(store, codec)
     fixed = store.read(number, 0, ["label", "key" if store.created.keeps_digests else "key_hash"])
     label = fixed["label"].astype(np.int64)[part]
     sums = _Sums(len(rows), identity.num_classes, identity.views.num_views)
@@ -165,8 +178,8 @@ def _of_rows(store: Store, number: int, rows: range, summary: Summary) -> Figure
         few = max(1, MAX_FLOATS // (len(views) * identity.num_classes))
         for first in range(rows.start, rows.stop, few):
             some = slice(first, min(first + few, rows.stop))
-            encoded = {name.removeprefix("logits/"): array[some] for name, array in arrays.items() if _is_logits(name)}
-            logits = codec.decode_stored(encoded, store.codec_tables, identity.num_classes)
+            encoded = {part: arrays[name][some] for part, name in names.items()}
+            logits = decode(encoded)
             if not bool(logits.isfinite().all()):
                 raise StoreCorrupt(
                     f"{store.place}: block {number} has logits that are no numbers: run `store verify` on it."
@@ -190,15 +203,11 @@ def _of_rows(store: Store, number: int, rows: range, summary: Summary) -> Figure
 
 def _wanted(store: Store) -> list[str]:
     held = store.manifest.held if store.manifest else None
-    names = [f"logits/{name}" for name in store.identity.codec.arrays()]
+    names = list(logit_arrays(store).values())
     if "partner" in store.identity.views.arrays():
         names += ["label", "view/partner", "view/share"]
     dropped = [f"decisions/{name}/dropped" for name in store.identity.decisions]
     return names + [name for name in dropped if name in store.arrays and (held is None or held.has(name))]
-
-
-def _is_logits(name: str) -> bool:
-    return name.startswith("logits/")
 
 
 def _mixed_in(

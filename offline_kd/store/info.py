@@ -47,6 +47,7 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
     identity, manifest = store.identity, store.manifest
     assert manifest is not None
     dataset, teacher = identity.dataset, identity.teacher
+    what, figure = teacher.gate
     samples = sum(dataset.tars[block].count for block in store.blocks)
     rows = samples * identity.views.num_views
     fidelity = manifest.fidelity.get(store.targets)
@@ -77,8 +78,7 @@ def info_groups(store: Store) -> dict[str, dict[str, str]]:
             ),
             "weights": teacher.weights,
             "arithmetic": teacher.arithmetic,
-            "top-1": f"{teacher.measured_top1:.2f} % of {teacher.evaluated_on}"
-            + ", by the imported answers" * bool(teacher.imported),
+            what: figure + ", by the imported answers" * bool(teacher.imported),
             "licence": teacher.licence or "not stated",
             **({"imported from": teacher.imported.in_words} if teacher.imported else {}),
         },
@@ -122,18 +122,37 @@ def measured(teacher: TeacherIdentity, fidelity: Fidelity | None) -> dict[str, s
         return {"rows asked again": "0: `offline-kd store verify STORE --teacher 1000` asks this teacher"}
     return {
         "rows asked again": fidelity.looked_at,
+        **_of_logits(fidelity),
+        **{f"features '{name}'": in_words(figures) for name, figures in fidelity.features.items()},
+    }
+
+
+def _of_logits(fidelity: Fidelity) -> dict[str, str]:
+    """Nothing of a teacher that gives none."""
+    if fidelity.mean_error is None:
+        return {}
+    logits = {
+        "logit error, mean / largest": f"{_error(fidelity.mean_error)} / {_error(fidelity.max_error)} "
+        f"(allowed: {_error(fidelity.max_error_allowed)})"
+    }
+    if fidelity.mean_top1_probability is None or fidelity.top1_agreement is None:
+        return logits | {
+            "mean error of a class's probability at T = 1, 2, 4": ", ".join(
+                f"{value:.2g}" for value in fidelity.sigmoid_error.values()
+            ),
+            "largest error of a class's probability": _error(fidelity.max_sigmoid_error),
+        }
+    return {
         "teacher top-1 on them, augmented": "there are no labels"
         if fidelity.teacher_top1 is None
         else f"{fidelity.teacher_top1:.2f} %",
         "mean top-1 probability": f"{fidelity.mean_top1_probability:.3f}",
         "same top-1 as the teacher": f"{100 * fidelity.top1_agreement:.2f} %",
-        "logit error, mean / largest": f"{fidelity.mean_error:.2g} / {fidelity.max_error:.2g} "
-        f"(allowed: {fidelity.max_error_allowed:.2g})",
+        **logits,
         "KL(teacher, store) in nats at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.kl.values()),
         "total variation at T = 1, 2, 4": ", ".join(f"{value:.2g}" for value in fidelity.total_variation.values()),
         "WTTM weight / DTKD temperature error": f"{_error(fidelity.wttm_weight_error)} / "
         f"{_error(fidelity.dtkd_temperature_error)}",
-        **{f"features '{name}'": in_words(figures) for name, figures in fidelity.features.items()},
     }
 
 

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from offline_kd.data.blocks import ImageBlock
-from offline_kd.data.labels import UNLABELLED
+from offline_kd.data.label_sets import label_tensor
 from offline_kd.data.tars import pack_keys
 from offline_kd.store.decisions import SubclassDecisions
 from offline_kd.store.feature_reading import feature_arrays
-from offline_kd.store.layout import NO_LABEL, probe_pixels
+from offline_kd.store.layout import probe_pixels
 from offline_kd.store.reader import Arrays, Store
+from offline_kd.store.row_labels import refuse_other_labels, stored_labels
 from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.console import say
@@ -133,7 +134,7 @@ def _signal(store: Store, found: Arrays, wanted: Wanted) -> StoredSignal:
     }
     features = {
         name: {array: _tensor(_by_row(found[f"features/{name}/{array}"])) for array in feature_arrays(store, name)}
-        for name in wanted.features
+        for name in _features_read(store, wanted)
     }
     return StoredSignal(logits, decisions, features)
 
@@ -173,9 +174,9 @@ def _rows_in_tar(
 
 
 def _rows(block: ImageBlock, choice: Choice, signal: list[StoredSignal]) -> Rows:
-    labels = torch.from_numpy(block.labels[choice.row]).long()
-    mixed = torch.from_numpy(choice.partner_row >= 0)
-    other = torch.from_numpy(block.labels[choice.partner_row.clip(min=0)]).long()
+    labels = label_tensor(block.labels[choice.row])
+    mixed = torch.from_numpy(choice.partner_row >= 0).reshape(-1, *[1] * (labels.dim() - 1))
+    other = label_tensor(block.labels[choice.partner_row.clip(min=0)])
     share = torch.ones(len(labels))
     if "share" in choice.own:
         share = torch.from_numpy(choice.own["share"].astype(np.float32) / WHOLE)
@@ -184,16 +185,11 @@ def _rows(block: ImageBlock, choice: Choice, signal: list[StoredSignal]) -> Rows
 
 def row_arrays(identity: StoreIdentity, block: ImageBlock) -> Arrays:
     """What a store says of the rows of a tar whatever their view, `[n, ...]`: which samples, and their labels."""
-    label = _stored_labels(block)
+    label = stored_labels(block)
     if not identity.keeps_digests:
         return {"key_hash": block.key_hash, "image_crc": block.image_crc, "label": label}
     keys = pack_keys(block.keys)
     return {"key_hash": block.key_hash, "key": keys, "image_digest": block.image_digest, "label": label}
-
-
-def _stored_labels(block: ImageBlock) -> NDArray[np.int32]:
-    """`[n]` as a store has them."""
-    return np.where(block.labels == UNLABELLED, np.int32(NO_LABEL), block.labels)
 
 
 def proof_of_images(identity: StoreIdentity) -> str:
@@ -222,7 +218,14 @@ def joined_arrays(store: Store, wanted: Wanted) -> list[str]:
     if wanted.logits:
         names += [f"logits/{name}" for name in store.identity.codec.arrays()]
     names += [f"decisions/{name}/{array}" for name in wanted.decisions for array in decision_arrays(store, name)]
-    return names + [f"features/{name}/{array}" for name in wanted.features for array in feature_arrays(store, name)]
+    of_features = _features_read(store, wanted)
+    return names + [f"features/{name}/{array}" for name in of_features for array in feature_arrays(store, name)]
+
+
+def _features_read(store: Store, wanted: Wanted) -> list[str]:
+    """The features that are wanted, and those that logits are computed from."""
+    of = store.identity.codec.of_features if wanted.logits else ""
+    return list(dict.fromkeys([*wanted.features, *([of] if of else [])]))
 
 
 def decision_arrays(store: Store, name: str) -> list[str]:
@@ -244,12 +247,6 @@ def decision_arrays(store: Store, name: str) -> list[str]:
 def tables_on(store: Store, name: str, device: torch.device) -> dict[str, Tensor]:
     """Templates (or LDA and sub-classes) of decisions or features, by the last part of their name."""
     return {part: _tensor(array).to(device) for part, array in store.read_tables(name).items()}
-
-
-def codec_tables_on(store: Store, device: torch.device) -> dict[str, Tensor]:
-    """What the codec of a store needs to decode logits; nothing for most."""
-    tables = store.identity.codec.decoding_tables(store.codec_tables)
-    return {part: table.to(device) for part, table in tables.items()}
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:
@@ -322,15 +319,7 @@ def _check_samples(store: Store, block: ImageBlock, found: Arrays) -> None:
             f"{'sha256' if by_digest else 'crc32c'} {is_now}, the one the teacher saw had {was} (store {store.place}). "
             "The images were changed since: use the original dataset, or capture it again."
         )
-    labels = _stored_labels(block)
-    relabelled = np.flatnonzero(found["label"] != labels)
-    if len(relabelled):
-        first = relabelled[0]
-        raise StoreMismatch(
-            f"{block.name}: sample '{block.keys[first]}' (and {len(relabelled) - 1} more) has label "
-            f"{labels[first]}, in the store {store.place} it has {found['label'][first]} ({NO_LABEL}: none). "
-            "The labels were changed since: use the original dataset, or capture it again."
-        )
+    refuse_other_labels(store, block, found["label"])
     if (found["view/flip"].astype(int) > 1).any():
         raise StoreCorrupt(f"{store.place}: a view that was never written is in use. Copy or capture the store again.")
 

@@ -94,7 +94,7 @@ def table_specs(identity: StoreIdentity, name: str) -> list[ArraySpec]:
             ArraySpec(
                 f"codec/{part}", dtype, shape, shape, tuple(f"dim_{axis}" for axis in range(len(shape))), 0, "whole", ""
             )
-            for part, (dtype, shape) in identity.codec.tables(identity.num_classes).items()
+            for part, (dtype, shape) in identity.codec_tables.items()
         ]
     about = identity.tapped[name]
     config, channels = about.config, about.channels
@@ -163,7 +163,7 @@ def array_specs(identity: StoreIdentity) -> list[ArraySpec]:
             if identity.keeps_digests
             else [per_row("image_crc", "<u4", 0, "crc32c of the encoded image (rows without a key_hash hold nothing)")]
         ),
-        per_row("label", "<i4", -1, "class index" + ("; -2: none" if identity.dataset.labels == "none" else "")),
+        per_row("label", *identity.dataset.label_array),
         *(
             per_view(f"view/{name}", array.dtype, array.fill, array.description, *([array.axis] if array.axis else []))
             for name, array in identity.views.arrays().items()
@@ -271,7 +271,7 @@ def parts_of(identity: StoreIdentity, additions: Iterable[Addition] = ()) -> dic
 
 def _tables(codec: AnyCodec | None, tapped: Mapping[str, Tapped]) -> list[str]:
     """Which tables there are: of the codec if it has any, of all decisions, and of features in templates' numbers."""
-    coded = [CODEC_TABLES] if codec is not None and codec.learns_from else []
+    coded = [CODEC_TABLES] if codec is not None and codec.has_tables else []
     without = {name for name, about in tapped.items() if isinstance(about, FeaturesIdentity) and not about.has_tables}
     return [*coded, *(name for name in tapped if name not in without)]
 

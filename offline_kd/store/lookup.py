@@ -18,6 +18,7 @@ from offline_kd.data.manifest import locate
 from offline_kd.data.tars import hash_key, read_tar, tars_in, unpack_keys
 from offline_kd.store.decisions import unpack_probs
 from offline_kd.store.feature_reading import features_decoder, held_features
+from offline_kd.store.logit_reading import logit_arrays, stored_decoder
 from offline_kd.store.reader import Arrays, Store
 from offline_kd.support.errors import StoreCorrupt, StoreMismatch, did_you_mean
 
@@ -77,13 +78,11 @@ def read_rows(
 
 def logits_of(store: Store, rows: NDArray[np.int64], views: Sequence[int]) -> Tensor:
     """`[n, v, C]` float32 logits of `[n]` rows in v views, as far as the codec kept them."""
-    codec, tables, num_classes = store.identity.codec, store.codec_tables, store.identity.num_classes
-    names = [f"logits/{name}" for name in codec.arrays()]
-    out = torch.empty(len(rows), len(views), num_classes)
-    for of_rows, of_views, arrays in read_rows(store, rows, views, names):
-        encoded = {name.removeprefix("logits/"): array for name, array in arrays.items()}
+    names, decode = logit_arrays(store), stored_decoder(store)
+    out = torch.empty(len(rows), len(views), store.identity.num_classes)
+    for of_rows, of_views, arrays in read_rows(store, rows, views, list(names.values())):
         at = torch.from_numpy(of_rows)[:, None], torch.from_numpy(of_views)[None]
-        out[at] = codec.decode_stored(encoded, tables, num_classes)
+        out[at] = decode({part: arrays[name] for part, name in names.items()})
     return out
 
 

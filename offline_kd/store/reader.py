@@ -87,10 +87,16 @@ class Store:
             if part.targets == self.targets or (part.name == "" and kind_of(spec.name) not in KINDS)
         }
 
+    @property
+    def has_logits(self) -> bool:
+        """Whether logits are here: not in a copy without them, and not of a teacher that has no classes."""
+        held, codec = self.manifest.held if self.manifest else None, self.identity.codec
+        return bool(codec.arrays() or codec.of_features) and (held is None or held.has("logits/"))
+
     @cached_property
     def codec_tables(self) -> Arrays:
         """What the codec of the logits learned from the teacher; nothing for most."""
-        return self.read_tables(CODEC_TABLES) if self.identity.codec.learns_from else {}
+        return self.read_tables(CODEC_TABLES) if self.identity.codec.has_tables else {}
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -204,6 +210,11 @@ class Store:
         )
         if part is None:
             raise StoreIncomplete(f"{self.place}: there are no templates of '{name}': capture or copy the store again.")
+        held, kind = self.manifest.held if self.manifest else None, part.kind_of_tables(name)
+        if held and not held.has(kind):
+            raise StoreIncomplete(
+                f"{self.place}: this copy holds {held.arrays} only, not the tables of {kind[:-1]}. Pull these too."
+            )
         entry = self.tables_entry(part.name, name)
         arrays: Arrays = {}
         for spec in part.tables[name]:

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from offline_kd.support.errors import StoreMismatch
 from offline_kd.views.choice import Choice
 
 Index = NDArray[np.integer] | NDArray[np.bool_] | slice
@@ -38,8 +39,8 @@ class Rows:
     """What is known of n rows. The join knows no pixels yet; rendered rows have dropped their view parameters."""
 
     key_hash: NDArray[np.uint64]  # [n]
-    labels: Tensor  # [n] int64; -1 where the label is hidden from the student
-    other_labels: Tensor  # [n] int64 of the image that is mixed in; where there is none, as `labels`
+    labels: Tensor  # [n] int64; -1 where the label is hidden from the student; [n, bytes] uint8: packed sets
+    other_labels: Tensor  # likewise of the image that is mixed in; where there is none, as `labels`
     share: Tensor  # [n] float32, of the image itself; 1: nothing is mixed in
     signal: list[StoredSignal] = field(default_factory=list)  # one of every store
     choice: Choice | None = None  # which view of which row of the tar; None once there are pixels
@@ -68,8 +69,12 @@ class Rows:
 
     @cached_property
     def teacher_logits(self) -> Tensor:
-        """`[n, C]` float32, decoded when they are first asked for, on the device of the batch."""
-        assert self.decode is not None, "there is not one store whose logits were asked for"
+        """`[n, C]` float32, decoded when they are first asked for, on the device of the batch.
+
+        Raises StoreMismatch where there are none, as of a teacher without classes.
+        """
+        if self.decode is None:
+            raise StoreMismatch("these batches have no logits of one store. Take their features or decisions.")
         return self.decode(self.signal[0])
 
     @property
@@ -79,8 +84,9 @@ class Rows:
 
     @property
     def features(self) -> Mapping[str, Mapping[str, Tensor]]:
-        """By name, then by array, of all stores: as they are coded."""
-        return {name: one for signal in self.signal for name, one in signal.features.items()}
+        """By name, then by array, of all stores: as they are coded. Of several stores with features of one name, of
+        which later ones are read for their logits, those of the first."""
+        return {name: one for signal in reversed(self.signal) for name, one in signal.features.items()}
 
     @cached_property
     def teacher_features(self) -> Mapping[str, Tensor]:

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from offline_kd.data.blocks import Decoder, ImageBlock, OnBadImage, load_block
 from offline_kd.data.fetching import Root
+from offline_kd.data.label_sets import names_in
 from offline_kd.data.labels import UNLABELLED, labels_of
 from offline_kd.data.manifest import locate
 from offline_kd.data.packing import encode_png
 from offline_kd.data.tars import hash_key
 from offline_kd.store.decisions import TemplateDecisions, unpack_probs
-from offline_kd.store.join import as_stored, codec_tables_on, join
+from offline_kd.store.join import as_stored, join
+from offline_kd.store.logit_reading import logits_decoder
 from offline_kd.store.lookup import features_of
 from offline_kd.store.reader import Arrays, Store
-from offline_kd.store.rows import Rows
+from offline_kd.store.rows import Rows, StoredSignal
 from offline_kd.store.schema import StoreIdentity
 from offline_kd.support.errors import DataError
 from offline_kd.support.pages import data_url, render_page
@@ -73,12 +75,12 @@ def sample_pages(images: "SampleImages", number: int, rows: Sequence[int], back:
         used: dict[str, list[int]] = {name: [] for name in maps}
         choice = side_by_side([view.joined.view.take(np.array([index])) for view in views])
         pixels = render_some(block, choice, identity.views, images.store.created.seen_size[0]).transpose(0, 2, 3, 1)
-        label = int(block.labels[row])
+        named = _labels(block, row, identity)
         yield (
             row,
             render_page(
                 "sample",
-                title=block.keys[row] + ("" if label == UNLABELLED else f": {identity.dataset.classes[label]}"),
+                title=block.keys[row] + (f": {named}" if named else ""),
                 about=f"Sample {block.keys[row]} of {identity.dataset.name}/{identity.dataset.split}, block {number}, "
                 f"row {row}; teacher {identity.teacher.name}; store {identity.name}",
                 digest=f"sha256:{images.store.digest[:16]}",
@@ -98,6 +100,7 @@ class SampleImages:
 
     def __init__(self, store: Store, folders: Sequence[Root]) -> None:
         self.store, self.folders = store, folders
+        self.decode = logits_decoder(store, torch.device("cpu"))
         self.blocks: dict[int, ImageBlock] = {}
 
     def block(self, number: int) -> ImageBlock:
@@ -172,21 +175,23 @@ def _shown(
             prob = view.arrays[f"decisions/{name}/prob"][index][..., 0].astype(np.int64)
             certainty = unpack_probs(torch.from_numpy(prob)).numpy()
         pictures.append(_img(_overlay(pixels, ids, certainty), f"templates of {name} over view {view.view}"))
-    logits = identity.codec.decode(
-        {name: array[index] for name, array in (view.joined.signal[0].logits or {}).items()},
-        identity.num_classes,
-        codec_tables_on(store, torch.device("cpu")),
-    )
-    probabilities = logits.softmax(dim=0)
-    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(logits))))
     return {
         "pictures": pictures,
         "caption": f"view {view.view}: {_describe(view.joined.view.take(np.array([index])), block, identity)}",
-        "likeliest": [
-            (identity.dataset.classes[index], f"{100 * probability:.1f}")
-            for probability, index in zip(values, indices, strict=True)
-        ],
+        "likeliest": _likeliest(images, view.joined.signal[0], index),
     }
+
+
+def _likeliest(images: SampleImages, signal: StoredSignal, index: int) -> list[tuple[str, str]]:
+    """The five likeliest classes of a row and their percents; none of a teacher without classes."""
+    if not images.store.has_logits:
+        return []
+    (logits,) = images.decode(signal.map(lambda array: array[index : index + 1]))
+    identity = images.store.identity
+    probabilities = logits.sigmoid() if identity.teacher.kind == "multilabel" else logits.softmax(dim=0)
+    values, indices = (part.tolist() for part in probabilities.topk(min(5, len(probabilities))))
+    classes = identity.dataset.classes
+    return [(classes[index], f"{100 * probability:.1f}") for probability, index in zip(values, indices, strict=True)]
 
 
 def _beside_first(name: str, features: Tensor, at: int) -> str:
@@ -194,6 +199,14 @@ def _beside_first(name: str, features: Tensor, at: int) -> str:
     first, own = features[0].flatten(), features[at].flatten()
     cosine = "" if at == 0 else f", cosine to the first view {torch.cosine_similarity(first, own, dim=0):.3f}"
     return f"{name}: length {own.norm():.3g}{cosine}"
+
+
+def _labels(block: ImageBlock, row: int, identity: StoreIdentity) -> str:
+    """The names of the classes of a sample; '' where it has no label."""
+    classes = identity.dataset.classes
+    if block.labels.ndim == 2:
+        return ", ".join(names_in(block.labels[row], classes)) or "no class"
+    return "" if block.labels[row] == UNLABELLED else classes[block.labels[row]]
 
 
 def _describe(choice: Choice, block: ImageBlock, identity: StoreIdentity) -> str:
@@ -208,8 +221,8 @@ def _describe(choice: Choice, block: ImageBlock, identity: StoreIdentity) -> str
     if choice.partner_row[0] >= 0:
         how, share = "covered by" if own["mix_box"][2] else "blended with", own["share"] / WHOLE
         row, other = int(choice.row[0]), int(choice.partner_row[0])
-        if block.labels[row] != UNLABELLED:
-            names = [identity.dataset.classes[block.labels[one]] for one in (row, other)]
+        names = [_labels(block, one, identity) for one in (row, other)]
+        if any(names):
             said.append(f"{share:.0%} {names[0]}, {1 - share:.0%} {names[1]}: {how} {block.keys[other]}")
         else:
             said.append(f"{1 - share:.0%} {how} {block.keys[other]}")

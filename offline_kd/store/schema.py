@@ -33,7 +33,7 @@ from typing import Annotated
 from pydantic import AfterValidator, Field
 
 from offline_kd.store.codecs import AnyCodec
-from offline_kd.store.features import FeaturesIdentity, names_of_their_own
+from offline_kd.store.features import FeaturesIdentity, that_fit
 from offline_kd.store.identity import DatasetIdentity, DecisionsIdentity, Side, TeacherIdentity
 from offline_kd.support.strict import Sha256, Strict, fingerprint
 from offline_kd.views import Views
@@ -61,7 +61,7 @@ def _is_empty(value: dict[str, object]) -> bool:
 
 
 Tapped = DecisionsIdentity | FeaturesIdentity
-StoredFeatures = Annotated[dict[Name, FeaturesIdentity], AfterValidator(names_of_their_own)]
+StoredFeatures = Annotated[dict[Name, FeaturesIdentity], AfterValidator(that_fit), Field(validate_default=True)]
 
 
 class StoreIdentity(Strict):
@@ -87,6 +87,12 @@ class StoreIdentity(Strict):
     @property
     def num_classes(self) -> int:
         return len(self.dataset.classes)
+
+    @property
+    def codec_tables(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of the codec's tables."""
+        of = self.codec.of_features
+        return self.codec.tables(self.num_classes, self.features[of].channels if of else 0)
 
     @property
     def keeps_digests(self) -> bool:
@@ -194,13 +200,24 @@ class Fidelity(Strict):
     teacher_top1: float | None = Field(
         description="percent of rows, augmented as stored, whose arg-max is the label; None: there are no labels"
     )
-    mean_top1_probability: float
-    top1_agreement: float = Field(description="share of rows whose arg-max survived the codec")
-    mean_error: float = Field(description="mean absolute error of a logit")
-    max_error: float
-    max_error_allowed: float
-    kl: dict[str, float] = Field(description="mean KL(teacher || store) in nats, by temperature")
-    total_variation: dict[str, float]
+    # Of logits; left out where the teacher gives none.
+    mean_top1_probability: float | None = Field(None, exclude_if=_is_none, description="by softmax; None: of sigmoids")
+    top1_agreement: float | None = Field(
+        None, exclude_if=_is_none, description="share of rows whose arg-max survived the codec; None: of sigmoids"
+    )
+    mean_error: float | None = Field(None, exclude_if=_is_none, description="mean absolute error of a logit")
+    max_error: float | None = Field(None, exclude_if=_is_none)
+    max_error_allowed: float | None = Field(None, exclude_if=_is_none)
+    kl: dict[str, float] = Field(
+        default_factory=dict, exclude_if=_is_empty, description="mean KL(teacher || store) in nats, by temperature"
+    )
+    total_variation: dict[str, float] = Field(default_factory=dict, exclude_if=_is_empty)
+    sigmoid_error: dict[str, float] = Field(
+        default_factory=dict,
+        exclude_if=_is_empty,
+        description="of a multi-label teacher: mean absolute error of a class's probability, by temperature",
+    )
+    max_sigmoid_error: float | None = Field(None, exclude_if=_is_none, description="the largest, at T = 1")
     wttm_weight_error: float | None = Field(None, description="mean relative, at the worst of gamma .25, .5, .8")
     dtkd_temperature_error: float | None = Field(None, description="mean relative error of the teacher's temperature")
     decisions: dict[str, dict[str, float]] = Field(default_factory=dict)

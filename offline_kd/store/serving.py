@@ -13,9 +13,10 @@ from offline_kd.store.schema import Held
 def served_terms(store: Store) -> list[str]:
     """The terms of objectives that the store has targets for, at a temperature that suits its codec."""
     held = store.manifest.held if store.manifest else None
-    examples = example_terms()
+    sort = "set" if store.identity.teacher.kind == "multilabel" else "one"
+    examples = {name: term for name, term in example_terms().items() if term.needs.label in (sort, "either")}
     terms: list[str] = []
-    if held is None or held.has("logits/"):
+    if store.has_logits:
         terms += [name for name, term in examples.items() if _serves_at_some_temperature(store, term.needs)]
     if held is None or held.has("features/"):
         for features in store.identity.features:

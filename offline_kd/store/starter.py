@@ -39,7 +39,8 @@ def starter_recipe(store: Store, manifest: StoreManifest) -> str:
         "tars": _numbers(dataset.tars, blocks),
     }
     decisions = identity.decisions if held is None or held.has("decisions/") else {}
-    features = identity.features if held is None or held.has("features/") else {}
+    of = identity.codec.of_features  # described wherever the codec is
+    features = {name: one for name, one in identity.features.items() if not held or held.has("features/") or name == of}
     capture = {
         "codec": identity.codec.model_dump(mode="json"),
         "decisions": {name: one.config.model_dump(mode="json") for name, one in decisions.items()} or None,
@@ -78,6 +79,7 @@ def _teacher(teacher: TeacherIdentity) -> dict[str, object]:
     return {
         "model": teacher.model,
         "model_args": teacher.model_args or None,
+        "kind": None if teacher.kind == "classifier" else teacher.kind,
         "normalisation": teacher.normalisation.model_dump(mode="json"),
         "crop": teacher.crop.model_dump(mode="json") if teacher.crop else None,
         "dtype": teacher.dtype,
@@ -104,8 +106,18 @@ def _side(identity: StoreIdentity) -> int:
 
 
 def _objectives(identity: StoreIdentity, held: Held | None) -> dict[str, list[dict[str, object]]]:
-    """KD at a temperature that the codec serves; of a copy without logits, letKD's on its decisions."""
+    """KD at a temperature that the codec serves; of a copy without logits, letKD's on its decisions.
+
+    Of a teacher without classes, its first features.
+    """
+    if identity.teacher.kind == "embedding":
+        return {"embedding": [{"term": "embedding", "features": name} for name in list(identity.features)[:1]]}
     labelled = identity.dataset.labels != "none"
+    if identity.teacher.kind == "multilabel":
+        if held is not None and not held.has("logits/"):
+            return {"bce": [{"term": "bce"}]}
+        bce: list[dict[str, object]] = [{"term": "bce"}] if labelled else []
+        return {"binary_kd": [*bce, {"term": "binary_kd", "temperature": 2.0}]}
     ce: list[dict[str, object]] = [{"term": "ce"}] if labelled else []
     if held is None or held.has("logits/"):
         kd: dict[str, object] = {"term": "kd", "temperature": _temperature(identity.codec)}

@@ -59,7 +59,8 @@ def copy_store(
     Args:
         blocks: numbers of the blocks to take.
         views: how many views to take, a whole number of groups.
-        only: kinds of targets to take, of KINDS; keys, labels and views always come along.
+        only: kinds of targets to take, of KINDS; keys, labels and views always come along, and with logits the
+            features that they are computed from.
         digest: what the source must be.
         signed_by: public key whose signature the source must have. Signatures always come along.
 
@@ -239,6 +240,8 @@ def _selection(store: Store, blocks: range | None, views: int | None, only: Sequ
             f"--views 0:{views}: {store.place} holds 0:{all_views} in groups of {per_group}: take whole groups."
         )
     kinds = [kind for kind in KINDS if (only is None or kind in only) and (before is None or before.has(f"{kind}/"))]
+    if "logits" in kinds and any(part.codec.of_features for part in store.parts.values()):
+        kinds = [kind for kind in KINDS if kind in kinds or kind == "features"]  # which logits are computed from
     has_features = any(kind_of(spec.name) == "features" for part in store.parts.values() for spec in part.specs)
     all_kinds = [kind for kind in KINDS if kind != "features" or has_features]
     chosen = Held(

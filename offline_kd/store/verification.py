@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offline_kd.data.blocks import ImageBlock
+from offline_kd.data.label_sets import problem_of_sets
 from offline_kd.data.tars import unpack_keys
 from offline_kd.store.card import CARD_FILES, is_whole_card
 from offline_kd.store.chunks import decode_chunk
@@ -285,6 +286,8 @@ def _content_problem(store: Store, task: PromisedEntry, spec: ArraySpec, chunk: 
             return f"{np.count_nonzero(~empty):,} values behind the last of {rows} rows, where there must be none"
     else:
         used = chunk
+    if spec.name == "label" and store.created.dataset.has_sets:
+        return problem_of_sets(np.asarray(used, dtype=np.uint8), store.created.num_classes)
     low, high = _range(store, task, spec)
     if used.dtype.kind == "f":
         if not _any_not_finite(used):

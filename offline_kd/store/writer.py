@@ -88,7 +88,7 @@ def first_difference(existing: StoreIdentity | Addition, wanted: StoreIdentity |
     for field, here, this in differences(existing.model_dump(mode="json"), wanted.model_dump(mode="json")):
         if field in ("schema_version", "views.count") or field.startswith("versions."):
             continue
-        if field == "teacher.measured_top1":
+        if field in ("teacher.measured_top1", "teacher.measured_map", "teacher.measured_neighbours.top1"):
             continue  # rounding differs between machines; weights_sha256 says which teacher it is
         return f"its {field} is {here!r:.200}, this run's is {this!r:.200}"
     return ""

@@ -9,6 +9,8 @@
 | klt | a tenth of 2 C, or less: see `klt.py`; needs tables | not bounded, measured |
 | klt_means | half of klt, or less, where a view group has several views: see `klt_means.py`; needs tables | measured |
 | topk | 4 k + 12 | the k largest: that of f16; the others share what is left evenly, so not bounded |
+| last_layer | those of features, of D numbers: see `last_layer.py`; needs tables | not bounded, measured |
+| none | 0: of teachers without classes, whose features are kept | there are no logits |
 
 A codec of your own is a file here and a line below: `docs/extending/codec.md`.
 """
@@ -31,6 +33,8 @@ CLASSES = {
     "klt": "klt.Klt",
     "klt_means": "klt_means.KltMeans",
     "topk": "topk.TopK",
+    "last_layer": "last_layer.LastLayer",
+    "none": "none.NoLogits",
 }
 
 

@@ -56,6 +56,7 @@ class Codec(Strict, ABC):
     """
 
     keeps_whole: ClassVar[bool] = False  # loses no more than rounding, so that others can be measured on what it kept
+    serves_sets: ClassVar[bool] = False  # whether it is right where no softmax follows, class by class
     name: str  # narrowed to one Literal by every codec, by which it is found in CODECS
 
     @abstractmethod
@@ -89,15 +90,31 @@ class Codec(Strict, ABC):
         Infinite where there is no bound; a store then has nothing but what was measured.
         """
 
-    # ---- tables: only codecs that learn from the teacher's logits -------------------------------------------------
+    @property
+    def of_features(self) -> str:
+        """Name of the store's features that logits are computed from; "" where logits themselves are kept.
+
+        Such a codec has no arrays: `encode` gives nothing, and `decode` gets the decoded features as `features`.
+        """
+        return ""
+
+    # ---- tables: only codecs that learn from the teacher's logits, or from its network ------------------------------
 
     @property
     def learns_from(self) -> int:
-        """Views whose logits `fit` wants when a store is begun; 0 for a codec without tables."""
+        """Views whose logits `fit` wants when a store is begun; 0 for a codec that learns nothing of logits."""
         return 0
 
-    def tables(self, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of what `fit` returns, for as many classes."""
+    @property
+    def has_tables(self) -> bool:
+        return self.learns_from > 0
+
+    def tables(self, num_classes: int, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of what `fit` returns.
+
+        Args:
+            channels: of the features that logits are computed from; 0 where they are not.
+        """
         return {}
 
     def fit(self, logits: Floats) -> dict[str, NDArray[np.generic]]:
@@ -143,7 +160,8 @@ class Codec(Strict, ABC):
         By this rule what has no bound is not compared: a codec without any bound must have a rule of its own.
 
         Args:
-            unpacked: what `stored` was decoded from, `[n, ...]`.
+            unpacked: what `stored` was decoded from, `[n, ...]`; of a codec of features these, `features` `[n, D]`, and
+                `live`, the teacher's now.
             dtype: in which the teacher computes, a key of ARITHMETIC.
         """
         bounds = torch.from_numpy(self.error_bound(again.numpy())).expand_as(again)

@@ -15,6 +15,7 @@ class Float16(Codec):
     """Logits in half precision, 2 bytes each."""
 
     keeps_whole: ClassVar[bool] = True
+    serves_sets: ClassVar[bool] = True
     name: Literal["f16"]
 
     def arrays(self) -> dict[str, CodecArray]:

@@ -13,6 +13,7 @@ class Float32(Codec):
     """Logits as they are, 4 bytes each."""
 
     keeps_whole: ClassVar[bool] = True
+    serves_sets: ClassVar[bool] = True
     name: Literal["f32"] = "f32"
 
     def arrays(self) -> dict[str, CodecArray]:

@@ -5,7 +5,7 @@ largest have the error of f16, and for m = 0 the largest is exact.
 """
 
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ class Int(Codec):
     The codes of fewer than 8 bits are stored as bytes: zstd, which follows, packs them closer than bits would lie.
     """
 
+    serves_sets: ClassVar[bool] = True
     name: Literal["int"]
     bits: int = Field(8, ge=3, le=8, description="of a code")
     exact_top: int = Field(0, ge=0, le=64, description="largest logits that are kept apart, as f16")

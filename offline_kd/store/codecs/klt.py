@@ -55,7 +55,7 @@ class Klt(Codec):
     def learns_from(self) -> int:
         return self.fit_rows
 
-    def tables(self, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tables(self, num_classes: int, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         axes, refine = min(self.axes, num_classes), min(self.refine, num_classes)
         return {
             "axes": ("<i2", (axes, num_classes)),

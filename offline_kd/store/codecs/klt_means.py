@@ -92,7 +92,7 @@ class KltMeans(Codec):
     def learns_from(self) -> int:
         return self.fit_rows
 
-    def tables(self, num_classes: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def tables(self, num_classes: int, channels: int) -> dict[str, tuple[str, tuple[int, ...]]]:
         axes, symbols = min(self.axes, num_classes), 2 * MOST + 1
         return {
             "axes": ("<i2", (axes, num_classes)),
