@@ -172,6 +172,11 @@ class CaptureRecipe(Strict):
                 "data.subset and data.validation: these views mix images (`mixing`), so that those left out would be "
                 "seen in the views of others. Leave out one of the two"
             )
+        if self.views.mixes and self.data.labelled_fraction < 1:
+            raise ValueError(
+                "data.labelled_fraction: these views mix images (`mixing`), so that labels which are to be hidden "
+                "would be seen with the views of others. Leave out one of the two"
+            )
         return self
 
     @model_validator(mode="after")

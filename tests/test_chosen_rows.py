@@ -195,6 +195,7 @@ def test_subsets_that_cannot_be_are_refused_in_one_line(command, keys, tmp_path)
     assert "left to train on" in said(LOWEST.replace("0.5", "0.001"))
     mixing = "views={kind: random_resized_crop, size: 8, scale: [0.5, 1], seed: 0, count: 2, mixing: {cutmix: 1}}"
     assert "these views mix images" in said(LOWEST, "--set", mixing)
+    assert "labels which are to be hidden" in said("null", "--set", "data.labelled_fraction=0.5", "--set", mixing)
     assert "less than 1" in refused(*command, "--set", "data.validation=1", "--out", tmp_path / "out")
     tiny = refused(*command, "--set", "data.validation=0.000001", "--out", tmp_path / "out")
     assert "data.validation: 1e-06 of the 414 rows of digits/train is not one" in tiny
