@@ -2,7 +2,7 @@
 
     python tests/bench_offline.py --out runs/offline --seeds 24
 
-Everything of pipelines/digits_offline_online.yaml: the teacher is trained, a store is captured in every codec, and for
+Everything of pipelines/offline_online.yaml: the teacher is trained, a store is captured in every codec, and for
 every seed a student learns from each store and one from the live teacher. What is finished is not done again, so the
 program may be ended and started with more seeds.
 """
@@ -21,7 +21,7 @@ from offline_kd.distill.training import distill
 from offline_kd.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent
-RECIPE = ROOT / "pipelines/digits_offline_online.yaml"
+RECIPE = ROOT / "pipelines/offline_online.yaml"
 CODECS = {"f32": "{name: f32}", "f16": "{name: f16}", "int 8": "{name: int, bits: 8}", "klt": "{name: klt, step: 1}"}
 CPU = torch.device("cpu")
 

@@ -195,6 +195,6 @@ def test_real_teachers_have_their_published_accuracy(name, expected, manifest, r
     )
     roots = data_roots([real_data])
     teacher = load_teacher(recipe, manifest, roots, 10, CPU)
-    where, measured = gate(teacher, recipe, manifest, roots, CPU)
-    assert where == "cifar10/test"
+    measured, _ = gate(teacher, recipe, manifest, roots, CPU)
+    assert measured.evaluated_on == "cifar10/test"
     assert measured.top1 == pytest.approx(expected, abs=0.005)
