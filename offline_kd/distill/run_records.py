@@ -21,7 +21,10 @@ from offline_kd.support.places import Folder, Place, place_at
 from offline_kd.support.web import READ_BYTES
 
 COMPARED = ("data", "views", "student", "training")  # of the recipes of all students, whatever the objective
-NO_EFFECT = ("data.root", "data.workers", "data.keep_bytes", "training.checkpoint_steps", "training.evaluate_every")
+NO_EFFECT = (  # on the student
+    *("data.root", "data.workers", "data.keep_bytes"),
+    *("training.checkpoint_steps", "training.evaluate_every", "training.keep", "training.resident"),
+)
 ABSENT = "-"
 LARGEST = 1e300  # number that has a curve: neither infinite, nor an integer that no float can be
 M = TypeVar("M", bound=BaseModel)
