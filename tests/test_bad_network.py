@@ -78,6 +78,7 @@ def student_of_here(data_root, tmp_path_factory) -> str:
     return train(STORE, tmp_path_factory.mktemp("here"), data_root)
 
 
+@pytest.mark.slow
 def test_what_is_corrupted_once_on_its_way_is_read_again_and_right(
     network, address, data_root, tmp_path, student_of_here
 ):

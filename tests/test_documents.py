@@ -163,10 +163,11 @@ def test_a_command_that_does_not_exist_is_found():
 
 
 def read_piece(text: str, folder: Path) -> Recipe:
-    """A recipe as a page writes it; a piece of one, as what changes the demo."""
+    """A recipe as a page writes it; a piece of one, as what changes the demo with all its labels."""
     content = yaml.safe_load(text) or {}
     whole = {"data", "student", "training", "objectives"} <= set(content)
-    (folder / "recipe.yaml").write_text(text if whole else f"extends: digits\n{text}")
+    (folder / "demo.yaml").write_text("extends: digits\ndata: {labelled_fraction: 1.0}\n")
+    (folder / "recipe.yaml").write_text(text if whole else f"extends: demo.yaml\n{text}")
     return load_recipe(folder / "recipe.yaml")
 
 
