@@ -31,7 +31,7 @@ def explore_command(
 
     \b
     offline-kd store explore runs/digits/store --data-root runs/digits/data --out gallery
-    offline-kd store explore s3://team/stores/digits --data data/digits --samples 5000 --out gallery
+    offline-kd store explore s3://team/stores/digits --data data/digits --samples 5000 --out pages
     """
     from offline_kd.store.gallery import write_gallery
     from offline_kd.support.console import say
