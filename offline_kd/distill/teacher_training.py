@@ -72,13 +72,7 @@ def train_teacher(
         prepare_network(network, num_classes, begin, state)
         if state is not None:
             say(f"the teacher begins from {state.where}" + ", and its head alone trains" * (training.train == "head"))
-        normalisation, crop = teacher_input(recipe, manifest, model)
-        views = recipe.views
-        if crop is not None and isinstance(views, RandomCrop):
-            views = views.model_copy(update={"size": crop.size})
-        own = {"labelled_fraction": 1.0, "subset": None, "normalisation": normalisation}  # subsets are of students
-        data = recipe.data.model_copy(update=own | ({"crop": crop} if crop else {}))
-        plain = recipe.without_sweep().model_copy(update={"training": training, "data": data, "views": views})
+        plain = _as_of_a_student(recipe, manifest, model)
         rows, groups = chosen_images(plain, images), group_views(plain, images, None)
         loader = make_loader(plain, source_of(plain, rows.trained, groups=groups), seed, device)
         trained = StudentNetwork(model=model, model_args=args)
@@ -99,6 +93,18 @@ def train_teacher(
         result = fit(run, student, loader, judged, no_signal)
         from_first(lambda: place.copy("student.safetensors", TEACHER_FILE))
         return result
+
+
+def _as_of_a_student(recipe: Recipe, manifest: Manifest, model: str) -> Recipe:
+    """The recipe with the teacher's training, images and views in the places of the student's."""
+    normalisation, crop = teacher_input(recipe, manifest, model)
+    views = recipe.views
+    if crop is not None and isinstance(views, RandomCrop):
+        views = views.model_copy(update={"size": crop.size})
+    own = {"labelled_fraction": 1.0, "subset": None, "normalisation": normalisation}  # subsets are of students
+    data = recipe.data.model_copy(update=own | ({"crop": crop} if crop else {}))
+    about = {"training": recipe.teacher.training, "data": data, "views": views}
+    return recipe.without_sweep().model_copy(update=about)
 
 
 def trained_teacher(recipe: Recipe, manifest: Manifest, weights: str) -> TeacherNetwork:
